@@ -1,0 +1,144 @@
+"""Differentiable splatting of Gaussians with features of any width.
+
+    from kernels import rasterize
+
+Where things are: projection.py (3D to image), tiles.py (which Gaussians touch which tile, in order of depth),
+blend.py (front to back into pixels) are the Triton kernels, in the order in which they run; torch_backend.py is
+the same in plain PyTorch, for machines without a GPU and as the oracle in the tests.
+"""
+
+import os
+
+import torch
+
+from . import torch_backend
+
+__all__ = ["rasterize"]
+
+TILE = 8  # pixels; results do not depend on it. Small, as pixel-sized Gaussians touch few pixels of a large one
+
+
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rasterize(
+    means,  # [B, N, 3] world
+    covars,  # [B, N, 3, 3] world, symmetric, positive semi-definite
+    opacities,  # [B, N] 0..1
+    features,  # [B, N, C]
+    viewmats,  # [B, V, 4, 4] world to camera
+    Ks,  # [B, V, 3, 3] pixels
+    width,
+    height,
+    *,
+    near_plane=0.01,
+    far_plane=1e10,
+    eps2d=0.3,
+    backend=None,
+):
+    """Splat B scenes of N Gaussians with C channels each into V cameras per scene.
+
+    Cameras have OpenCV axes (x right, y down, z forward) and pixel centres at +0.5; the background is 0. Semantics
+    are gsplat's (>= 1.6): the maths stands at the top of kernels/torch_backend.py.
+
+    Args:
+        means, covars, opacities: float32; the torch backend takes float64 too. Differentiable.
+        features: float32, float16 or bfloat16 (torch backend: float64 too). Differentiable. Sums are float32.
+        viewmats, Ks: data. Asking for their gradient is an error. Skew in Ks is not looked at.
+        width, height: of the images, pixels.
+        near_plane, far_plane: a Gaussian is seen where near_plane < z < far_plane.
+        eps2d: variance in pixels^2 added to both axes of every image covariance.
+        backend: "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1), "torch" (any device), or None:
+            triton for CUDA tensors, torch for others.
+
+    Returns:
+        features [B, V, height, width, C] in the features' dtype, and alphas [B, V, height, width].
+
+    Raises:
+        ValueError: an argument's shape, dtype or device does not fit, a value is NaN or infinite, a camera requires
+            gradients, or the backend does not run on these tensors.
+    """
+    _check(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d)
+    if backend is None:
+        backend = "triton" if means.is_cuda else "torch"
+    if backend == "torch":
+        with torch.autocast(means.device.type, enabled=False):
+            return torch_backend.rasterize(
+                means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d
+            )
+    if backend != "triton":
+        raise ValueError(f'backend is {backend!r}; it must be "triton", "torch" or None')
+    if not (means.is_cuda or _interpreted()):
+        raise ValueError(
+            'backend "triton" needs CUDA tensors (or TRITON_INTERPRET=1 in the environment before the start); '
+            f'these are on {means.device}: use backend="torch" or None'
+        )
+    if means.dtype != torch.float32 or features.dtype == torch.float64:
+        raise ValueError('backend "triton" takes float32 Gaussians; for float64 use backend="torch"')
+    return _rasterize_triton(
+        means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d
+    )
+
+
+def _rasterize_triton(
+    means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d, tile=TILE
+):
+    from .blend import Blend  # here, so that the torch backend works where triton cannot be imported
+    from .projection import Project
+    from .tiles import list_tiles
+
+    (B, N, C), V = features.shape, viewmats.shape[1]
+    means, covars, opacities, features, viewmats, Ks = (
+        t.contiguous() for t in (means, covars, opacities, features, viewmats, Ks)
+    )
+    means2d, conics, depths, radii = Project.apply(
+        means, covars, opacities, viewmats, Ks, width, height, float(near_plane), float(far_plane), float(eps2d)
+    )
+    means2d, conics, depths, radii = (t.flatten(0, 1) for t in (means2d, conics, depths, radii))  # (I, N, ...)
+    gaussians, ranges = list_tiles(means2d, depths, radii, width, height, tile)
+    out, alphas = Blend.apply(
+        means2d, conics, opacities, features, gaussians, ranges, V, width, height, tile, not means.is_cuda
+    )
+    return out.view(B, V, height, width, C), alphas.view(B, V, height, width)
+
+
+def _check(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
+    if means.ndim != 3 or features.ndim != 3 or viewmats.ndim != 4:
+        raise ValueError(
+            f"means must be [B, N, 3], features [B, N, C] and viewmats [B, V, 4, 4]; they are "
+            f"{list(means.shape)}, {list(features.shape)} and {list(viewmats.shape)}"
+        )
+    B, N = means.shape[:2]
+    C, V = features.shape[2], viewmats.shape[1]
+    arguments = {  # name: (tensor, shape)
+        "means": (means, (B, N, 3)),
+        "covars": (covars, (B, N, 3, 3)),
+        "opacities": (opacities, (B, N)),
+        "features": (features, (B, N, C)),
+        "viewmats": (viewmats, (B, V, 4, 4)),
+        "Ks": (Ks, (B, V, 3, 3)),
+    }
+    for name, (tensor, shape) in arguments.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} to go with means and features, not {list(tensor.shape)}")
+        if tensor.device != means.device:
+            raise ValueError(f"{name} is on {tensor.device}, means on {means.device}")
+        if name != "features" and tensor.dtype != means.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, means {means.dtype}")
+        # One sum reads the tensor once and makes no copy; only if it is off look for the culprit
+        if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has values that are NaN or infinite")
+    if means.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"means must be float32 or float64, not {means.dtype}")
+    if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"features must be of a float type, not {features.dtype}")
+    if C < 1 or width < 1 or height < 1:
+        raise ValueError(f"at least one channel and one pixel are needed, not C={C}, {width} x {height}")
+    for name, camera in (("viewmats", viewmats), ("Ks", Ks)):
+        if camera.requires_grad:
+            raise ValueError(f"{name} requires gradients, but cameras are data here: pass {name}.detach()")
+    if not 0 < near_plane < far_plane:
+        raise ValueError(f"0 < near_plane < far_plane must hold, not {near_plane} and {far_plane}")
+    if eps2d < 0:
+        raise ValueError(f"eps2d is a variance and cannot be {eps2d}")

@@ -1,0 +1,17 @@
+"""Test set-up: without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+from hypothesis import settings  # noqa: E402
+
+# No deadline: the interpreter's time per example varies a hundredfold. Derandomised: CI fails for a reason.
+settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("project")

@@ -1,0 +1,407 @@
+"""kernels.rasterize: both backends against a dense float64 loop, the laws that any renderer obeys, bad input.
+
+The Triton kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels import rasterize
+from reference import DEVICE, make_scene, random_rotation, rasterize_dense
+
+NAMES = ("means", "covars", "opacities", "features")
+both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+def values_and_gradients(render, scene, seed=1, mask=None, **options):
+    """Images, alphas and the four gradients of a random linear function of them (at the pixels in the mask)."""
+    inputs = [t.detach().clone().requires_grad_() for t in scene[:4]]
+    out, alphas, *rest = render(*inputs, *scene[4:], **options)
+    g = torch.Generator().manual_seed(seed)
+    v_out, v_alphas = (torch.randn(t.shape, generator=g).to(t) for t in (out, alphas))
+    mask = rest[0] if rest else mask
+    if mask is not None:
+        v_out, v_alphas = v_out * mask[..., None], v_alphas * mask
+    if out.requires_grad:  # the dense loop's does not where it blends nothing
+        torch.autograd.backward([out, alphas], [v_out, v_alphas])
+    gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
+    return out.detach(), alphas.detach(), gradients, mask
+
+
+def close(name, actual, expected, rtol, atol):
+    """As assert_close, with atol in units of the largest expected value: gradients here span many magnitudes."""
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=rtol, atol=atol * scale, msg=lambda m: f"{name}: {m}"
+    )
+
+
+def check_against_dense(scene, backend, rtol=1e-3, atol=2e-5, **options):
+    out, alphas, gradients, certain = values_and_gradients(rasterize_dense, scene, **options)
+    got_out, got_alphas, got_gradients, _ = values_and_gradients(rasterize, scene, mask=certain, backend=backend, **options)
+    close("features", got_out[certain], out[certain], rtol, atol)
+    close("alphas", got_alphas[certain], alphas[certain], rtol, atol)
+    for name, got, expected in zip(NAMES, got_gradients, gradients):
+        close(f"gradient of {name}", got, expected, rtol, atol)
+    return certain
+
+
+# --------------------------------------------------------------------------- values and gradients
+
+AWKWARD = [  # B, V, N, C, width, height
+    (1, 1, 1, 1, 1, 1),
+    (1, 1, 15, 1, 16, 16),
+    (1, 2, 17, 15, 17, 15),
+    (2, 1, 31, 17, 13, 23),
+    (2, 3, 7, 3, 11, 5),
+    (1, 1, 53, 67, 19, 7),
+]
+
+
+@both_backends
+@pytest.mark.parametrize("B,V,N,C,width,height", AWKWARD)
+def test_matches_dense_loop_at_awkward_sizes(backend, B, V, N, C, width, height):
+    scene = make_scene(N + C, B, V, N, C, width, height)
+    certain = check_against_dense(scene, backend)
+    assert certain.float().mean() > 0.8  # or little was compared
+
+
+@pytest.mark.parametrize("B,V,N,C,width,height", AWKWARD)
+def test_torch_backend_in_float64_is_the_dense_loop(B, V, N, C, width, height):
+    scene = make_scene(N + C, B, V, N, C, width, height, dtype=torch.float64)
+    check_against_dense(scene, "torch", rtol=1e-8, atol=1e-10)
+
+
+scenes = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 2**31),
+        B=st.integers(1, 2),
+        V=st.integers(1, 2),
+        N=st.sampled_from([0, 1, 2, 15, 16, 17, 29, 40]),
+        C=st.sampled_from([1, 3, 16, 17, 31]),
+        width=st.integers(1, 20),
+        height=st.integers(1, 20),
+        sigma=st.sampled_from([1e-4, 0.01, 0.1, 1.0]),  # from far below a pixel to larger than the image
+        opacity=st.sampled_from([None, 0.0, 1 / 255, 0.5, 1.0]),
+        flat=st.sampled_from([1.0, 0.01, 0.0]),
+    )
+)
+
+
+@settings(max_examples=30)
+@given(scenes)
+@example(dict(seed=3, B=1, V=1, N=40, C=3, width=18, height=9, sigma=1.0, opacity=1.0, flat=1.0))
+def test_triton_matches_dense_loop(scene):
+    check_against_dense(make_scene(**scene), "triton", atol=5e-5)
+
+
+@settings(max_examples=150)
+@given(scenes)
+def test_torch_matches_dense_loop(scene):
+    check_against_dense(make_scene(**scene), "torch", atol=5e-5)
+
+
+@settings(max_examples=20)
+@given(scenes)
+def test_triton_matches_torch(scene):
+    scene = make_scene(**scene)
+    certain = rasterize_dense(*scene)[2]
+    out, alphas, gradients, _ = values_and_gradients(rasterize, scene, mask=certain, backend="torch")
+    got_out, got_alphas, got_gradients, _ = values_and_gradients(rasterize, scene, mask=certain, backend="triton")
+    close("features", got_out[certain], out[certain], 1e-3, 2e-5)
+    close("alphas", got_alphas[certain], alphas[certain], 1e-3, 2e-5)
+    for name, got, expected in zip(NAMES, got_gradients, gradients):
+        close(f"gradient of {name}", got, expected, 1e-3, 5e-5)
+
+
+def test_gradients_by_finite_differences():
+    means, covars, opacities, features, *cameras = make_scene(5, V=2, N=4, C=2, width=6, height=5, dtype=torch.float64)
+
+    def render(means, factors, opacities, features):  # covars by a factor, so that they stay symmetric
+        covars = factors @ factors.transpose(-1, -2)
+        return rasterize(means, covars, opacities, features, *cameras, backend="torch")
+
+    factors = torch.linalg.cholesky(covars)
+    inputs = [t.detach().requires_grad_() for t in (means, factors, opacities, features)]
+    assert torch.autograd.gradcheck(render, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+@both_backends
+def test_covariance_gradient_is_per_entry(backend):
+    """Every one of the nine entries of a covariance may be moved alone, also against symmetry."""
+    means, covars, opacities, features, *cameras = make_scene(5, N=3, C=2, width=6, height=5)
+    covars.requires_grad_()
+    out, _ = rasterize(means, covars, opacities, features, *cameras, backend=backend)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    (gradient,) = torch.autograd.grad((out * g).sum(), covars)
+    wide = [t.double() for t in (means, covars.detach(), opacities, features)]
+    cameras = [t.double() if torch.is_tensor(t) else t for t in cameras]
+    for i, j in [(0, 1), (1, 0), (2, 2)]:
+        moved = [wide[1].clone() for _ in range(2)]
+        moved[0][:, 0, i, j] -= 1e-6
+        moved[1][:, 0, i, j] += 1e-6
+        low, high = (rasterize(wide[0], m, *wide[2:], *cameras, backend="torch")[0] for m in moved)
+        expected = ((high - low) / 2e-6 * g).sum()
+        assert float(gradient[0, 0, i, j]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
+# --------------------------------------------------------------------------- closed forms
+
+def one_pixel_row(opacities, depths=None, sigma=0.3, width=8, features=None, backend="torch", **options):
+    """Gaussians on the optical axis of a 10-pixel camera; the axis passes between pixels 3 and 4 of 8."""
+    N = len(opacities)
+    depths = torch.arange(1.0, N + 1) if depths is None else torch.tensor(depths)
+    means = torch.stack([torch.zeros(N), torch.zeros(N), depths], -1)[None]
+    covars = (sigma**2 * torch.eye(3)).repeat(1, N, 1, 1)
+    features = torch.eye(N)[None] if features is None else features
+    K = torch.tensor([[[[10.0, 0, 4.0], [0, 10.0, 0.5], [0, 0, 1]]]])
+    tensors = (means, covars, torch.tensor([opacities]), features, torch.eye(4)[None, None], K)
+    out, alphas = rasterize(*(t.to(DEVICE) for t in tensors), width, 1, backend=backend, **options)
+    return out[0, 0, 0].cpu(), alphas[0, 0, 0].cpu()
+
+
+@both_backends
+def test_one_gaussian_is_the_formula(backend):
+    _, alphas = one_pixel_row([0.8], depths=[2.0], backend=backend)
+    variance = (10.0 / 2.0 * 0.3) ** 2 + 0.3
+    d = torch.arange(8) + 0.5 - 4.0
+    expected = 0.8 * torch.exp(-0.5 * d**2 / variance)
+    torch.testing.assert_close(alphas, torch.where(expected >= 1 / 255, expected, 0.0), rtol=1e-5, atol=1e-7)
+
+
+@both_backends
+def test_two_opaque_gaussians_stop_after_the_first(backend):
+    """0.01 * 0.01 is 1e-4 to rounding, and blending must stop *before* the Gaussian that gets there."""
+    out, alphas = one_pixel_row([1.0, 1.0], sigma=50.0, backend=backend)
+    torch.testing.assert_close(alphas, torch.full((8,), 0.99))
+    torch.testing.assert_close(out, torch.tensor([0.99, 0.0]).expand(8, 2))
+
+
+@both_backends
+def test_front_to_back_and_ties_by_index(backend):
+    out, _ = one_pixel_row([0.5, 0.5, 0.5], depths=[3.0, 2.0, 3.0], sigma=50.0, backend=backend)
+    torch.testing.assert_close(out[4], torch.tensor([0.25, 0.5, 0.125]), rtol=1e-3, atol=1e-4)
+
+
+@both_backends
+def test_near_and_far_are_exclusive(backend):
+    out, _ = one_pixel_row([0.5] * 4, depths=[1.0, 2.0, 3.0, 4.0], backend=backend, near_plane=1.0, far_plane=4.0)
+    assert [bool(c) for c in out[4] > 0] == [False, True, True, False]
+
+
+@both_backends
+def test_slope_is_clamped_outside_the_image(backend):
+    """Far off to the side the Jacobian is taken at the border plus 0.3 of the half field of view, as gsplat does."""
+    x, sigma = 5.0, 1.0
+    means = torch.tensor([[[x, 0.0, 1.0]]], device=DEVICE)
+    covars = (sigma**2 * torch.eye(3, device=DEVICE))[None, None]
+    K = torch.tensor([[[[4.0, 0, 4.0], [0, 4.0, 0.5], [0, 0, 1]]]], device=DEVICE)
+    ones = torch.ones(1, 1, 1, device=DEVICE)
+    _, alphas = rasterize(means, covars, 0.9 * ones[0], ones, torch.eye(4, device=DEVICE)[None, None], K, 8, 1, backend=backend)
+    u = (8 - 4) / 4 + 0.3 * 0.5 * 8 / 4
+    variance = (4 * sigma) ** 2 * (1 + u * u) + 0.3
+    d = torch.arange(8) + 0.5 - (4 * x + 4)
+    expected = 0.9 * torch.exp(-0.5 * d**2 / variance)
+    expected = torch.where(expected >= 1 / 255, expected, 0.0)
+    torch.testing.assert_close(alphas[0, 0, 0].cpu(), expected, rtol=1e-4, atol=1e-6)
+
+
+# --------------------------------------------------------------------------- laws
+
+
+@both_backends
+def test_linear_in_features(backend):
+    scene = make_scene(2, N=23, C=5)
+    other = torch.randn_like(scene[3])
+    render = lambda f: rasterize(*scene[:3], f, *scene[4:], backend=backend)[0]  # noqa: E731
+    torch.testing.assert_close(
+        render(2 * scene[3] - 3 * other), 2 * render(scene[3]) - 3 * render(other), rtol=1e-4, atol=1e-5
+    )
+
+
+@both_backends
+def test_constant_feature_is_alpha(backend):
+    scene = make_scene(3, N=23)
+    out, alphas = rasterize(*scene[:3], torch.ones_like(scene[3]), *scene[4:], backend=backend)
+    assert alphas.max() > 0.5
+    torch.testing.assert_close(out, alphas[..., None].expand_as(out), rtol=1e-5, atol=1e-6)
+
+
+@both_backends
+def test_unchanged_under_permutation(backend):
+    scene = make_scene(4, N=23)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    permuted = [t[:, order] for t in scene[:4]] + scene[4:]
+    for a, b in zip(rasterize(*scene, backend=backend), rasterize(*permuted, backend=backend)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@both_backends
+def test_unchanged_under_rigid_motion_of_world_and_camera(backend):
+    means, covars, opacities, features, viewmats, Ks, *size = make_scene(6, N=23)
+    motion = torch.eye(4, device=DEVICE)
+    motion[:3, :3] = random_rotation(torch.Generator().manual_seed(1)).to(DEVICE)
+    motion[:3, 3] = torch.tensor([0.5, -1.0, 2.0])
+    R = motion[:3, :3]
+    moved = (means @ R.T + motion[:3, 3], R @ covars @ R.T, opacities, features, viewmats @ torch.linalg.inv(motion), Ks, *size)
+    for a, b in zip(rasterize(means, covars, opacities, features, viewmats, Ks, *size, backend=backend),
+                    rasterize(*moved, backend=backend)):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+
+
+@both_backends
+def test_feature_gradient_is_the_adjoint(backend):
+    """<rasterize(f), g> = <f, gradient>: the product and its transpose are of the same matrix."""
+    scene = make_scene(7, B=2, V=2, N=23, C=5)
+    scene[3].requires_grad_()
+    out, _ = rasterize(*scene, backend=backend)
+    g = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * g).sum(), scene[3])
+    assert (out * g).sum().item() == pytest.approx((scene[3] * gradient).sum().item(), rel=1e-4)
+
+
+def test_independent_of_tile_size():
+    scene = make_scene(8, N=40, C=4, width=37, height=21)
+    small, large = (
+        kernels._rasterize_triton(*scene, near_plane=0.01, far_plane=1e10, eps2d=0.3, tile=tile) for tile in (8, 16)
+    )
+    for a, b in zip(small, large):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@both_backends
+def test_forward_is_bitwise_repeatable(backend):
+    scene = make_scene(9, N=60, C=7, sigma=0.5)
+    for a, b in zip(rasterize(*scene, backend=backend), rasterize(*scene, backend=backend)):
+        assert torch.equal(a, b)
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features(backend, dtype):
+    scene = make_scene(10, N=23, C=5)
+    scene[3] = scene[3].to(dtype).requires_grad_()
+    out, _ = rasterize(*scene, backend=backend)
+    assert out.dtype == dtype
+    expected, _, _ = rasterize_dense(*scene)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    g = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * g).sum(), scene[3])
+    (expected,) = torch.autograd.grad((expected * g).sum(), scene[3])
+    assert gradient.dtype == dtype
+    close("gradient of features", gradient, expected, tolerance, tolerance)
+
+
+# --------------------------------------------------------------------------- edges
+
+
+@both_backends
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(N=0),
+        dict(N=0, B=2, V=2),
+        dict(opacity=0.0),
+        dict(sigma=30.0, opacity=1.0),  # every Gaussian larger than the image
+        dict(flat=0.0, sigma=0.5),  # discs
+        dict(width=1, height=1),
+    ],
+    ids=str,
+)
+def test_edge_scenes(backend, change):
+    check_against_dense(make_scene(11, **change), backend, atol=1e-4)
+
+
+@both_backends
+def test_everything_behind_the_camera(backend):
+    scene = make_scene(12, N=9)
+    scene[0] = scene[0] - torch.tensor([0, 0, 100.0], device=DEVICE)
+    out, alphas, gradients, _ = values_and_gradients(rasterize, scene, backend=backend)
+    assert not out.any() and not alphas.any()
+    assert not any(g.any() for g in gradients)
+
+
+@both_backends
+def test_gradients_stay_finite_for_needles_and_points(backend):
+    """A needle 4,000 times as long as wide, and a point: covariances of rank one and zero."""
+    scene = make_scene(13, N=8)
+    direction = torch.nn.functional.normalize(torch.tensor([1.0, 0.7, 0.3]), dim=0).to(DEVICE)
+    scene[1][:, ::2] = 4.0 * direction[:, None] * direction
+    scene[1][:, 1::2] = 0.0
+    out, alphas, gradients, _ = values_and_gradients(rasterize, scene, backend=backend)
+    assert alphas.max() > 0.1
+    assert all(torch.isfinite(t).all() for t in (out, alphas, *gradients))
+
+
+@both_backends
+def test_autocast_changes_nothing(backend):
+    scene = make_scene(14)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        inside = rasterize(*scene, backend=backend)
+    for a, b in zip(inside, rasterize(*scene, backend=backend)):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def _with(index, value):
+    scene = make_scene(15)
+    scene[index] = value(scene[index])
+    return scene
+
+
+def _poison(t):
+    t = t.clone()
+    t.view(-1)[3] = float("nan")
+    return t
+
+
+@both_backends
+@pytest.mark.parametrize("index,name", list(enumerate(("means", "covars", "opacities", "features", "viewmats", "Ks"))))
+def test_nan_is_named(backend, index, name):
+    with pytest.raises(ValueError, match=f"^{name} has values that are NaN"):
+        rasterize(*_with(index, _poison), backend=backend)
+
+
+@pytest.mark.parametrize(
+    "scene,options,message",
+    [
+        (_with(4, lambda t: t.requires_grad_()), {}, "viewmats requires gradients, but cameras are data"),
+        (_with(5, lambda t: t.requires_grad_()), {}, "Ks requires gradients, but cameras are data"),
+        (_with(1, lambda t: t[:, :-1]), {}, r"covars must be \[1, 20, 3, 3\]"),
+        (_with(0, lambda t: t[0]), {}, r"means must be \[B, N, 3\]"),
+        (_with(3, lambda t: t[..., :0]), {}, "at least one channel"),
+        (_with(2, lambda t: t.double()), {}, "opacities is torch.float64, means torch.float32"),
+        (_with(3, lambda t: t.int()), {}, "features must be of a float type"),
+        (make_scene(width=0), {}, "at least one channel and one pixel"),
+        (make_scene(), dict(near_plane=2.0, far_plane=1.0), "near_plane < far_plane must hold"),
+        (make_scene(), dict(eps2d=-1.0), "eps2d is a variance"),
+        (make_scene(), dict(backend="cuda"), "backend is 'cuda'"),
+        (make_scene(dtype=torch.float64), dict(backend="triton"), "takes float32 Gaussians"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(scene, options, message):
+    with pytest.raises(ValueError, match=message):
+        rasterize(*scene, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about CPU tensors")
+def test_triton_on_cpu_tensors_needs_the_interpreter():
+    code = (
+        "import torch, kernels; t = torch.eye(4)[None, None]; one = torch.ones(1, 1, 3);"
+        "kernels.rasterize(one, t[..., :3, :3], one[..., 0], one, t, t[..., :3, :3], 4, 4, backend='triton')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = os.path.dirname(os.path.dirname(kernels.__file__))
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert re.search("ValueError: backend \"triton\" needs CUDA tensors .* use backend=\"torch\"", run.stderr)
