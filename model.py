@@ -1,0 +1,619 @@
+"""The model of Splat and Distill (arXiv 2602.06032), parts first, the method last.
+
+    load_vit             DINOv2's vision transformer, its weights and names
+    add_lora, merge_lora the student's few trainable numbers, and back to a plain DINOv2
+    DINOHead             features to prototype logits
+    upsample_features    patch tokens to pixels without crossing segment borders
+    blend_segments       features drawn towards their segment's mean
+    Gaussians, ...       one 3D Gaussian per context pixel
+    SplatAndDistill      the method: one step, from a batch to its loss
+
+Legend, used in trailing comments:  B scenes, V context views (one target view per scene), H x W pixels,
+C channels, h = H // 14, w = W // 14 patches, N = V * H * W Gaussians, D tokens' width inside the transformer.
+Cameras: OpenCV axes (x right, y down, z forward); extrinsics camera-to-world, viewmats world-to-camera, Ks in pixels.
+"""
+
+import copy
+import math
+import socket
+import urllib.error
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from kernels import rasterize
+
+PATCH = 14
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ----------------------------------------------------------------------------- DINOv2's vision transformer
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, PATCH, PATCH)
+
+    def forward(self, images):  # (B, 3, H, W) -> (B, h*w, D)
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):  # (B, tokens, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, D/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """vitg14's MLP: gate and value from one matrix, two thirds as wide so that the size stays the same."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = (4 * dim * 2 // 3 + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, mlp):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = mlp(dim)
+        self.ls2 = LayerScale(dim)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """DINOv2's transformer with its parameter names (facebookresearch/dinov2, arXiv 2304.07193 and 2309.16588).
+
+    Images [B, 3, H, W] are ImageNet-normalised, H and W any multiples of 14.
+    """
+
+    def __init__(self, dim, depth, heads, mlp=Mlp, registers=0):
+        super().__init__()
+        self.embed_dim, self.registers = dim, registers
+        self.patch_embed = PatchEmbed(dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 * 37, dim))  # cls, then a 37 x 37 grid: 518 pixels
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))  # unused here; DINOv2's files have it
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def _positions(self, h, w):
+        """The position embedding for a grid of h x w. (1, 1 + h*w, D)"""
+        if (h, w) == (37, 37):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2).float()
+        if self.registers:
+            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+        else:  # the plain models were trained with this scale factor, a shift of up to a tenth of a cell
+            scale = ((h + 0.1) / 37, (w + 0.1) / 37)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
+
+    def _tokens(self, images):  # (B, 3, H, W) -> (B, 1 + registers + h*w, D)
+        H, W = images.shape[-2:]
+        if H % PATCH or W % PATCH or not H * W:
+            raise ValueError(f"images must be multiples of {PATCH} pixels high and wide, not {H} x {W}")
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self._positions(H // PATCH, W // PATCH)
+        if self.registers:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x
+
+    def forward_features(self, images):
+        """Dict, as DINOv2's: x_norm_clstoken [B, D], x_norm_regtokens [B, registers, D], x_norm_patchtokens
+        [B, h*w, D] after the final norm, x_prenorm [B, tokens, D] before it."""
+        x = self._tokens(images)
+        for block in self.blocks:
+            x = block(x)
+        normed = self.norm(x)
+        return {
+            "x_norm_clstoken": normed[:, 0],
+            "x_norm_regtokens": normed[:, 1 : 1 + self.registers],
+            "x_norm_patchtokens": normed[:, 1 + self.registers :],
+            "x_prenorm": x,
+        }
+
+    def get_intermediate_layers(self, images, n=1, reshape=False, return_class_token=False, norm=True):
+        """Tuple of patch tokens [B, h*w, D] ([B, D, h, w] if reshape), with their cls token [B, D] if
+        return_class_token, of the last n blocks or of the blocks whose indices n lists, normed or not."""
+        x, kept = self._tokens(images), []
+        wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
+        if not all(0 <= i < len(self.blocks) for i in wanted):
+            raise ValueError(f"n asks for blocks {list(wanted)}; there are {len(self.blocks)}, counted from 0")
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in wanted:
+                kept.append(self.norm(x) if norm else x)
+        patches, classes = [x[:, 1 + self.registers :] for x in kept], [x[:, 0] for x in kept]
+        if reshape:
+            patches = [p.transpose(1, 2).unflatten(2, (images.shape[-2] // PATCH, -1)) for p in patches]
+        return tuple(zip(patches, classes)) if return_class_token else tuple(patches)
+
+    def forward(self, images):  # as torch hub's DINOv2: the normed cls token (B, D)
+        return self.forward_features(images)["x_norm_clstoken"]
+
+
+ARCHITECTURES = {
+    "dinov2_vits14": dict(dim=384, depth=12, heads=6),
+    "dinov2_vitb14": dict(dim=768, depth=12, heads=12),
+    "dinov2_vitl14": dict(dim=1024, depth=24, heads=16),
+    "dinov2_vitg14": dict(dim=1536, depth=40, heads=24, mlp=SwiGLU),
+}
+
+
+class WeightsNotFound(ValueError):
+    """DINOv2's weights are neither in torch hub's cache nor to be had from the network."""
+
+
+def load_vit(name, weights=None, seed=0):
+    """A DINOv2 ViT in eval mode.
+
+    Args:
+        name: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14; with `_reg` the one with 4 registers.
+        weights: a path to a .pth or .safetensors file with DINOv2's names (the public files, the released Splat and
+            Distill weights, our students) or timm's (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`); None for
+            the public weights, from torch hub's cache or by download; "random" for a random initialisation.
+        seed: of the random initialisation.
+
+    Raises:
+        ValueError: the name is unknown, or the file is missing, is no weights file, or does not fit the architecture.
+        WeightsNotFound (a ValueError): weights is None, and they are neither in the cache nor to be downloaded.
+    """
+    base, registers = name.removesuffix("_reg"), name.endswith("_reg")
+    if base not in ARCHITECTURES:
+        raise ValueError(f"unknown model {name!r}; known are {', '.join(ARCHITECTURES)}, each also with _reg")
+    with torch.device("meta"):  # the weights come next; do not spend seconds on initialising what they replace
+        vit = ViT(**ARCHITECTURES[base], registers=4 if registers else 0)
+    if weights == "random":
+        _initialise(vit.to_empty(device="cpu"), seed)
+    else:
+        state, source = read_state(weights) if weights is not None else _public_weights(base, registers)
+        load_strictly(vit, _dinov2_names(state, vit), source)
+    return vit.eval()
+
+
+def read_state(path):
+    """A state dict and its path, from a .safetensors file or one that torch.load(weights_only=True) reads."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path), path
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a weights file that can be read ({_first_line(error)})") from None
+    except Exception as error:  # pickle.UnpicklingError, whose text is long: torch explains how to run the pickle
+        raise ValueError(f"{path}: holds more than weights, or is damaged ({type(error).__name__})") from None
+    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+        raise ValueError(f"{path}: not a state dict: expected parameter names with one tensor each")
+    return state, path
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_strictly(module, state, source):
+    """Give a module (possibly on the meta device) all its tensors, or raise ValueError and leave it as it was."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
+    for what, names in (("lacks", missing), ("has unknown", extra), ("has wrongly shaped", wrong)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{source}: does not fit this architecture: it {what} {', '.join(names[:3])}{more}")
+    module.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+
+
+def _public_weights(base, registers):
+    """Torch hub's way: its cache, else the public address (which is where the cache's file names come from)."""
+    url = f"https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{'_reg4' if registers else ''}_pretrain.pth"
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if cached.is_file():
+        return read_state(cached)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # torch hub sets none, and a firewall that drops packets would hang us
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True), url
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise WeightsNotFound(
+            f"{base}'s weights are not in torch hub's cache ({cached}) and cannot be downloaded ({_first_line(error)}): "
+            f"fetch {url} on another machine and put it there, or pass the file itself as the weights"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _dinov2_names(state, vit):
+    """Timm's names and layout turned into DINOv2's; DINOv2's own are left alone."""
+    state = dict(state)
+    if "reg_token" in state:
+        state["register_tokens"] = state.pop("reg_token")
+    if isinstance(vit.blocks[0].mlp, SwiGLU):
+        state = {k.replace("mlp.fc1.", "mlp.w12.").replace("mlp.fc2.", "mlp.w3."): v for k, v in state.items()}
+    position = state.get("pos_embed")
+    if position is not None and position.ndim == 3 and position.shape[1] == 37 * 37:
+        # timm adds cls's position to the cls token itself where there are registers
+        state["pos_embed"] = F.pad(position, (0, 0, 1, 0))
+    state.setdefault("mask_token", torch.zeros(1, vit.embed_dim))  # timm drops it
+    return state
+
+
+@torch.no_grad()
+def _initialise(vit, seed):
+    """Random weights that make lively features: unit variance through every layer, and positions in the background,
+    so that a token tells what it sees rather than where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in vit.named_parameters():
+        if p.ndim >= 2:
+            std = 1 / math.sqrt(p[0].numel()) if "weight" in name else 0.02
+            p.normal_(0, std, generator=generator)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def patch_tokens(vit, images):
+    """Images [..., 3, H, W] in 0..1 -> normed patch tokens [..., C, h, w], h = H // 14, w = W // 14.
+
+    The image is resized to the multiples of 14 at or below its size.
+    """
+    H, W = images.shape[-2:]
+    if H < PATCH or W < PATCH:
+        raise ValueError(f"images of {H} x {W} pixels are smaller than one {PATCH} x {PATCH} patch")
+    x = images.flatten(0, -4)  # (B*, 3, H, W)
+    x = F.interpolate(x, (H // PATCH * PATCH, W // PATCH * PATCH), mode="bilinear", align_corners=False)
+    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    tokens = vit.forward_features((x - mean) / std)["x_norm_patchtokens"]  # (B*, h*w, C)
+    tokens = tokens.transpose(1, 2).unflatten(2, (H // PATCH, W // PATCH))
+    return tokens.unflatten(0, images.shape[:-3])
+
+
+# ----------------------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Module):
+    """y = W x + b + (alpha / rank) B A dropout(x), with W and b frozen (Hu et al., arXiv 2106.09685)."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))  # zero: the start is the model as it was
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        return self.linear(x) + F.linear(F.linear(self.dropout(x), self.A), self.B) * self.scale
+
+
+def add_lora(vit, rank=8, alpha=8, dropout=0.1):
+    """Freeze a ViT and put LoRA on every block's qkv and proj (of attention), in place. Returns the ViT."""
+    vit.requires_grad_(False)
+    for block in vit.blocks:
+        block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha, dropout)
+        block.attn.proj = LoRALinear(block.attn.proj, rank, alpha, dropout)
+    return vit
+
+
+@torch.no_grad()
+def merge_lora(vit):
+    """A plain DINOv2 state dict (its names, contiguous CPU copies) that computes what the ViT with LoRA does in eval
+    mode."""
+    state = vit.state_dict()
+    for name, module in vit.named_modules():
+        if isinstance(module, LoRALinear):
+            state = {k: v for k, v in state.items() if not k.startswith(name + ".")}
+            state[f"{name}.weight"] = module.linear.weight + module.scale * module.B @ module.A
+            state[f"{name}.bias"] = module.linear.bias
+    return {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+
+
+# ----------------------------------------------------------------------------- the head
+
+
+class DINOHead(nn.Module):
+    """Features [..., in_dim] -> logits [..., out_dim] over prototypes: MLP, L2 normalisation, and the cosine with each
+    prototype times its own scale weight_g (a weight-normalised linear without bias). DINO, arXiv 2104.14294."""
+
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )  # fmt: skip
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = nn.Module()  # DINO's names: last_layer.weight_g, last_layer.weight_v
+        self.last_layer.weight_g = nn.Parameter(torch.ones(out_dim, 1))
+        self.last_layer.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(out_dim, bottleneck_dim), std=0.02))
+
+    def forward(self, x):
+        prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=-1)
+        return F.linear(F.normalize(self.mlp(x), dim=-1), prototypes)
+
+
+# ----------------------------------------------------------------------------- segments
+
+
+def upsample_weights(masks, h, w, strict=False):
+    """Where each pixel's feature comes from on an h x w grid: four cells and their weights.
+
+    Bilinear with aligned corners, but a cell counts only for the pixels of its own segment: the one that the mask
+    shows at the cell's corner-aligned position. The weights of the cells that count are made to sum to one. Where none
+    counts, plain bilinear; with strict=True, zero, as in the public code.
+
+    Args:
+        masks: [B, H, W] segment ids.
+    Returns:
+        indices [B, H, W, 4] into the B*h*w cells, and weights [B, H, W, 4] float32.
+    """
+    B, H, W = masks.shape
+    device = masks.device
+    rows = torch.linspace(0, H - 1, h, device=device).round().long()
+    columns = torch.linspace(0, W - 1, w, device=device).round().long()
+    cell_ids = masks[:, rows][:, :, columns].reshape(-1)  # (B*h*w,)
+
+    def neighbours(size, pixels):  # along one axis: two cells [pixels, 2] and their weights
+        x = torch.linspace(0, size - 1, pixels, device=device)
+        low = x.floor().long().clamp(max=size - 1)
+        return torch.stack([low, (low + 1).clamp(max=size - 1)], -1), torch.stack([1 - (x - low), x - low], -1)
+
+    (y, wy), (x, wx) = neighbours(h, H), neighbours(w, W)
+    cells = (y[:, None, :, None] * w + x[None, :, None, :]).reshape(H, W, 4)
+    indices = cells + h * w * torch.arange(B, device=device).view(B, 1, 1, 1)  # (B, H, W, 4)
+    plain = (wy[:, None, :, None] * wx[None, :, None, :]).reshape(H, W, 4)
+    weights = plain * (cell_ids[indices] == masks[..., None])
+    total = weights.sum(-1, keepdim=True)
+    found = total > 1e-6  # a weight that is zero but for rounding is a cell that does not count
+    return indices, torch.where(found, weights / total.clamp(min=1e-6), torch.zeros_like(plain) if strict else plain)
+
+
+def upsample_features(features, masks, strict=False):
+    """Features [B, C, h, w] at the size of masks [B, H, W], without mixing segments. Returns [B, C, H, W].
+
+    Mask-aware bilinear upsampling (paper, section 3): see `upsample_weights`. Unlike the public code, a pixel none of
+    whose four cells lies in its segment gets plain bilinear instead of 0; strict=True gives 0.
+    The result is a channels-last view, [B, H, W, C] in memory: what lifting wants.
+    """
+    B, C, h, w = features.shape
+    if masks.shape[0] != B or masks.ndim != 3:
+        raise ValueError(f"masks must be [{B}, H, W] to go with features {list(features.shape)}, not {list(masks.shape)}")
+    indices, weights = upsample_weights(masks, h, w, strict)
+    table = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
+    out = F.embedding_bag(  # a weighted sum of four rows per pixel, never holding the four
+        indices.reshape(-1, 4), table, per_sample_weights=weights.reshape(-1, 4).to(table.dtype), mode="sum"
+    )
+    return out.view(*masks.shape, C).permute(0, 3, 1, 2)
+
+
+def blend_segments(features, masks, alpha):
+    """alpha * features + (1 - alpha) * the mean over each pixel's segment.
+
+    Semantic blending (paper, section 3). features [B, C, H, W], masks [B, H, W] segment ids, alpha a number, or a
+    tensor that broadcasts against [B, 1, 1, 1]. Returns [B, C, H, W].
+    """
+    B, C, H, W = features.shape
+    if masks.shape != (B, H, W):
+        raise ValueError(f"masks must be [{B}, {H}, {W}] to go with features, not {list(masks.shape)}")
+    scene = torch.arange(B, device=masks.device).view(B, 1, 1).expand(B, H, W)
+    _, segment, counts = torch.unique(
+        torch.stack([scene, masks], -1).reshape(-1, 2), dim=0, return_inverse=True, return_counts=True
+    )
+    flat = features.permute(0, 2, 3, 1).reshape(-1, C)  # (B*H*W, C)
+    sums = torch.zeros(len(counts), C, dtype=torch.float32, device=flat.device).index_add_(0, segment, flat.float())
+    means = (sums / counts[:, None]).to(flat.dtype)[segment].view(B, H, W, C).permute(0, 3, 1, 2)
+    return alpha * features + (1 - alpha) * means
+
+
+# ----------------------------------------------------------------------------- geometry
+
+
+class Gaussians(NamedTuple):
+    """What any reconstructor returns: N = V*H*W Gaussians, in view-row-column order of the context pixels."""
+
+    means: torch.Tensor  # [B, N, 3] world
+    covars: torch.Tensor  # [B, N, 3, 3] world
+    opacities: torch.Tensor  # [B, N] 0..1
+
+
+def unproject(depths, Ks, extrinsics):
+    """Depths [..., H, W] (along z), Ks [..., 3, 3] and extrinsics [..., 4, 4] -> world points [..., H, W, 3]."""
+    H, W = depths.shape[-2:]
+    x = torch.arange(W, device=depths.device) + 0.5
+    y = torch.arange(H, device=depths.device) + 0.5
+    fx, fy, cx, cy = (Ks[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    rays = [(x - cx) / fx * torch.ones_like(depths), (y[:, None] - cy) / fy * torch.ones_like(depths)]
+    points = torch.stack([*rays, torch.ones_like(depths)], -1) * depths[..., None]
+    R, t = extrinsics[..., None, None, :3, :3], extrinsics[..., None, None, :3, 3]
+    return (R @ points[..., None])[..., 0] + t
+
+
+class SensorDepth:
+    """Gaussians from measured depth: one per pixel, at its point, round, half a pixel's footprint wide (one standard
+    deviation: half of depth / focal length), opaque. Where depth is 0 (unknown) or not between near and far, the
+    opacity is 0.
+
+    Call it with context views {"depths" [B, V, H, W], "Ks" [B, V, 3, 3], "extrinsics" [B, V, 4, 4], ...}.
+    """
+
+    def __init__(self, near, far):
+        if not 0 < near < far:
+            raise ValueError(f"0 < near < far must hold, not near {near} and far {far}")
+        self.near, self.far = near, far
+
+    def __call__(self, context):
+        if "depths" not in context:
+            raise ValueError("geometry from sensor depth needs data with depth, and this has none")
+        depths, Ks = context["depths"], context["Ks"]
+        valid = (depths > self.near) & (depths < self.far)
+        z = torch.where(valid, depths, 1.0)
+        means = unproject(z, Ks, context["extrinsics"])
+        sigmas = 0.5 * z / (0.5 * (Ks[..., 0, 0] + Ks[..., 1, 1]))[..., None, None]  # (B, V, H, W)
+        covars = torch.eye(3, device=z.device) * (sigmas**2)[..., None, None]
+        return Gaussians(means.flatten(1, 3), covars.flatten(1, 3), valid.float().flatten(1, 3))
+
+
+# ----------------------------------------------------------------------------- the method
+
+
+class SplatAndDistill(nn.Module):
+    """One training step of Splat and Distill (arXiv 2602.06032, section 3).
+
+    Args:
+        vit: a DINOv2 (`load_vit`). It becomes the student, with LoRA; the teacher starts as a copy of the student.
+        reconstruct: context views -> Gaussians (`SensorDepth`).
+        prototypes, head_dim, bottleneck_dim: of the heads.
+        lora_rank, lora_alpha, lora_dropout: of the student's LoRA.
+        blend: how much of its own a splatted feature keeps against its segment's mean; 1 is no blending.
+        teacher_temperature, student_temperature: that logits are divided by.
+    """
+
+    def __init__(
+        self, vit, reconstruct, *, prototypes, head_dim, bottleneck_dim, lora_rank, lora_alpha, lora_dropout, blend,
+        teacher_temperature, student_temperature,
+    ):  # fmt: skip
+        super().__init__()
+        self.reconstruct = reconstruct
+        self.blend = blend
+        self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
+        self.student = add_lora(vit, lora_rank, lora_alpha, lora_dropout)
+        self.student_head = DINOHead(vit.embed_dim, prototypes, head_dim, bottleneck_dim)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()  # its LoRA has dropout too, and targets are not to be dropped
+        self.teacher_head.eval()
+        return self
+
+    @torch.no_grad()
+    def splat(self, context, target, has_masks):
+        """Steps 1 to 7: the teacher's features of the context, seen from the target camera.
+
+        Returns {"splatted" features [B, C, h, w], "holes" [B, h, w] bool, "rendered" features [B, C, H, W], "alphas"
+        [B, H, W], "gaussians"}.
+        """
+        B, V, _, H, W = context["images"].shape
+        # 1. Reconstruct: one Gaussian per context pixel
+        gaussians = self.reconstruct(context)
+        # 2. Teacher features of the context views
+        tokens = patch_tokens(self.teacher, context["images"]).flatten(0, 1)  # (B*V, C, h, w)
+        # 3. Mask-aware upsampling to pixels
+        features = upsample_features(tokens, context["masks"].flatten(0, 1))  # (B*V, C, H, W)
+        # 4. Lift: a pixel's feature is its Gaussian's
+        features = features.permute(0, 2, 3, 1).reshape(B, V * H * W, -1)  # (B, N, C)
+        # 5. Splat into the target camera
+        viewmats = torch.linalg.inv(target["extrinsics"])[:, None]
+        rendered, alphas = rasterize(
+            gaussians.means, gaussians.covars, gaussians.opacities, features, viewmats, target["Ks"][:, None], W, H
+        )  # (B, 1, H, W, C), (B, 1, H, W)
+        rendered, alphas = rendered[:, 0].permute(0, 3, 1, 2), alphas[:, 0]
+        # 6. Semantic blending, in the scenes that have segments
+        if self.blend < 1 and has_masks.any():
+            keep = torch.where(has_masks, self.blend, 1.0).to(rendered.dtype).view(B, 1, 1, 1)
+            rendered = blend_segments(rendered, target["masks"], keep)
+        # 7. Down to the student's grid, and which of its locations nothing was splatted to
+        size = H // PATCH, W // PATCH
+        splatted = F.interpolate(rendered, size, mode="bilinear", align_corners=False)
+        holes = F.interpolate((alphas < 0.5).float()[:, None], size, mode="nearest")[:, 0] > 0.5
+        return dict(splatted=splatted, holes=holes, rendered=rendered, alphas=alphas, gaussians=gaussians)
+
+    def forward(self, batch):
+        """A batch {"context": views [B, V, ...], "target": view [B, ...], "has_masks": [B]} (see data.py).
+
+        Returns the loss (a scalar to differentiate), metrics {name: scalar tensor}, and what to draw: what `splat`
+        returns and "student" features [B, C, h, w].
+        """
+        target = batch["target"]
+        drawn = self.splat(batch["context"], target, batch["has_masks"])
+        splatted, holes = drawn["splatted"], drawn["holes"]
+        # 8. The student looks through the target camera
+        student = patch_tokens(self.student, target["images"])  # (B, C, h, w)
+        # 9. Cross-entropy between the two heads' distributions over prototypes, at every location that is no hole
+        with torch.no_grad():
+            teacher_logits = self.teacher_head(splatted.permute(0, 2, 3, 1)[~holes]).float()  # (locations, prototypes)
+        student_logits = self.student_head(student.permute(0, 2, 3, 1)[~holes]).float()
+        loss, entropy = distillation_loss(
+            teacher_logits / self.teacher_temperature, student_logits / self.student_temperature
+        )
+        # The loss cannot fall below the teacher's entropy; what is above it is the distance to the teacher
+        metrics = {"loss": loss.detach(), "above_entropy": loss.detach() - entropy, "holes": holes.float().mean()}
+        return loss, metrics, dict(drawn, student=student.detach())
+
+    @torch.no_grad()
+    def update_teacher(self, momentum):
+        """10. teacher = momentum * teacher + (1 - momentum) * student, for what is trained, backbone and head."""
+        for student, teacher in ((self.student, self.teacher), (self.student_head, self.teacher_head)):
+            for s, t in zip(student.parameters(), teacher.parameters()):
+                if s.requires_grad:
+                    t.lerp_(s, 1 - momentum)
+
+    @torch.no_grad()
+    def alignment(self, batch, drawn):
+        """Is the geometry right? Mean cosine, where there are no holes, of the teacher's own features of the target
+        with the splatted features, and with those of the first context view left where they are."""
+        own = patch_tokens(self.teacher, batch["target"]["images"])
+        unwarped = patch_tokens(self.teacher, batch["context"]["images"][:, 0])
+        cosines = [F.cosine_similarity(own, f, dim=1)[~drawn["holes"]].mean() for f in (drawn["splatted"], unwarped)]
+        return {"cosine_splatted": cosines[0], "cosine_unwarped": cosines[1]}
+
+
+def distillation_loss(teacher_logits, student_logits):
+    """Cross-entropy of softmax(student) under softmax(teacher), and the teacher's entropy: means over the locations.
+
+    Both [locations, prototypes], already divided by their temperatures. Without locations the loss is 0.
+    """
+    teacher_log, student_log = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
+    p = teacher_log.exp()
+    locations = max(1, len(p))
+    return -(p * student_log).sum() / locations, -(p * teacher_log).sum() / locations

@@ -1,0 +1,455 @@
+"""model.py: equal to the public implementations where they exist, and to a few plain lines where they do not.
+
+golden.safetensors holds slices of values that the public code computed, with weights that are a function of the
+parameter's name alone (`golden_weight`).
+"""
+
+import hashlib
+import math
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import model as M
+from kernels import rasterize
+
+GOLDEN = load_file(Path(__file__).parent / "golden.safetensors")
+# What sha256 makes of the public models' sorted "name shape" lines, its first 16 digits
+PUBLIC_NAMES_AND_SHAPES = {
+    "dinov2_vits14": "8e39e962076b51da",
+    "dinov2_vits14_reg": "81d9f6ee1a0326c0",
+    "dinov2_vitb14": "591020a449940c1e",
+    "dinov2_vitl14": "a871e44cb13ecf8b",
+    "dinov2_vitg14": "006d3e45bdd4dded",
+}
+
+
+def golden_weight(name, shape):
+    r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    if len(shape) >= 2:
+        return r / math.sqrt(math.prod(shape[1:]))
+    return 0.1 * r if name.endswith("bias") else 1 + 0.1 * r
+
+
+def golden_state(module):
+    return {name: golden_weight(name, p.shape) for name, p in module.state_dict().items()}
+
+
+def tiny_vit(seed=0, registers=0, mlp=M.Mlp):
+    vit = M.ViT(dim=24, depth=2, heads=2, registers=registers, mlp=mlp)
+    M._initialise(vit, seed)
+    return vit.eval()
+
+
+# --------------------------------------------------------------------------- the transformer
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES_AND_SHAPES)
+def test_parameters_are_dinov2s(name):
+    base = name.removesuffix("_reg")
+    with torch.device("meta"):
+        state = M.ViT(**M.ARCHITECTURES[base], registers=4 if name.endswith("_reg") else 0).state_dict()
+    lines = "\n".join(f"{n} {list(p.shape)}" for n, p in sorted(state.items()))
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == PUBLIC_NAMES_AND_SHAPES[name]
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_vit_equals_the_public_model(name, tmp_path):
+    vit = M.load_vit(name, "random")
+    save_file(golden_state(vit), tmp_path / "golden.safetensors")
+    vit = M.load_vit(name, tmp_path / "golden.safetensors")
+    images = GOLDEN["dinov2.images_8192"].float() / 8192  # rounded to save space; worth 5e-4 in the values
+    with torch.no_grad():
+        features = vit.forward_features(images)
+        (block5,) = vit.get_intermediate_layers(images, n=[5], norm=False)
+        ((last, cls),) = vit.get_intermediate_layers(images, n=1, reshape=True, return_class_token=True)
+    close = dict(rtol=0, atol=1e-3)
+    torch.testing.assert_close(features["x_norm_clstoken"], GOLDEN[f"{name}.cls"], **close)
+    torch.testing.assert_close(features["x_norm_patchtokens"][:, ::8], GOLDEN[f"{name}.patches"], **close)
+    torch.testing.assert_close(block5[:, ::8], GOLDEN[f"{name}.block5"], **close)
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2)[:, ::8], GOLDEN[f"{name}.patches"], **close)
+    torch.testing.assert_close(cls, GOLDEN[f"{name}.cls"], **close)
+    assert last.shape[-2:] == (252 // 14, 196 // 14)
+
+
+def test_intermediate_layers_normed_or_not():
+    vit, images = tiny_vit(registers=4), torch.randn(1, 3, 28, 42)
+    raw, normed = (vit.get_intermediate_layers(images, n=2, norm=norm) for norm in (False, True))
+    assert len(raw) == 2
+    torch.testing.assert_close(vit.norm(raw[0]), normed[0])
+    torch.testing.assert_close(normed[-1], vit.forward_features(images)["x_norm_patchtokens"])
+    with pytest.raises(ValueError, match="there are 2"):
+        vit.get_intermediate_layers(images, n=[2])
+
+
+def test_swiglu_is_its_formula():
+    mlp = M.SwiGLU(12)
+    x = torch.randn(5, 12)
+    hidden = mlp.w12(x)
+    gate, value = hidden[:, : hidden.shape[1] // 2], hidden[:, hidden.shape[1] // 2 :]
+    torch.testing.assert_close(mlp(x), mlp.w3(gate * torch.sigmoid(gate) * value))
+
+
+def test_image_size_must_fit():
+    with pytest.raises(ValueError, match="multiples of 14 pixels high and wide, not 28 x 30"):
+        tiny_vit()(torch.zeros(1, 3, 28, 30))
+
+
+def test_patch_tokens_resize_and_normalise():
+    vit, images = tiny_vit(), torch.rand(2, 3, 3, 45, 30)  # any leading dimensions
+    tokens = M.patch_tokens(vit, images)
+    assert tokens.shape == (2, 3, 24, 3, 2)
+    resized = F.interpolate(images[1, 2][None], (42, 28), mode="bilinear")
+    normalised = (resized - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    expected = vit.get_intermediate_layers(normalised, reshape=True)[0][0]
+    torch.testing.assert_close(tokens[1, 2], expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------- weights
+
+
+@pytest.fixture
+def tiny_architecture(monkeypatch):
+    monkeypatch.setitem(M.ARCHITECTURES, "dinov2_vits14", dict(dim=24, depth=2, heads=2))
+    monkeypatch.setitem(M.ARCHITECTURES, "dinov2_vitg14", dict(dim=24, depth=2, heads=2, mlp=M.SwiGLU))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_loads_what_it_saved(tmp_path, tiny_architecture, suffix):
+    state = tiny_vit(seed=3).state_dict()
+    path = tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    loaded = M.load_vit("dinov2_vits14", path).state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14_reg", "dinov2_vitg14"])
+def test_timms_files_compute_the_same(tmp_path, tiny_architecture, name):
+    """The two conversions that timm makes: cls's position folded into cls, and SwiGLU's names."""
+    vit = M.load_vit(name, "random", seed=1)
+    timm = {k: v for k, v in vit.state_dict().items() if k != "mask_token"}
+    if name.endswith("_reg"):
+        timm["reg_token"] = timm.pop("register_tokens")
+        timm["cls_token"] = timm["cls_token"] + timm["pos_embed"][:, :1]
+        timm["pos_embed"] = timm["pos_embed"][:, 1:].contiguous()
+    timm = {k.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): v for k, v in timm.items()}
+    save_file(timm, tmp_path / "timm.safetensors")
+    images = torch.randn(1, 3, 56, 70)
+    with torch.no_grad():
+        expected, got = (v.forward_features(images)["x_prenorm"] for v in (vit, M.load_vit(name, tmp_path / "timm.safetensors")))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_public_weights_come_from_torch_hubs_cache(tmp_path, tiny_architecture, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    state = tiny_vit(seed=5).state_dict()
+    torch.save(state, tmp_path / "checkpoints" / "dinov2_vits14_pretrain.pth")
+    assert torch.equal(M.load_vit("dinov2_vits14").cls_token, state["cls_token"])
+
+
+def test_no_weights_says_both_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def refuse(url, **_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with pytest.raises(M.WeightsNotFound, match=r"checkpoints/dinov2_vits14_reg4_pretrain.pth.*no network.*put it there, or pass"):
+        M.load_vit("dinov2_vits14_reg")
+
+
+def test_random_weights_are_a_function_of_the_seed(tiny_architecture):
+    a, b, c = (M.load_vit("dinov2_vits14", "random", seed=s).patch_embed.proj.weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def _pickle(path):
+    torch.save({"hook": Path.cwd()}, path)
+
+
+@pytest.mark.parametrize(
+    "write,message",
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.write_bytes(b"GIF89a"), "not a weights file|more than weights, or is damaged"),
+        (lambda path: path.write_bytes(b""), "not a weights file"),
+        (_pickle, "more than weights, or is damaged"),
+        (lambda path: torch.save([1, 2], path), "not a state dict"),
+        (lambda path: torch.save({"model": {}}, path), "not a state dict"),
+        (lambda path: torch.save({k: v for k, v in tiny_vit().state_dict().items() if "ls1" not in k}, path),
+         "does not fit this architecture: it lacks blocks.0.ls1.gamma, blocks.1.ls1.gamma"),
+        (lambda path: torch.save(tiny_vit().state_dict() | {"head.weight": torch.zeros(1)}, path), "has unknown head.weight"),
+        (lambda path: torch.save(tiny_vit().state_dict() | {"norm.bias": torch.zeros(7)}, path), "wrongly shaped norm.bias"),
+    ],
+)  # fmt: skip
+def test_bad_weights_get_one_sentence(tmp_path, tiny_architecture, write, message):
+    path = tmp_path / "weights.pth"
+    write(path)
+    with pytest.raises(ValueError, match=message) as error:
+        M.load_vit("dinov2_vits14", path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_model_lists_the_known():
+    with pytest.raises(ValueError, match="unknown model 'vit_tiny'; known are dinov2_vits14, .* each also with _reg"):
+        M.load_vit("vit_tiny")
+
+
+# --------------------------------------------------------------------------- LoRA and head
+
+
+def test_lora_starts_as_the_model_and_merges_to_what_it_became(tmp_path, tiny_architecture):
+    vit = M.load_vit("dinov2_vits14", "random")
+    names, images = set(vit.state_dict()), torch.randn(2, 3, 28, 28)
+    plain = vit.forward_features(images)["x_prenorm"]
+    M.add_lora(vit, rank=4, alpha=2, dropout=0.1).eval()
+    torch.testing.assert_close(vit.forward_features(images)["x_prenorm"], plain)
+    trainable = [p for p in vit.parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * 2  # A and B of qkv and proj of two blocks
+    with torch.no_grad():
+        for p in trainable:
+            p.normal_(0, 0.2)
+    changed = vit.forward_features(images)["x_prenorm"]
+    assert (changed - plain).abs().max() > 0.1
+    merged = M.merge_lora(vit)
+    assert set(merged) == names
+    save_file(merged, tmp_path / "student.safetensors")
+    again = M.load_vit("dinov2_vits14", tmp_path / "student.safetensors")
+    torch.testing.assert_close(again.forward_features(images)["x_prenorm"], changed, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_is_its_formula():
+    linear = torch.nn.Linear(6, 5)
+    lora = M.LoRALinear(linear, rank=2, alpha=8, dropout=0.0)
+    torch.nn.init.normal_(lora.B)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(lora(x), x @ (linear.weight + 8 / 2 * lora.B @ lora.A).T + linear.bias)
+
+
+def test_head_and_loss_equal_the_public_code():
+    head = M.DINOHead(16, 64, hidden_dim=32, bottleneck_dim=8)
+    head.load_state_dict(golden_state(head))
+    teacher, student = head(GOLDEN["head_teacher_in"]), head(GOLDEN["head_student_in"])
+    torch.testing.assert_close(teacher, GOLDEN["head_logits"], rtol=0, atol=1e-3)
+    loss, entropy = M.distillation_loss(teacher, student)
+    torch.testing.assert_close(loss, GOLDEN["head_loss"][0], rtol=0, atol=1e-3)
+    kl = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(loss - entropy, kl)
+
+
+# --------------------------------------------------------------------------- segments
+
+
+def test_upsampling_equals_the_public_code():
+    out = M.upsample_features(GOLDEN["up_feats"], GOLDEN["up_mask"].long(), strict=True)
+    torch.testing.assert_close(out[:, ::4, ::3, ::3], GOLDEN["up_out"], rtol=0, atol=1e-3)
+    assert (GOLDEN["up_out"] == 0).all(1).any()  # strict's zeros are among what was compared
+
+
+def test_upsampling_falls_back_to_bilinear_where_no_cell_counts():
+    features, masks = GOLDEN["up_feats"], GOLDEN["up_mask"].long()
+    strict, ours = (M.upsample_features(features, masks, strict=s) for s in (True, False))
+    lost = (strict == 0).all(1, keepdim=True).expand_as(ours)
+    plain = F.interpolate(features, masks.shape[1:], mode="bilinear", align_corners=True)
+    torch.testing.assert_close(ours[lost], plain[lost], rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours[~lost], strict[~lost])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 13), st.integers(1, 13),
+       st.integers(1, 3))  # fmt: skip
+def test_upsampling_keeps_segments_apart(seed, B, h, w, H, W, segments):
+    """Features that are their cell's segment id come back as each pixel's own, wherever any cell counted."""
+    g = torch.Generator().manual_seed(seed)
+    masks = torch.randint(0, segments, (B, H, W), generator=g)
+    rows, columns = torch.linspace(0, H - 1, h).round().long(), torch.linspace(0, W - 1, w).round().long()
+    ids = masks[:, rows][:, :, columns][:, None].float()
+    out = M.upsample_features(torch.cat([ids, torch.ones_like(ids)], 1), masks, strict=True)
+    counted = out[:, 1] > 0
+    torch.testing.assert_close(out[:, 1][counted], torch.ones_like(out[:, 1])[counted])
+    torch.testing.assert_close(out[:, 0][counted], masks.float()[counted])
+    one = M.upsample_features(ids, torch.zeros_like(masks))  # one segment: plain bilinear
+    torch.testing.assert_close(one, F.interpolate(ids, (H, W), mode="bilinear", align_corners=True), rtol=1e-4, atol=1e-4)
+
+
+def test_blending_equals_the_public_code():
+    out = M.blend_segments(GOLDEN["blend_in"], GOLDEN["blend_mask"].long(), 0.5)
+    torch.testing.assert_close(out, GOLDEN["blend_out"], rtol=0, atol=1e-3)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.floats(0, 1))
+def test_blending_is_the_loop(seed, B, H, W, alpha):
+    g = torch.Generator().manual_seed(seed)
+    features = torch.randn(B, 4, H, W, generator=g)
+    masks = torch.randint(-2, 3, (B, H, W), generator=g)  # the same ids in every image, some negative
+    expected = features.clone()
+    for b in range(B):
+        for i in masks[b].unique():
+            inside = masks[b] == i
+            expected[b][:, inside] = alpha * features[b][:, inside] + (1 - alpha) * features[b][:, inside].mean(1, keepdim=True)
+    torch.testing.assert_close(M.blend_segments(features, masks, alpha), expected, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------- geometry and method
+
+
+def wall(B=1, V=2, H=70, W=126, seed=0):
+    """Views of a wall 3 m ahead, painted smoothly: context cameras to the left and right, the target between them."""
+    g = torch.Generator().manual_seed(seed)
+    texture = F.interpolate(torch.rand(B, 3, 4, 8, generator=g), (112, 224), mode="bicubic", align_corners=True).clamp(0, 1)
+    K = torch.tensor([[70.0, 0, W / 2], [0, 70.0, H / 2], [0, 0, 1]])
+
+    def view(shift):  # a camera `shift` pixels of the wall to the right sees it through a crop that moves along
+        extrinsics = torch.eye(4).repeat(B, 1, 1)
+        extrinsics[:, 0, 3] = shift * 3 / 70
+        left = 49 + shift
+        images = texture[:, :, 14 : 14 + H, left : left + W]
+        masks = (torch.arange(W) + left > 112).long().expand(B, H, W)
+        return dict(images=images, extrinsics=extrinsics, Ks=K.expand(B, 3, 3), depths=torch.full((B, H, W), 3.0), masks=masks)
+
+    sides = [view(shift) for shift in (-28, 28)][:V]
+    context = {k: torch.stack([s[k] for s in sides], 1) for k in sides[0]}
+    return {"context": context, "target": view(0), "has_masks": torch.ones(B, dtype=torch.bool)}
+
+
+def build(vit=None, **changes):
+    options = dict(prototypes=32, head_dim=32, bottleneck_dim=16, lora_rank=2, lora_alpha=2, lora_dropout=0.1, blend=0.5,
+                   teacher_temperature=1.0, student_temperature=1.0) | changes  # fmt: skip
+    torch.manual_seed(0)
+    return M.SplatAndDistill(vit or tiny_vit(), M.SensorDepth(0.1, 100.0), **options)
+
+
+def test_gaussians_from_depth_render_their_own_photo():
+    batch = wall(V=1)
+    view = batch["context"]
+    gaussians = M.SensorDepth(0.1, 100.0)(view)
+    colours = view["images"].permute(0, 1, 3, 4, 2).reshape(1, -1, 3)
+    viewmats = torch.linalg.inv(view["extrinsics"])
+    out, alphas = rasterize(*gaussians, colours, viewmats, view["Ks"], 126, 70)
+    inner = (slice(None), slice(None), slice(3, -3), slice(3, -3))
+    assert alphas[inner].min() > 0.95
+    photo = view["images"].permute(0, 1, 3, 4, 2)
+    assert (out / alphas[..., None] - photo)[inner].abs().mean() < 0.01
+
+
+def test_unknown_and_far_depth_is_transparent():
+    view = wall(V=1)["context"]
+    view["depths"][0, 0, 0, :3] = torch.tensor([0.0, 0.05, 200.0])
+    gaussians = M.SensorDepth(0.1, 100.0)(view)
+    assert gaussians.opacities[0, :4].tolist() == [0, 0, 0, 1]
+    assert all(torch.isfinite(t).all() for t in gaussians)
+
+
+def test_unprojection_inverts_projection():
+    g = torch.Generator().manual_seed(0)
+    depths, K = 1 + torch.rand(2, 5, 7, generator=g), torch.tensor([[6.0, 0, 3.3], [0, 8.0, 2.1], [0, 0, 1]])
+    extrinsics = torch.eye(4).repeat(2, 1, 1)
+    extrinsics[:, :3, :3] = torch.linalg.matrix_exp(torch.tensor([[0, -0.3, 0.1], [0.3, 0, -0.2], [-0.1, 0.2, 0]]))
+    extrinsics[:, :3, 3] = torch.randn(2, 3, generator=g)
+    points = M.unproject(depths, K.expand(2, 3, 3), extrinsics)
+    R, t = extrinsics[:, :3, :3], extrinsics[:, :3, 3]
+    camera = torch.einsum("bji,bhwj->bhwi", R, points - t[:, None, None])
+    pixels = camera @ K.T
+    torch.testing.assert_close(camera[..., 2], depths)
+    torch.testing.assert_close(pixels[..., 0] / pixels[..., 2], (torch.arange(7) + 0.5).expand(2, 5, 7), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pixels[..., 1] / pixels[..., 2], (torch.arange(5) + 0.5)[:, None].expand(2, 5, 7), rtol=1e-4, atol=1e-4)
+
+
+class PixelFeatures(torch.nn.Module):
+    """Stands in for the transformer: a patch's token is its mean colour, wherever it is."""
+
+    embed_dim, blocks = 3, []
+
+    def __init__(self):
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(3))
+
+    def forward_features(self, images):
+        tokens = F.avg_pool2d(images, 14).flatten(2).transpose(1, 2)
+        return {"x_norm_patchtokens": tokens + self.shift}
+
+
+def test_splatted_features_land_where_the_target_sees_them():
+    batch = wall(B=2)
+    method = build(PixelFeatures(), blend=1.0).eval()
+    drawn = method.splat(batch["context"], batch["target"], batch["has_masks"])
+    aligned = method.alignment(batch, drawn)
+    assert not drawn["holes"].any()
+    assert aligned["cosine_splatted"] > 0.95
+    assert aligned["cosine_splatted"] > aligned["cosine_unwarped"] + 0.1
+
+
+def test_blending_is_only_where_there_are_masks():
+    batch, method = wall(B=2), build().eval()
+    batch["has_masks"] = torch.tensor([True, False])
+    views = batch["context"], batch["target"]
+    blended = method.splat(*views, batch["has_masks"])["rendered"]
+    method.blend = 1.0
+    plain = method.splat(*views, batch["has_masks"])["rendered"]
+    expected = M.blend_segments(plain, batch["target"]["masks"], 0.5)
+    torch.testing.assert_close(blended[0], expected[0])
+    torch.testing.assert_close(blended[1], plain[1])
+    assert (expected[1] - plain[1]).abs().max() > 0.01
+
+
+def test_holes_are_left_out_of_the_loss():
+    """Loss over locations by hand; and what the target shows in a hole changes nothing."""
+    batch, method = wall(), build(PixelFeatures()).eval()
+    batch["context"]["depths"][..., :63] = 0  # the left half of both context views is unknown
+    loss, metrics, drawn = method(batch)
+    holes = drawn["holes"]
+    assert 0 < holes.float().mean() < 1 and metrics["holes"] == holes.float().mean()
+    teacher = method.teacher_head(drawn["splatted"].permute(0, 2, 3, 1)).softmax(-1)
+    student = method.student_head(drawn["student"].permute(0, 2, 3, 1)).log_softmax(-1)
+    torch.testing.assert_close(loss, -(teacher * student).sum(-1)[~holes].mean())
+    batch["context"]["depths"][:] = 0
+    loss, _, drawn = method(batch)
+    assert drawn["holes"].all() and loss == 0
+    loss.backward()  # a step without a single location must not fail
+
+
+def test_one_step_trains_the_student_and_only_it():
+    batch, method = wall(), build().train()
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+    loss, _, _ = method(batch)
+    loss.backward()
+    trained = {n for n, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained and all(n.startswith("student") for n in trained)
+    assert all(".B" in n for n in trained if not n.startswith("student_head"))  # A's gradient is 0 while B is 0
+
+
+def test_teacher_follows_by_ema():
+    method = build()
+    before = {n: p.clone() for n, p in method.teacher.named_parameters()}
+    head_before = method.teacher_head.last_layer.weight_v.clone()
+    with torch.no_grad():
+        for p in list(method.student.parameters()) + list(method.student_head.parameters()):
+            p += 1 if p.requires_grad else 0
+    method.update_teacher(0.9)
+    for (name, t), s in zip(method.teacher.named_parameters(), method.student.parameters()):
+        torch.testing.assert_close(t, before[name] + (0.1 if s.requires_grad else 0))
+    torch.testing.assert_close(method.teacher_head.last_layer.weight_v, head_before + 0.1)
+
+
+def test_teacher_has_no_dropout_while_the_student_has():
+    method = build(lora_dropout=0.5)
+    torch.nn.init.normal_(method.student.blocks[0].attn.qkv.B)
+    method.train()
+    batch = wall()
+    a, b = (method(batch)[2] for _ in range(2))
+    assert torch.equal(a["splatted"], b["splatted"]) and not torch.equal(a["student"], b["student"])
+
+
+def test_no_depth_is_said():
+    batch = wall()
+    del batch["context"]["depths"]
+    with pytest.raises(ValueError, match="needs data with depth"):
+        build()(batch)
