@@ -444,14 +444,13 @@ def blend_segments(features, masks, alpha):
     B, C, H, W = features.shape
     if masks.shape != (B, H, W):
         raise ValueError(f"masks must be [{B}, {H}, {W}] to go with features, not {list(masks.shape)}")
-    scene = torch.arange(B, device=masks.device).view(B, 1, 1).expand(B, H, W)
-    _, segment, counts = torch.unique(
-        torch.stack([scene, masks], -1).reshape(-1, 2), dim=0, return_inverse=True, return_counts=True
-    )
+    ids = masks - masks.min()  # from 0, whatever they are, and then apart for every scene
+    ids = ids + (ids.max() + 1) * torch.arange(B, device=masks.device).view(B, 1, 1)
+    _, segment, counts = torch.unique(ids.flatten(), return_inverse=True, return_counts=True)
     flat = features.permute(0, 2, 3, 1).reshape(-1, C)  # (B*H*W, C)
     sums = torch.zeros(len(counts), C, dtype=torch.float32, device=flat.device).index_add_(0, segment, flat.float())
     means = (sums / counts[:, None]).to(flat.dtype)[segment].view(B, H, W, C).permute(0, 3, 1, 2)
-    return alpha * features + (1 - alpha) * means
+    return torch.lerp(means, features, alpha)
 
 
 # ----------------------------------------------------------------------------- geometry

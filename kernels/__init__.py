@@ -127,7 +127,7 @@ def _check(means, covars, opacities, features, viewmats, Ks, width, height, near
         if name != "features" and tensor.dtype != means.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, means {means.dtype}")
         # One sum reads the tensor once and makes no copy; only if it is off look for the culprit
-        if not torch.isfinite(tensor.detach().sum(dtype=torch.float64)) and not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.detach().sum()) and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are NaN or infinite")
     if means.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"means must be float32 or float64, not {means.dtype}")

@@ -88,18 +88,20 @@ def _spread(counts):
     return owner, torch.arange(len(owner), device=counts.device) - first[owner]
 
 
-def _pair_alpha(means2d, conics, opacities, owner, pixel_x, pixel_y):
-    dx = means2d[owner, 0] - (pixel_x + 0.5)
-    dy = means2d[owner, 1] - (pixel_y + 0.5)
-    q = 0.5 * (conics[owner, 0] * dx * dx + conics[owner, 2] * dy * dy) + conics[owner, 1] * dx * dy
-    return (opacities[owner] * torch.exp(-q.clamp(min=0))).clamp(max=MAX_ALPHA)
+def _pair_alpha(image_gaussians, owner, pixel_x, pixel_y):
+    """Alpha [P] of the pairs; image_gaussians [M, 6] holds mean (2), conic (3) and opacity, together for one gather."""
+    # index_select, not [owner], whose backward is many times slower
+    mx, my, a, b, d, opacity = image_gaussians.index_select(0, owner).unbind(-1)
+    dx, dy = mx - (pixel_x + 0.5), my - (pixel_y + 0.5)
+    q = 0.5 * (a * dx * dx + d * dy * dy) + b * dx * dy
+    return (opacity * torch.exp(-q.clamp(min=0))).clamp(max=MAX_ALPHA)
 
 
 @torch.no_grad()
-def list_pairs(means2d, conics, radii, depths, opacities, width, height):
+def list_pairs(image_gaussians, radii, depths, width, height):
     """All pairs with alpha >= 1/255, sorted by image and pixel, then by depth, then by index.
 
-    Takes per-image tensors means2d [I, N, 2], conics [I, N, 3], radii [I, N, 2], depths [I, N], opacities [I, N].
+    Takes image_gaussians [I*N, 6] (see `_pair_alpha`), radii [I, N, 2] and depths [I, N] of I images.
     Returns owner [P], an index into I*N, and pixel [P], an index into I*H*W.
     A Gaussian is spread into the image rows that it touches, and each row into just the pixels inside the ellipse.
     """
@@ -108,10 +110,9 @@ def list_pairs(means2d, conics, radii, depths, opacities, width, height):
     order = (order + N * torch.arange(I, device=order.device)[:, None]).reshape(-1)
     radii = radii.reshape(-1, 2)
     order = order[radii[order, 0] >= 0]
-    means2d, conics, opacities = means2d.reshape(-1, 2), conics.reshape(-1, 3), opacities.reshape(-1)
     slack = 0.01  # pixels; rounding may list a pixel too many (its alpha decides), never one too few
 
-    my, ry = means2d[order, 1], radii[order, 1] + slack
+    my, ry = image_gaussians[order, 1], radii[order, 1] + slack
     top = torch.ceil((my - ry - 0.5).clamp(0, height)).long()  # pixel centres lie at +0.5
     bottom = torch.floor((my + ry - 0.5).clamp(-1, height - 1)).long() + 1
     row, nth = _spread((bottom - top).clamp(min=0))
@@ -119,33 +120,30 @@ def list_pairs(means2d, conics, radii, depths, opacities, width, height):
     owner = order[row]
 
     # In row y, q <= reach is an interval around the ellipse's own centre line
-    a, b, d = conics[owner].unbind(-1)
-    dy = means2d[owner, 1] - (y + 0.5)
-    reach = 2 * torch.log(opacities[owner] / MIN_ALPHA)
+    mx, my, a, b, d, opacity = image_gaussians[owner].unbind(-1)
+    dy = my - (y + 0.5)
+    reach = 2 * torch.log(opacity / MIN_ALPHA)
     half = torch.sqrt(((reach - (d - b * b / a) * dy * dy) / a).clamp(min=0)) + slack
-    centre = means2d[owner, 0] + b / a * dy
+    centre = mx + b / a * dy
     left = torch.ceil((centre - half - 0.5).clamp(0, width)).long()
     right = torch.floor((centre + half - 0.5).clamp(-1, width - 1)).long() + 1
     row, nth = _spread((right - left).clamp(min=0))
     x, y, owner = left[row] + nth, y[row], owner[row]
 
-    counts = _pair_alpha(means2d, conics, opacities, owner, x, y) >= MIN_ALPHA
+    counts = _pair_alpha(image_gaussians, owner, x, y) >= MIN_ALPHA
     owner, pixel = owner[counts], ((owner // N * height + y) * width + x)[counts]
     pixel, by_pixel = torch.sort(pixel.int() if I * height * width < 2**31 else pixel, stable=True)
     return owner[by_pixel], pixel.long()
 
 
-def blend(means2d, conics, opacities, features, owner, pixel, width, height):
-    """Blend the pairs of `list_pairs`, given per-image tensors and features [B, N, C].
+def blend(image_gaussians, features, owner, pixel, I, width, height):
+    """Blend the pairs of `list_pairs` into I images, given image_gaussians [I*N, 6] and features [B, N, C].
 
     Returns features [I, H, W, C] and alphas [I, H, W], differentiable in everything but the pairs.
     """
-    I, N = opacities.shape
-    B, _, C = features.shape
+    B, N, C = features.shape
     pixels = I * height * width
-    alpha = _pair_alpha(
-        means2d.reshape(-1, 2), conics.reshape(-1, 3), opacities.reshape(-1), owner, pixel % width, pixel // width % height
-    )
+    alpha = _pair_alpha(image_gaussians, owner, pixel % width, pixel // width % height)
     # Transmittance before each pair: the sum of logs since its pixel's first pair. One sum runs over all pixels,
     # in float64 because it grows to millions while differences of 1e-6 decide where blending stops.
     logs = torch.log1p(-alpha.double())
@@ -173,10 +171,8 @@ def rasterize(means, covars, opacities, features, viewmats, Ks, width, height, n
         means, covars, viewmats, Ks, width, height, near_plane, far_plane, eps2d
     )
     radii = image_radii(covars2d.detach(), opacities.detach(), visible)
-    means2d, conics, radii, depths = (t.flatten(0, 1) for t in (means2d, conics, radii, depths))  # (I, N, ...)
-    opacities = opacities[:, None].expand(B, V, N).reshape(B * V, N)
-    owner, pixel = list_pairs(means2d, conics, radii, depths, opacities, width, height)
-    out, alphas = blend(
-        means2d, conics, opacities, features.to(means.dtype), owner, pixel, width, height
-    )
+    opacities = opacities[:, None, :, None].expand(B, V, N, 1)
+    image_gaussians = torch.cat([means2d, conics, opacities], -1).view(B * V * N, 6)
+    owner, pixel = list_pairs(image_gaussians, radii.flatten(0, 1), depths.flatten(0, 1), width, height)
+    out, alphas = blend(image_gaussians, features.to(means.dtype), owner, pixel, B * V, width, height)
     return out.view(B, V, height, width, C).to(features.dtype), alphas.view(B, V, height, width)

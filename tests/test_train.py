@@ -1,0 +1,218 @@
+"""train.py from the command line inwards, on a tiny transformer: what it writes, resumes and refuses."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import model as M
+import train
+
+SMALL = ("--teacher-weights random --height 42 --width 56 --steps 6 --prototypes 32 --head-dim 32 --bottleneck-dim 16 "
+         "--preview-every 4 --checkpoint-every 4 --ema-every 2").split()  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path, monkeypatch):
+    """A folder of its own, a small transformer by a known name, and the signal handlers put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(M.ARCHITECTURES, "dinov2_vits14", dict(dim=24, depth=2, heads=2))
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def metrics(run):
+    return [json.loads(line) for line in Path("runs", run, "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_after(step, monkeypatch):
+    """As if the user pressed Ctrl-C during that step."""
+    real = train.train_step
+
+    def interrupted(model, batch, optimizer, schedule, number, settings):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(model, batch, optimizer, schedule, number, settings)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    return lambda: monkeypatch.setattr(train, "train_step", real)
+
+
+def test_a_run_writes_what_it_says(capsys):
+    train.main(SMALL)
+    folder = Path("runs/demo-1")
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"student.safetensors", "checkpoint.pt", "metrics.jsonl",
+                     "preview_000000.png", "preview_000004.png", "preview_000006.png"}  # fmt: skip
+    assert [m["step"] for m in metrics("demo-1")] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(m["loss"]) and m["above_entropy"] > -1e-6 for m in metrics("demo-1"))
+    student = M.load_vit("dinov2_vits14", folder / "student.safetensors")
+    teacher = M.load_vit("dinov2_vits14", "random", seed=0)
+    changed = [k for k, v in student.state_dict().items() if not torch.equal(v, teacher.state_dict()[k])]
+    assert changed == [f"blocks.{i}.attn.{layer}.weight" for i in (0, 1) for layer in ("qkv", "proj")]
+    out = capsys.readouterr().out
+    assert "step 6/6" in out and "left" in out and "Next" in out
+    assert "Cosine with the teacher's own features of the target view: splatted" in out
+
+
+def test_random_weights_are_recorded_in_everything(capsys):
+    train.main(SMALL)
+    folder = Path("runs/demo-1")
+    assert capsys.readouterr().out.count(train.RANDOM) == 2  # before and after
+    with safe_open(folder / "student.safetensors", "pt") as file:
+        assert file.metadata()["warning"] == train.RANDOM
+        assert json.loads(file.metadata()["settings"])["teacher_weights"] == "random"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["random_weights"] is True
+    assert all(m["random_weights"] is True for m in metrics("demo-1"))
+    picture = Image.open(folder / "preview_000006.png")
+    assert picture.text["warning"] == train.RANDOM
+    top = np.asarray(picture)[:18].astype(int)
+    assert ((top[..., 0] > 150) & (top[..., 1] < 60)).sum() > 50  # red letters
+
+
+def test_real_weights_are_not_called_random(capsys):
+    torch.save(M.load_vit("dinov2_vits14", "random", seed=7).state_dict(), "dino.pth")
+    train.main([*SMALL, "--teacher-weights", "dino.pth", "--steps", "2"])
+    assert train.RANDOM not in capsys.readouterr().out
+    assert all(m["random_weights"] is False for m in metrics("demo-1"))
+    assert "warning" not in Image.open("runs/demo-1/preview_000002.png").text
+
+
+def test_resumed_run_is_the_run_that_never_stopped(monkeypatch, capsys):
+    train.main([*SMALL, "--name", "whole"])
+    go_on = stop_after(3, monkeypatch)
+    train.main([*SMALL, "--name", "parts"])
+    assert "To go on: python train.py --resume runs/parts" in capsys.readouterr().out
+    assert len(metrics("parts")) == 3
+    go_on()
+    with open("runs/parts/metrics.jsonl", "a") as log:  # as after a crash: lines beyond the checkpoint, one cut short
+        log.write('{"step": 4, "loss": 99}\n{"step": 5, "lo')
+    train.main(["--resume", "runs/parts"])
+    assert metrics("parts") == metrics("whole")  # to the last bit: JSON keeps all digits
+    whole, parts = (load_file(f"runs/{name}/student.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    with pytest.raises(SystemExit, match="has all its 6 steps already"):
+        train.main(["--resume", "runs/parts"])
+
+
+def test_distance_to_the_teacher_falls():
+    train.main([*SMALL, "--steps", "60", "--preview-every", "60"])
+    above = [m["above_entropy"] for m in metrics("demo-1")]
+    assert sum(above[-6:]) < 0.7 * sum(above[:6])
+
+
+def test_the_preview_shows_five_pictures():
+    train.main([*SMALL, "--steps", "1"])
+    sheet = np.asarray(Image.open("runs/demo-1/preview_000001.png"))
+    assert sheet.shape == (42 + 36, 5 * 60 - 4, 3)
+    panels = [sheet[36:, i * 60 : i * 60 + 56] for i in range(5)]
+    assert all(panels[i].std() > 2 for i in (0, 1, 2, 4))
+    alpha = panels[3]  # mostly opaque, and grey
+    assert alpha.mean() > 128 and (alpha[..., 0] == alpha[..., 1]).all()
+
+
+def test_runs_do_not_overwrite_each_other():
+    train.main([*SMALL, "--steps", "1"])
+    train.main([*SMALL, "--steps", "1"])
+    assert Path("runs/demo-2/student.safetensors").exists()
+    with pytest.raises(SystemExit, match="runs/demo-1: there is a run of that name; go on with --resume"):
+        train.main([*SMALL, "--name", "demo-1"])
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("old")
+
+    def fails(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        train.replace_file(path, fails)
+    assert path.read_text() == "old"
+
+
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise M.WeightsNotFound("no weights: fetch them or pass the file")
+
+    monkeypatch.setattr(M, "_public_weights", refuse)
+
+
+def test_demo_goes_on_without_the_teachers_weights(monkeypatch, capsys):
+    no_network(monkeypatch)
+    small = [a for a in SMALL if a not in ("--teacher-weights", "random")]
+    train.main([*small, "--steps", "1"])
+    assert capsys.readouterr().out.count(train.RANDOM) == 2
+
+
+def test_with_data_missing_weights_stop_the_run(monkeypatch):
+    no_network(monkeypatch)
+    monkeypatch.setattr(train, "load_views", lambda settings: (None, None))
+    with pytest.raises(SystemExit, match="fetch them or pass the file .--teacher-weights FILE"):
+        train.main(["--data", "somewhere"])
+
+
+def test_presets():
+    assert train.parse_settings([])["preset"] == "demo"
+    settings = train.parse_settings(["--data", "x"])
+    assert settings["preset"] == "paper"
+    # every number of the paper's table
+    expected = dict(height=576, width=880, context_views=2, min_gap=8, max_gap=12, near=1.0, far=100.0, batch_size=1,
+                    lora_rank=8, lora_alpha=8.0, lora_dropout=0.1, head_dim=2048, bottleneck_dim=256, prototypes=65536,
+                    lr=2e-5, warmup=0.01, steps=300_000, momentum=0.999, ema_every=10, teacher_temperature=1.0,
+                    student_temperature=1.0, blend=0.5)  # fmt: skip
+    assert {k: settings[k] for k in expected} == expected
+    assert train.parse_settings(["--data", "x", "--preset", "demo", "--lr", "0.5"])["lr"] == 0.5
+
+
+def test_every_setting_is_read():
+    source = Path(train.__file__).read_text() + Path(M.__file__).read_text()
+    body = source.split("def parse_settings")[1]
+    unread = [name for name in train.SETTINGS if f'"{name}"' not in body.split("# ---", 1)[1]]
+    assert unread == []
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--blend", "2"], "--blend must be between 0 and 1, not 2.0"),
+        (["--steps", "0"], "--steps must be more than 0"),
+        (["--teacher", "vit"], "unknown model 'vit'; known are"),
+        (["--teacher-weights", "nothing.pth"], "nothing.pth: no such file"),
+        (["--near", "5", "--far", "2"], "0 < near < far must hold"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--resume", "nowhere"], "nowhere/checkpoint.pt: no such file; --resume takes the folder of a run"),
+        (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(arguments, message):
+    rest = [] if "--resume" in arguments else SMALL
+    with pytest.raises(SystemExit, match=message) as error:
+        train.main([*rest, *arguments])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate", "--step", "--blending"])
+def test_unknown_flags_are_errors(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.main([flag, "1"])
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_damaged_checkpoint_is_named(content):
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/checkpoint.pt").write_bytes(content)
+    with pytest.raises(SystemExit, match="runs/x/checkpoint.pt: not a checkpoint of train.py"):
+        train.main(["--resume", "runs/x"])
