@@ -287,15 +287,15 @@ def _dinov2_names(state, vit):
 
 @torch.no_grad()
 def _initialise(vit, seed):
-    """Random weights that make lively features: unit variance through every layer, and positions in the background,
-    so that a token tells what it sees rather than where it is."""
+    """Random weights that make lively features: unit variance through every layer, and positions and what attention
+    mixes in the background, so that a token tells what it sees rather than where it is or what all see."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in vit.named_parameters():
         if p.ndim >= 2:
             std = 1 / math.sqrt(p[0].numel()) if "weight" in name else 0.02
             p.normal_(0, std, generator=generator)
         else:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
+            p.fill_(0.0 if name.endswith("bias") else 0.1 if name.endswith("gamma") else 1.0)
 
 
 def patch_tokens(vit, images):

@@ -1,0 +1,817 @@
+"""Posed views to learn from: procedural rooms made on the fly, captures read from disk, and the view sampler.
+
+Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface and no base class:
+
+    len(scene)                       number of frames along the camera path
+    scene.name                       str
+    scene.has_depth, .has_masks      bool, for the whole scene
+    scene.frame(i, height, width)    dict of tensors:
+        images      (3, H, W)  float32, 0..1
+        extrinsics  (4, 4)     float32, camera-to-world, OpenCV axes (x right, y down, z forward)
+        Ks          (3, 3)     float32, pixels; pixel (row i, column j) has its centre at (j + 0.5, i + 0.5)
+        depths      (H, W)     float32, z-depth in metres, 0 = unknown; only if has_depth
+        masks       (H, W)     int64 segment ids; all zeros (one segment) if the scene has no masks
+      and from a Room also
+        normals     (3, H, W)  float32, unit, camera coordinates, pointing towards the camera
+        classes     (H, W)     int64, index into CLASSES
+
+`Views` draws two context views and a target between them from such scenes, as in Splat and Distill
+(arXiv 2602.06032): every sample is a pure function of (seed, index), so a resumed run sees the same data.
+"""
+
+import colorsys
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+# ---------------------------------------------------------------------------------------------------------
+# Procedural rooms. The world is z-up and in metres; the floor is z = 0 and the room is centred on the z axis.
+# Every solid is a unit shape under scale, yaw and translation. Arrays of points and rays are (3, N).
+
+CLASSES = ("unlabelled", "floor", "wall", "ceiling", "door", "window", "picture", "rug", "light", "table", "chair",
+           "cabinet", "sofa", "bed", "lamp", "plant", "box", "ball", "vase", "cone")
+
+SPLITS = {"train": range(0, 1_000_000), "val": range(1_000_000, 1_010_000), "probe": range(1_010_000, 1_020_000)}
+
+# One formula paints everything (see Room.paint): cells of size (u, v) in metres, rows shifted by a part of a cell,
+# joints of a width in metres, and how much parity, a per-cell random number and smooth noise mix the two colours.
+#             u    v     shift joint  parity random noise
+LOOKS = {
+    "plain": (99, 99, 0, 0, 0, 0, 0.3),
+    "marble": (99, 99, 0, 0, 0, 0, 1.0),
+    "checker": (0.2, 0.2, 0, 0, 1, 0, 0.15),
+    "stripes": (0.16, 99, 0, 0, 0.8, 0, 0.2),
+    "rings": (99, 0.09, 0, 0, 0.8, 0, 0.2),
+    "tiles": (0.4, 0.4, 0, 0.012, 0, 0.4, 0.4),
+    "bricks": (0.36, 0.13, 0.5, 0.014, 0, 0.6, 0.3),
+    "planks": (1.1, 0.16, 0.37, 0.006, 0, 0.6, 0.4),
+    "books": (0.06, 0.34, 0, 0.012, 0, 1, 0),
+}
+
+
+def matmul(a, b):
+    """a (M, 3) @ b (3, N) term by term: for three terms a BLAS only adds threads that fight over the cores."""
+    return a[:, 0, None] * b[0] + a[:, 1, None] * b[1] + a[:, 2, None] * b[2]
+
+
+class Solid(NamedTuple):
+    """One primitive: a unit shape scaled by `half`, turned by `yaw` about z, moved to `centre`."""
+
+    shape: str  # box | sphere | cylinder | cone, or shell for the six inner faces of the room
+    centre: tuple
+    half: tuple
+    yaw: float
+    label: int  # index into CLASSES
+    instance: int  # segment id, shared by all parts of one object
+    look: str  # key of LOOKS
+    colours: tuple  # three linear RGB colours: two to mix and one for joints and frames
+    frame: float = 0.0  # width of a painted frame in metres
+    glow: float = 0.0  # light given off, as a multiple of the colour
+
+
+def hit_box(o, d):
+    """Enter the box |x|, |y|, |z| <= 1 from outside: t (N,), inf where missed, and normals (3, N)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        a, b = (-1 - o[:, None]) / d, (1 - o[:, None]) / d
+    near, far = np.minimum(a, b), np.maximum(a, b)
+    axis, t = near.argmax(0), near.max(0)
+    normal = np.where(np.arange(3)[:, None] == axis, -np.sign(d), 0)
+    return np.where(t < far.min(0), t, np.inf), normal
+
+
+def hit_sphere(o, d):
+    """Enter the unit sphere. Measured from the ray's closest approach, where float32 loses nothing."""
+    a = (d * d).sum(0)
+    middle = -(o @ d) / a
+    closest = o[:, None] + middle * d
+    inside = 1 - (closest * closest).sum(0)
+    t = np.where(inside > 0, middle - np.sqrt(np.maximum(inside, 0) / a), np.inf)
+    return t, o[:, None] + np.where(inside > 0, t, 0) * d
+
+
+def hit_cylinder(o, d):
+    """Enter the cylinder x^2 + y^2 <= 1, |z| <= 1: the later of entering the round wall and entering the slab."""
+    a = (d[:2] * d[:2]).sum(0) + 1e-12
+    middle = -(o[:2] @ d[:2]) / a
+    closest = o[:2, None] + middle * d[:2]
+    inside = 1 - (closest * closest).sum(0)
+    reach = np.sqrt(np.maximum(inside, 0) / a)
+    dz = np.where(d[2] == 0, 1e-12, d[2])
+    wall, cap = middle - reach, -o[2] / dz - np.abs(1 / dz)
+    t = np.maximum(wall, cap)
+    hit = (inside > 0) & (t < np.minimum(middle + reach, -o[2] / dz + np.abs(1 / dz)))
+    point = o[:, None] + np.where(hit, t, 0) * d
+    zero = np.zeros_like(t)
+    normal = np.where(wall > cap, np.stack([point[0], point[1], zero]), np.stack([zero, zero, -np.sign(d[2])]))
+    return np.where(hit, t, np.inf), normal
+
+
+def hit_cone(o, d):
+    """Enter the cone with apex (0, 0, 1) and unit base at z = -1: the nearest valid hit of its wall and base."""
+    q = np.array([1, 1, -0.25], o.dtype)[:, None]  # x^2 + y^2 - (z - 1)^2 / 4 = 0, seen from the apex
+    p = o[:, None] - np.array([0, 0, 1], o.dtype)[:, None]
+    a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)
+    a = np.where(np.abs(a) < 1e-9, 1e-9, a)
+    inside = b * b - a * c
+    root = np.sqrt(np.maximum(inside, 0))
+    t = np.full_like(a, np.inf)
+    for wall in ((-b - root) / a, (-b + root) / a):
+        z = p[2] + wall * d[2]
+        t = np.where((inside > 0) & (z < 0) & (z > -2) & (wall > 0) & (wall < t), wall, t)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        base = (-2 - p[2]) / d[2]
+        on_base = (base > 0) & (base < t) & (((p[:2] + base * d[:2]) ** 2).sum(0) < 1)
+    point = p + np.where(np.isfinite(t), t, 0) * d
+    normal = np.where(on_base, np.array([0, 0, -1], o.dtype)[:, None], q * point)
+    return np.where(on_base, base, t), normal
+
+
+HITS = {"box": hit_box, "sphere": hit_sphere, "cylinder": hit_cylinder, "cone": hit_cone}
+
+
+def parts_of(kind, rng):
+    """Parts of one piece of furniture standing on z = 0 with its back towards -y: [(shape, centre, half, tone)].
+
+    Sizes in metres; tone 0 or 1 picks one of the object's two materials.
+    """
+    u = rng.uniform
+    if kind == "table":
+        x, y, z, r = u(0.4, 0.8), u(0.3, 0.45), u(0.32, 0.37), u(0.02, 0.04)
+        legs = [("cylinder", (i * (x - 0.06), j * (y - 0.06), z), (r, r, z), 1) for i in (-1, 1) for j in (-1, 1)]
+        return [("box", (0, 0, 2 * z + 0.025), (x, y, 0.025), 0), *legs]
+    if kind == "chair":
+        legs = [("box", (i * 0.19, j * 0.19, 0.22), (0.02, 0.02, 0.22), 1) for i in (-1, 1) for j in (-1, 1)]
+        return [("box", (0, 0, 0.46), (0.22, 0.22, 0.025), 0), ("box", (0, -0.2, 0.72), (0.22, 0.02, 0.24), 0), *legs]
+    if kind == "cabinet":
+        z = u(0.35, 1.0)
+        return [("box", (0, 0, z), (u(0.3, 0.6), u(0.17, 0.25), z), 0)]
+    if kind == "sofa":
+        x = u(0.7, 1.0)
+        arms = [("box", (i * (x - 0.09), 0.08, 0.3), (0.09, 0.32, 0.3), 1) for i in (-1, 1)]
+        return [("box", (0, 0.05, 0.21), (x - 0.1, 0.35, 0.21), 0), ("box", (0, -0.32, 0.4), (x, 0.1, 0.4), 1), *arms]
+    if kind == "bed":
+        x = u(0.5, 0.8)
+        return [("box", (0, 0, 0.22), (x, 0.95, 0.22), 0), ("box", (0, -0.92, 0.45), (x + 0.03, 0.03, 0.45), 1),
+                ("sphere", (0, -0.62, 0.47), (0.7 * x, 0.2, 0.1), 1)]
+    if kind == "lamp":
+        z = u(0.55, 0.7)
+        return [("cylinder", (0, 0, 0.015), (0.15, 0.15, 0.015), 1), ("cylinder", (0, 0, z), (0.018, 0.018, z), 1),
+                ("cone", (0, 0, 2 * z), (0.22, 0.22, 0.15), 0)]
+    if kind == "plant":
+        r, z = u(0.13, 0.2), u(0.12, 0.2)
+        pot = ("cylinder", (0, 0, z), (r, r, z), 1)
+        if u() < 0.5:
+            return [pot, *[("cone", (0, 0, 2 * z + 0.15 + 0.2 * i), (s, s, 0.2), 0) for i, s in enumerate((0.3, 0.25, 0.18))]]
+        return [pot, *[("sphere", (*u(-0.13, 0.13, 2), 2 * z + h), (s, s, s), 0)
+                       for h, s in ((0.12, 0.2), (0.3, 0.24), (0.5, 0.17))]]
+    if kind == "box":
+        z = u(0.12, 0.28)
+        return [("box", (0, 0, z), (u(0.15, 0.3), u(0.15, 0.3), z), 0)]
+    if kind == "ball":
+        r = u(0.1, 0.26)
+        return [("sphere", (0, 0, r), (r, r, r), 0)]
+    if kind == "vase":
+        r, z = u(0.07, 0.12), u(0.12, 0.2)
+        return [("cylinder", (0, 0, 1.2 * z), (0.5 * r, 0.5 * r, 1.2 * z), 1), ("sphere", (0, 0, z), (r, r, z), 0)]
+    r, z = u(0.1, 0.2), u(0.16, 0.3)  # cone
+    return [("cylinder", (0, 0, 0.02), (r + 0.03, r + 0.03, 0.02), 1), ("cone", (0, 0, z + 0.03), (r, r, z), 0)]
+
+
+AGAINST_WALL = ("cabinet", "sofa", "bed", "lamp", "plant", "cabinet")
+FREE = ("table", "chair", "box", "ball", "cone", "table", "chair")
+SMALL = ("ball", "vase", "cone", "box")
+
+
+class Room:
+    """A furnished box room with exact ground truth, drawn by analytic ray casting.
+
+    A pure function of `seed` (any integer >= 0): shape, furniture, paint, light and the closed camera path
+    come from one numpy generator, and no global random state is read. `num_frames` only says how far along the
+    path the frames go; frame i of a seed is the same picture whatever it is.
+    """
+
+    has_depth = has_masks = True
+
+    def __init__(self, seed, num_frames=120):
+        rng = np.random.default_rng(seed)
+        self.name, self.num_frames = f"room{seed}", num_frames
+        self.size = np.array([rng.uniform(2.2, 3.4), rng.uniform(2.2, 3.4), rng.uniform(2.4, 3.0)], np.float32)
+        self.fov = np.radians(rng.uniform(60, 75))  # vertical
+        self._walk(rng)
+        self._build(rng)
+        self._stack()
+
+    def __len__(self):
+        return self.num_frames
+
+    # -- what is in the room
+
+    def _walk(self, rng):
+        """A smooth closed camera path around the middle, looking across it, in steps of a few cm and degrees."""
+        s = np.linspace(0, 2 * np.pi, 1441)
+        wave = lambda k: np.sin(k * s + rng.uniform(0, 2 * np.pi))  # noqa: E731
+        radius = (self.size[:2] - 1.0) * rng.uniform(0.55, 0.8, 2)
+        turn = rng.choice([-1, 1])
+        start = rng.uniform(0, 2 * np.pi)
+        x = radius[0] * np.cos(turn * s + start) + 0.15 * wave(2)
+        y = radius[1] * np.sin(turn * s + start) + 0.15 * wave(3)
+        eye = np.stack([x, y, rng.uniform(1.2, 1.6) + 0.12 * wave(1) + 0.05 * wave(3)], 1)
+        across = rng.uniform(0.3, 1.0)
+        look = np.stack([-across * x + 0.35 * wave(2), -across * y + 0.35 * wave(1),
+                         rng.uniform(0.4, 0.9) + 0.2 * wave(2)], 1)
+        forward = (look - eye) / np.linalg.norm(look - eye, axis=1, keepdims=True)
+        # Equal steps in a mix of metres and radians, so that neither jumps: at most 5 cm and 3 degrees each.
+        step = np.linalg.norm(np.diff(eye, axis=0), axis=1) / 0.05
+        step += np.linalg.norm(np.diff(forward, axis=0), axis=1) / np.radians(3)
+        along = np.concatenate([[0], np.cumsum(step)])
+        wanted = np.arange(self.num_frames) % along[-1]
+        self.eyes = np.stack([np.interp(wanted, along, c) for c in eye.T], 1)  # (F, 3)
+        self.forwards = np.stack([np.interp(wanted, along, c) for c in forward.T], 1)  # (F, 3), not quite unit
+        self.path = eye[::12, :2]  # (120, 2), the whole loop, which furniture keeps clear of
+
+    def _build(self, rng):
+        """Fill self.solids: six inner faces, fixtures as thin boxes, then 8 to 16 pieces of furniture."""
+        hx, hy, top = self.size
+
+        def colour(saturation, value, hue=(0, 1)):
+            rgb = colorsys.hsv_to_rgb(rng.uniform(*hue) % 1, rng.uniform(*saturation), rng.uniform(*value))
+            return tuple(np.power(rgb, 2.2))
+
+        def two(saturation, value, joint, hue=(0, 1)):
+            return colour(saturation, value, hue), colour(saturation, value, hue), joint
+
+        dark, light = colour((0, 0.4), (0.1, 0.3)), colour((0, 0.2), (0.75, 0.95))
+        wood = (0.04, 0.11)
+        hue = rng.uniform()
+        near_hue = (hue, hue + 0.08)
+        wall = two((0.08, 0.4), (0.65, 0.95), light, near_hue)
+        accent = two((0.3, 0.6), (0.5, 0.85), light)
+        wall_look, accent_look = rng.choice(["plain", "plain", "stripes", "tiles"]), rng.choice(["bricks", "stripes", "plain", "marble"])
+        if wall_look == "stripes":  # striped wallpaper is tone on tone
+            wall = (wall[0], tuple(0.8 * np.array(wall[0])), light)
+        floor_look = rng.choice(["planks", "planks", "tiles", "checker", "marble"])
+        floor = two((0.35, 0.6), (0.4, 0.8), dark, wood) if floor_look == "planks" else two((0.05, 0.3), (0.4, 0.9), dark)
+        ceiling = two((0, 0.08), (0.85, 0.97), light)
+        accent_wall = rng.integers(4)
+        shell = [("wall", *((accent_look, accent) if k == accent_wall else (wall_look, wall))) for k in range(4)]
+        shell += [("floor", floor_look, floor), ("ceiling", "plain", ceiling)]
+        self.solids = [Solid("shell", (0, 0, top / 2), (hx, hy, top / 2), 0.0, CLASSES.index(name), 1 + k, look, colours)
+                       for k, (name, look, colours) in enumerate(shell)]
+
+        def place(parts, x, y, z, yaw, name, materials, frame=0.0, glow=0.0):
+            instance = self.solids[-1].instance + 1
+            c, s = np.cos(yaw), np.sin(yaw)
+            for shape, (px, py, pz), half, tone in parts:
+                look, colours = materials[tone]
+                centre = (x + c * px - s * py, y + s * px + c * py, z + pz)
+                self.solids.append(Solid(shape, centre, half, yaw, CLASSES.index(name), instance, look, colours, frame, glow))
+
+        def at_wall(side, along, gap):  # side 0..3 = -y, +x, +y, -x; local +y points into the room
+            return [(along, gap - hy), (hx - gap, along), (-along, hy - gap), (gap - hx, -along)][side]
+
+        # Fixtures: one thing on each wall, something on most floors, and the ceiling light.
+        self.light = np.array([*rng.uniform(-0.4, 0.4, 2) * self.size[:2], top - 0.08])
+        place([("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)], *self.light[:2], top - 0.02, 0.0, "light",
+              [("plain", (light, light, light))], glow=3.0)
+        taken = []  # footprints (x0, y0, x1, y1, top)
+        for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
+            hw, hh = {"door": (0.42, 1.0), "window": rng.uniform((0.5, 0.45), (0.9, 0.65)),
+                      "picture": rng.uniform((0.3, 0.2), (0.6, 0.4))}[name]
+            width = (hy if side % 2 else hx) - hw - 0.3
+            along = rng.uniform(-width, width)
+            x, y = at_wall(side, along, 0.02)
+            z = hh if name == "door" else rng.uniform(1.45, 1.6)
+            if name == "door":
+                look, colours = "planks", two((0.3, 0.6), (0.35, 0.9), dark, wood)
+                x1, y1 = at_wall(side, along, 0.9)
+                taken.append((min(x, x1) - 0.3, min(y, y1) - 0.3, max(x, x1) + 0.3, max(y, y1) + 0.3))
+            elif name == "window":
+                look, colours = "plain", (colour((0.3, 0.5), (0.9, 1), (0.53, 0.6)), colour((0, 0.1), (0.9, 1)), light)
+            else:
+                look, colours = rng.choice(["marble", "marble", "checker", "tiles"]), two((0.4, 0.9), (0.3, 1), dark)
+            place([("box", (0, 0, 0), (hw, 0.02, hh), 0)], x, y, z, side * np.pi / 2, name, [(look, colours)],
+                  frame=0.06 if name != "door" else 0.1, glow=1.5 if name == "window" else 0.0)
+        if rng.uniform() < 0.7:
+            place([("box", (0, 0, 0.008), (rng.uniform(0.7, 1.1), rng.uniform(0.5, 0.9), 0.008), 0)],
+                  *rng.uniform(-0.5, 0.5, 2), 0, rng.uniform(-0.3, 0.3), "rug",
+                  [(rng.choice(["marble", "stripes", "checker", "tiles"]), two((0.3, 0.8), (0.3, 0.9), light))], frame=0.08)
+
+        # Furniture. Every failed try shrinks what comes next a little, so the loop always ends.
+        wanted, placed, shrink = rng.integers(8, 17), 0, 1.0
+        shelves = []  # flat tops that can still carry something: (x, y, z, half size)
+        self.num_objects = wanted
+        while placed < wanted:
+            where = rng.choice(["wall", "free", "top"], p=[0.4, 0.35, 0.25])
+            if where == "top" and not shelves:
+                where = "free"
+            kind = rng.choice({"wall": AGAINST_WALL, "free": FREE, "top": SMALL}[where])
+            parts = [(shape, np.array(centre) * shrink, np.array(half) * shrink, tone)
+                     for shape, centre, half, tone in parts_of(kind, rng)]
+            reach = np.max([np.abs(centre[:2]) + half[:2] for _, centre, half, _ in parts], 0)
+            if where == "top":
+                x, y, z, room = shelves.pop(rng.integers(len(shelves)))
+                yaw = rng.uniform(0, 2 * np.pi)
+                if np.hypot(*reach) > room:
+                    shrink *= 0.99
+                    continue
+            else:
+                z = 0.0
+                if where == "wall":
+                    side = rng.integers(4)
+                    span = (hy if side % 2 else hx) - reach[0] - 0.02
+                    x, y = at_wall(side, rng.uniform(-span, span), reach[1] + 0.05)
+                    yaw = side * np.pi / 2
+                    box = reach[::-1] if side % 2 else reach
+                else:
+                    yaw = rng.uniform(0, 2 * np.pi)
+                    c, s = abs(np.cos(yaw)), abs(np.sin(yaw))
+                    box = np.array([c * reach[0] + s * reach[1], s * reach[0] + c * reach[1]])
+                    x, y = rng.uniform(-1, 1, 2) * (self.size[:2] - box - 0.1)
+                outside = np.maximum(np.abs(self.path - (x, y)) - box, 0)
+                blocked = np.hypot(*outside.T).min() < 0.4
+                for x0, y0, x1, y1 in taken:
+                    blocked |= x - box[0] < x1 and x + box[0] > x0 and y - box[1] < y1 and y + box[1] > y0
+                if blocked:
+                    shrink *= 0.99
+                    continue
+                taken.append((x - box[0] - 0.05, y - box[1] - 0.05, x + box[0] + 0.05, y + box[1] + 0.05))
+                if kind in ("table", "cabinet", "box"):
+                    tall = max(centre[2] + half[2] for _, centre, half, _ in parts)
+                    if kind == "box":
+                        shelves.append((x, y, tall, min(reach)))
+                    else:
+                        for i in (-0.5, 0.5):
+                            shelves.append((x + i * reach[0] * np.cos(yaw), y + i * reach[0] * np.sin(yaw), tall, min(reach[0] / 2, reach[1])))
+            box_like = all(shape == "box" for shape, *_ in parts)
+            if kind == "plant":
+                main = ("marble", two((0.5, 0.8), (0.2, 0.6), dark, (0.22, 0.4)))
+            elif kind == "cabinet" and rng.uniform() < 0.4:
+                main = ("books", two((0.4, 0.8), (0.2, 0.9), dark))
+            elif kind in ("table", "chair", "cabinet") and rng.uniform() < 0.6:
+                main = ("planks", two((0.35, 0.65), (0.3, 0.8), dark, wood))
+            else:
+                looks = ["plain", "marble", "checker", "stripes", "tiles"] if box_like else ["plain", "marble", "rings"]
+                main = (rng.choice(looks), two((0.3, 0.9), (0.35, 0.95), light))
+            second = ("plain", two((0.1, 0.6), (0.2, 0.8), dark))
+            place(parts, x, y, z, yaw, kind, [main, second])
+            placed += 1
+
+    def _stack(self):
+        """Lay the solids out as arrays, one row each, for the vectorised code below."""
+        self.centre = np.array([s.centre for s in self.solids], np.float32)  # (S, 3)
+        self.half = np.array([s.half for s in self.solids], np.float32)  # (S, 3)
+        self.radius = np.linalg.norm(self.half, axis=1)  # of the bounding sphere of a box, and so of the rest
+        yaw = np.array([s.yaw for s in self.solids], np.float32)
+        c, s, zero = np.cos(yaw), np.sin(yaw), np.zeros_like(yaw)
+        self.turn = np.stack([c, s, zero, -s, c, zero, zero, zero, zero + 1], 1).reshape(-1, 3, 3)  # world to local
+        self.instance = np.array([s.instance for s in self.solids])
+        self.label = np.array([s.label for s in self.solids])
+        self.look = np.array([LOOKS[s.look] for s in self.solids], np.float32)  # (S, 7)
+        self.colours = np.array([s.colours for s in self.solids], np.float32)  # (S, 3, 3)
+        self.edge = np.array([s.frame for s in self.solids], np.float32)
+        self.glow = np.array([s.glow for s in self.solids], np.float32)
+
+    # -- how it looks
+
+    def cast(self, origin, rays, t):
+        """Nearest solid (not shell) that each ray origin + t * ray (3, N) meets before t (N,): t, index or -1, normal."""
+        t, which = t.copy(), np.full(t.shape, -1)
+        normal = np.zeros_like(rays)
+        towards = self.centre - origin
+        outside = (towards * towards).sum(1) - self.radius**2
+        # Only rays that pass through the bounding sphere are worth the exact test; all do if we stand inside it.
+        least = np.where(outside < 0, -np.inf, np.sqrt(np.maximum(outside, 0)))
+        length = np.sqrt((rays * rays).sum(0))
+        for k in range(6, len(self.solids)):
+            rows = np.flatnonzero(matmul(towards[k : k + 1], rays)[0] > least[k] * length)
+            if not rows.size:
+                continue
+            to_unit = self.turn[k] / self.half[k][:, None]
+            hit, n = HITS[self.solids[k].shape](to_unit @ -towards[k], matmul(to_unit, rays[:, rows]))
+            closer = (hit > 0) & (hit < t[rows])
+            rows = rows[closer]
+            t[rows], which[rows], normal[:, rows] = hit[closer], k, matmul(to_unit.T, n[:, closer])
+        return t, which, normal
+
+    def look_along(self, origin, rays):
+        """First surface along rays (3, N) from a point in the room: t (N,), solid (N,), unit world normal (3, N)."""
+        low, high = self.centre[0] - self.half[0], self.centre[0] + self.half[0]
+        with np.errstate(divide="ignore"):  # parallel to a wall is infinitely far from it
+            steps = np.abs(np.where(rays > 0, (high - origin)[:, None], (low - origin)[:, None]) / rays)
+        axis = steps.argmin(0)
+        t, which, normal = self.cast(origin, rays, steps.min(0))
+        shell = which < 0
+        ahead = np.take_along_axis(rays, axis[None], 0)[0] > 0
+        # Faces are numbered like at_wall's sides: -y, +x, +y, -x, floor, ceiling.
+        face = np.array([[3, 1], [0, 2], [4, 5]])[axis, ahead.astype(int)]
+        inward = np.where(np.arange(3)[:, None] == axis, -np.sign(rays), 0)
+        normal = np.where(shell, inward, normal)
+        return t, np.where(shell, face, which), normal / np.linalg.norm(normal, axis=0)
+
+    def paint(self, point, which, normal):
+        """Linear colour (3, N) of the surface itself, anchored to each solid's own frame and in metres."""
+        c, s = self.turn[which, 0, 0], self.turn[which, 0, 1]
+
+        def turned(v):  # into the solid's own frame: only yaw differs
+            return np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])
+
+        local, facing = turned(point - self.centre.T[:, which]), np.abs(turned(normal))
+        flat, sideways = facing[2] > 0.7, facing[0] > facing[1]
+        u = np.where(~flat & sideways, local[1], local[0])
+        v = np.where(flat, local[1], local[2])
+        width, height, shift, joint, parity, chance, cloud = self.look.T[:, which]
+        row = np.floor(v / height + 0.5)
+        column = u / width + 0.5 + shift * row
+        cell = np.floor(column)
+        in_joint = (np.abs(column - cell - 0.5) > 0.5 - joint / width / 2) | (
+            np.abs(v / height - row) > 0.5 - joint / height / 2)
+        # A frame runs where the surface ends; the axis it faces along does not count.
+        to_edge = np.where(facing > 0.7, np.inf, self.half.T[:, which] - np.abs(local)).min(0)
+        in_joint |= to_edge < self.edge[which]
+        bits = (row.astype(np.int64) * 73856093 ^ cell.astype(np.int64) * 19349663 ^ which * 83492791).astype(np.uint32)
+        random = ((bits * np.uint32(2654435761)) >> np.uint32(22)).astype(np.float32) / 1023
+        # Smooth noise: four sine waves that bend each other; long along u so that wood has a grain.
+        stretched = local + (1.7 * which).astype(np.float32)
+        stretched[0] *= np.where(width == np.float32(1.1), np.float32(0.15), np.float32(1))
+        waves = matmul(NOISE, stretched)
+        waves = np.sin(waves + 1.6 * np.sin(np.roll(waves, 1, 0) * 0.7))
+        noise = 0.5 + 0.3 * waves.sum(0) / 2
+        mix = np.clip(parity * ((row + cell) % 2) + chance * random + cloud * noise, 0, 1)
+        a, b, c = self.colours.transpose(1, 2, 0)[:, :, which]  # 3 x (3, N)
+        return np.where(in_joint, c, a + (b - a) * mix)
+
+    def shade(self, origin, rays):
+        """What a camera at `origin` sees along rays (3, N): colour (3, N) in 0..1, t, solid, normal. Lambert only,
+        so a point has one colour from wherever it is seen."""
+        t, which, normal = self.look_along(origin, rays)
+        point = origin[:, None] + t * rays
+        albedo = self.paint(point, which, normal)
+        # Corners and contacts with the walls and floor see less of the room.
+        gap = self.half[0][:, None] - np.abs(point - self.centre[0][:, None])
+        occlusion = 1 - 0.4 * (1 - np.abs(normal)) * np.exp(-np.maximum(gap, 0) / 0.25)
+        light = (0.42 + 0.12 * normal[2]) * occlusion.prod(0)
+        for lamp in self.light.astype(np.float32) + LAMP:
+            # A shadow is what the lamp does not see: the same cast, from the lamp to the point at t = 1.
+            reach = point - lamp[:, None]
+            shadowed = self.cast(lamp, reach, np.full_like(t, 0.998))[1] >= 0
+            square = (reach * reach).sum(0)
+            lambert = np.maximum(-(reach * normal).sum(0), 0) / np.sqrt(square)
+            light += np.where(shadowed, 0, lambert) * (9 / len(LAMP)) / (2 + square)
+        linear = albedo * (light + self.glow[which])
+        return np.power(1 - np.exp(-1.4 * linear), 1 / 2.2), t, which, normal
+
+    def frame(self, i, height, width):
+        """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is the room's own,
+        so other sizes of the same shape show the same view.
+
+        Raises IndexError if i is not in 0..len(self) - 1.
+        """
+        if not 0 <= i < self.num_frames:
+            raise IndexError(f"{self.name} has frames 0 to {self.num_frames - 1}, not {i}")
+        eye = self.eyes[i].astype(np.float32)
+        forward = self.forwards[i] / np.linalg.norm(self.forwards[i])
+        right = np.cross(forward, (0, 0, 1))
+        right /= np.linalg.norm(right)
+        rotation = np.stack([right, np.cross(forward, right), forward], 1).astype(np.float32)  # columns: x, y, z
+        focal = height / 2 / np.tan(self.fov / 2)
+
+        def see(rows, columns):  # pixel coordinates; with z = 1 in camera axes, t is the z-depth
+            rays = np.stack([(columns - width / 2) / focal, (rows - height / 2) / focal, np.ones_like(rows)])
+            return self.shade(eye, matmul(rotation, rays.astype(np.float32)))
+
+        rows, columns = np.mgrid[0:height, 0:width].reshape(2, -1) + 0.5
+        colour, t, which, normal = see(rows, columns)
+        # Antialias where it shows: pixels that differ from a neighbour are drawn again with four rays.
+        image = colour.reshape(3, height, width)
+        rough = np.zeros((height, width), bool)
+        down, across = (np.abs(np.diff(image, axis=k)).max(0) > 0.12 for k in (1, 2))
+        rough[1:] |= down
+        rough[:-1] |= down
+        rough[:, 1:] |= across
+        rough[:, :-1] |= across
+        again = np.flatnonzero(rough)
+        finer = see(*(np.repeat(p[again], 4) + np.tile(o, len(again)) for p, o in ((rows, [-0.25, -0.25, 0.25, 0.25]),
+                                                                           (columns, [-0.25, 0.25, -0.25, 0.25]))))[0]
+        colour[:, again] = finer.reshape(3, -1, 4).mean(2)
+
+        pose = np.eye(4, dtype=np.float32)
+        pose[:3, :3], pose[:3, 3] = rotation, eye
+        K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
+        return {
+            "images": torch.from_numpy(image.astype(np.float32)),  # (3, H, W)
+            "extrinsics": torch.from_numpy(pose),
+            "Ks": torch.from_numpy(K),
+            "depths": torch.from_numpy(t.astype(np.float32).reshape(height, width)),
+            "masks": torch.from_numpy(self.instance[which].reshape(height, width)),
+            "normals": torch.from_numpy(matmul(rotation.T, normal.astype(np.float32)).astype(np.float32).reshape(3, height, width)),
+            "classes": torch.from_numpy(self.label[which].reshape(height, width)),
+        }
+
+
+NOISE = np.array([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]], np.float32)  # radians / m
+LAMP = np.array([[-0.25, -0.12, 0], [0.25, 0.12, 0]], np.float32)  # samples of the ceiling light, m
+
+
+class Rooms:
+    """The rooms of a split ("train", "val" or "probe"), made when asked for: rooms[i] is a Room."""
+
+    def __init__(self, split):
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+        self.seeds = SPLITS[split]
+
+    def __len__(self):
+        return len(self.seeds)
+
+    def __getitem__(self, i):
+        return Room(self.seeds[i])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Captures on disk
+
+TRANSFORMS = ("transforms.json", "transforms_train.json")
+IMAGE_FOLDERS = ("", "images", "resized_images", "resized_undistorted_images", "rgb")
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+
+
+def natural(name):
+    """Sort key that puts frame10 after frame9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def open_scenes(path):
+    """The captures under a folder: itself, its (dslr/)nerfstudio/, or every such folder in scenes/*/ or */.
+
+    Raises ValueError if there is none, saying what was looked for.
+    """
+    path = Path(path)
+
+    def holder(folder):
+        for inner in (folder, folder / "nerfstudio", folder / "dslr" / "nerfstudio"):
+            if any((inner / name).is_file() for name in TRANSFORMS):
+                return inner
+
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder")
+    if holder(path):
+        return [PosedFolder(holder(path))]
+    for below in (path / "scenes", path):
+        found = [holder(folder) for folder in sorted(below.glob("*/")) if holder(folder)]
+        if found:
+            return [PosedFolder(folder) for folder in found]
+    raise ValueError(f"{path}: found no {' or '.join(TRANSFORMS)} here, in nerfstudio/, dslr/nerfstudio/, scenes/*/ or */")
+
+
+class PosedFolder:
+    """Posed photos, with depth and segment masks where there are any: nerfstudio, instant-ngp and ScanNet++ layouts.
+
+    A folder with transforms.json (or transforms_train.json): intrinsics fl_x, fl_y, cx, cy, w, h (or camera_angle_x)
+    for all frames or per frame; per frame file_path, transform_matrix (camera-to-world, OpenGL axes), and if there are
+    depth_file_path (16-bit PNG times depth_unit_scale_factor, which is 0.001 where not given: millimetres; or .npy in
+    metres; 0 = unknown) and is_bad. Masks of segment ids: instance_segmentation/ or masks/, NAME.jpg.png or NAME.png.
+    Frames are in the order of their file names.
+
+    Raises ValueError that names the file and what is wrong with it.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        # In ScanNet++ the folder that says which scene this is lies above scene/dslr/nerfstudio
+        self.name = next(part for part in reversed(self.path.resolve().parts) if part not in ("nerfstudio", "dslr"))
+        self.file = next((self.path / name for name in TRANSFORMS if (self.path / name).is_file()), None)
+        if self.file is None:
+            raise ValueError(f"{self.path}: found neither {' nor '.join(TRANSFORMS)}")
+        try:
+            self.about = json.loads(self.file.read_text())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.file}: not JSON that can be read ({error})") from None
+        entries = self.about.get("frames") if isinstance(self.about, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("file_path"), str) for e in entries):
+            raise ValueError(f'{self.file}: needs "frames", a list of objects that each have a "file_path"')
+        good = [e for e in entries if not e.get("is_bad")]
+        self.frames = []  # (entry, image path, pose), in order
+        for entry in sorted(good, key=lambda e: natural(e["file_path"])):
+            image = self._find_image(entry["file_path"])
+            if image:
+                self.frames.append((entry, image, self._pose(entry)))
+        bad, missing = len(entries) - len(good), len(good) - len(self.frames)
+        if bad or missing:
+            warnings.warn(f"{self.file}: {bad} frames marked is_bad and {missing} without their image are left out")
+        if not self.frames:
+            raise ValueError(f"{self.file}: none of its {len(entries)} frames can be used")
+
+        distorted = [k for k in DISTORTION if any(e.get(k) for e in (self.about, *good))]
+        model = self.about.get("camera_model", "PINHOLE")
+        if distorted or "FISHEYE" in str(model):
+            warnings.warn(f"{self.file}: lens distortion ({', '.join(distorted) or model}) is ignored; undistort the photos "
+                          "first if it is large")  # fmt: skip
+        depth_paths = [e["depth_file_path"] for e, _, _ in self.frames if e.get("depth_file_path") is not None]
+        for wrong in (d for d in depth_paths if not isinstance(d, str)):
+            raise ValueError(f"{self.file}: depth_file_path is {wrong!r}, which is no path")
+        self.depth_unit = self.about.get("depth_unit_scale_factor", 0.001)
+        if not isinstance(self.depth_unit, (int, float)) or not 0 < self.depth_unit < np.inf:
+            raise ValueError(f"{self.file}: depth_unit_scale_factor is {self.depth_unit!r}, which is no number above 0")
+        with_depth = len(depth_paths)
+        self.has_depth = with_depth == len(self.frames)
+        self.masks = [self._find_mask(image) for _, image, _ in self.frames]
+        with_mask = sum(m is not None for m in self.masks)
+        self.has_masks = with_mask == len(self.frames)
+        for what, count in (("depth", with_depth), ("a segment mask", with_mask)):
+            if 0 < count < len(self.frames):
+                warnings.warn(f"{self.file}: only {count} of {len(self.frames)} frames have {what}; none is used")
+
+    def __len__(self):
+        return len(self.frames)
+
+    def _find_image(self, name):
+        for root in (self.path, self.path.parent):
+            for folder in IMAGE_FOLDERS if root == self.path else IMAGE_FOLDERS[1:]:
+                for suffix in ("",) if Path(name).suffix else (".png", ".jpg", ".jpeg"):
+                    if (root / folder / (name + suffix)).is_file():
+                        return root / folder / (name + suffix)
+
+    def _find_mask(self, image):
+        for folder in ("instance_segmentation", "masks"):
+            for name in (image.name + ".png", image.stem + ".png"):
+                if (self.path / folder / name).is_file():
+                    return self.path / folder / name
+
+    def _pose(self, entry):
+        """Camera-to-world in OpenCV axes, from OpenGL's (y up, z backward). (4, 4)"""
+        where = f"{self.file}: transform_matrix of {entry['file_path']}"
+        try:
+            pose = np.array(entry["transform_matrix"], np.float64)
+        except KeyError:
+            raise ValueError(f"{where} is missing") from None
+        except (TypeError, ValueError):
+            raise ValueError(f"{where} is not 4 x 4 numbers") from None
+        if pose.shape not in ((4, 4), (3, 4)) or not np.isfinite(pose).all():
+            raise ValueError(f"{where} is not 4 x 4 finite numbers")
+        pose = np.concatenate([pose[:3], [[0, 0, 0, 1]]])
+        R = pose[:3, :3]
+        if np.abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0:
+            raise ValueError(f"{where} is not rigid: its upper left 3 x 3 is no rotation")
+        pose[:3, 1:3] *= -1
+        return pose
+
+    def _intrinsics(self, entry, width, height):
+        """fx, fy, cx, cy in pixels of the image on disk, which may have another size than the file says."""
+
+        def get(key, default=None):
+            value = entry.get(key, self.about.get(key, default))
+            if value is not None and not (isinstance(value, (int, float)) and np.isfinite(value)):
+                raise ValueError(f"{self.file}: {key} of {entry['file_path']} is {value!r}, which is no number")
+            return value
+
+        w, h = get("w", width), get("h", height)
+        fx = get("fl_x")
+        if fx is None and get("camera_angle_x") is not None:
+            fx = 0.5 * w / np.tan(0.5 * get("camera_angle_x"))
+        if not fx or fx < 0 or min(w, h) <= 0:
+            raise ValueError(f"{self.file}: no focal length for {entry['file_path']}: fl_x or camera_angle_x must be more than 0")
+        fy, cx, cy = get("fl_y", fx), get("cx", w / 2), get("cy", h / 2)
+        return fx * width / w, fy * height / h, cx * width / w, cy * height / h
+
+    def _open(self, path, what):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file ({what} in {self.file})")
+        try:
+            if path.suffix == ".npy":
+                array = np.load(path, allow_pickle=False).astype(np.float32)
+                if array.ndim != 2:
+                    raise ValueError(f"its array is {' x '.join(map(str, array.shape))}, not height x width")
+                return Image.fromarray(array)
+            picture = Image.open(path)
+            picture.load()
+            return picture
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise ValueError(f"{path}: {what} that cannot be read ({' '.join(str(error).split())})") from None
+
+    def frame(self, i, height, width):
+        """Frame i, scaled to cover height x width and cropped about the centre; intrinsics follow exactly."""
+        entry, path, pose = self.frames[i]
+        photo = self._open(path, "an image").convert("RGB")
+        scale = max(width / photo.width, height / photo.height)
+        # The window of the photo that is kept, in its pixels; depth and masks of other sizes keep the same part
+        left, top = (photo.width - width / scale) / 2, (photo.height - height / scale) / 2
+        window = np.array([left, top, left + width / scale, top + height / scale])
+        share = window / np.array([photo.width, photo.height] * 2)
+
+        def crop(picture, resample, path=path):
+            if abs(picture.width * photo.height / (picture.height * photo.width) - 1) > 0.02:
+                raise ValueError(f"{path}: {picture.width} x {picture.height} pixels do not cover what its photo of "
+                                 f"{photo.width} x {photo.height} shows")  # fmt: skip
+            box = np.clip(share, 0, 1) * np.array([picture.width, picture.height] * 2)
+            return np.array(picture.resize((width, height), resample, box=tuple(box)))
+
+        fx, fy, cx, cy = self._intrinsics(entry, photo.width, photo.height)
+        K = np.array([[fx * scale, 0, (cx - left) * scale], [0, fy * scale, (cy - top) * scale], [0, 0, 1]], np.float32)
+        image = crop(photo, Image.Resampling.BICUBIC).astype(np.float32) / 255
+        out = {
+            "images": torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+            "extrinsics": torch.from_numpy(pose.astype(np.float32)),
+            "Ks": torch.from_numpy(K),
+            "masks": torch.zeros(height, width, dtype=torch.int64),
+        }
+        if self.has_depth:
+            depth_path = self.path / entry["depth_file_path"]
+            depth = self._open(depth_path, "a depth map")
+            unit = 1.0 if depth_path.suffix == ".npy" else self.depth_unit
+            depth = crop(depth, Image.Resampling.NEAREST, depth_path).astype(np.float32) * np.float32(unit)
+            if depth.ndim != 2:
+                raise ValueError(f"{depth_path}: a depth map has one channel, not {depth.shape[-1]}")
+            out["depths"] = torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
+        if self.has_masks:
+            mask = crop(self._open(self.masks[i], "a mask"), Image.Resampling.NEAREST, self.masks[i])
+            if mask.ndim != 2:
+                raise ValueError(f"{self.masks[i]}: a mask holds one id per pixel, not {mask.shape[-1]} channels")
+            out["masks"] = torch.from_numpy(mask.astype(np.int64))
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Views of scenes
+
+VIEW_KEYS = ("images", "extrinsics", "Ks", "depths", "masks")
+
+
+def sample_views(num_frames, rng, num_context=2, min_gap=8, max_gap=12):
+    """Frames to train on: context frames, the first and last of them between min_gap and max_gap apart (others evenly
+    between), and a target frame strictly between the first and the last.
+
+    A scene too short for min_gap gets the largest gap that it has. With more than two context views the target is none
+    of them. Returns (list of num_context indices, index). Raises ValueError where the frames do not suffice.
+    """
+    longest = min(max_gap, num_frames - 1)
+    shortest = min(min_gap, longest)
+    if num_context < 2 or shortest < num_context:
+        raise ValueError(f"{num_context} context views and a target between them need {max(3, num_context + 1)} frames and a gap "
+                         f"of {max(2, num_context)}; there are {num_frames} frames, and the gap is at most {longest}")  # fmt: skip
+    gap = int(rng.integers(shortest, longest + 1))
+    first = int(rng.integers(0, num_frames - gap))
+    context = [first + round(i * gap / (num_context - 1)) for i in range(num_context)]
+    between = [i for i in range(first + 1, first + gap) if i not in context]
+    return context, int(rng.choice(between))
+
+
+class Views(torch.utils.data.Dataset):
+    """Samples of context and target views; views[index] is a function of (seed, index) alone.
+
+    Args:
+        scenes: a sequence of scenes: `open_scenes(path)` or `Rooms(split)`.
+        height, width: of all images, pixels.
+        num_context, min_gap, max_gap: see `sample_views`.
+        seed, length: the sequence of samples and its length.
+
+    A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W] (if all scenes
+    have depth), masks [V, H, W]}, "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V + 1]}.
+    """
+
+    def __init__(self, scenes, height, width, *, num_context=2, min_gap=8, max_gap=12, seed=0, length):
+        if not 2 <= min_gap <= max_gap:
+            raise ValueError(f"2 <= min_gap <= max_gap must hold, not {min_gap} and {max_gap}")
+        self.scenes, self.size, self.seed, self.length = scenes, (height, width), seed, length
+        self.sampling = dict(num_context=num_context, min_gap=min_gap, max_gap=max_gap)
+        self.keys = VIEW_KEYS
+        if isinstance(scenes, Rooms):
+            return
+        for scene in scenes:
+            try:
+                sample_views(len(scene), np.random.default_rng(0), **self.sampling)
+            except ValueError as error:
+                raise ValueError(f"{scene.name}: {error}") from None
+        short = [scene for scene in scenes if len(scene) <= min_gap]
+        if short:
+            warnings.warn(f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart; they are as far "
+                          f"apart as can be ({len(short)} of {len(scenes)} scenes)")  # fmt: skip
+        without = [scene.name for scene in scenes if not scene.has_depth]
+        if without:
+            self.keys = tuple(k for k in VIEW_KEYS if k != "depths")
+            if len(without) < len(scenes):
+                warnings.warn(f"{without[0]} and {len(without) - 1} more scenes have no depth; no scene's is used")
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of {self.length}")
+        rng = np.random.default_rng([self.seed, index])
+        scene = self.scenes[int(rng.integers(len(self.scenes)))]
+        context, target = sample_views(len(scene), rng, **self.sampling)
+        views = [scene.frame(i, *self.size) for i in (*context, target)]
+        views = [{k: view[k] for k in self.keys} for view in views]
+        return {
+            "context": {k: torch.stack([view[k] for view in views[:-1]]) for k in self.keys},
+            "target": views[-1],
+            "has_masks": torch.tensor(scene.has_masks),
+            "scene": scene.name,
+            "frames": torch.tensor([*context, target]),
+        }
