@@ -167,7 +167,7 @@ def parts_of(kind, rng):
         r, z = u(0.13, 0.2), u(0.12, 0.2)
         pot = ("cylinder", (0, 0, z), (r, r, z), 1)
         if u() < 0.5:
-            return [pot, *[("cone", (0, 0, 2 * z + 0.15 + 0.2 * i), (s, s, 0.2), 0) for i, s in enumerate((0.3, 0.25, 0.18))]]
+            return [pot, *[("cone", (0, 0, 2 * z + h), (s, s, 0.2), 0) for h, s in ((0.15, 0.3), (0.35, 0.25), (0.55, 0.18))]]
         return [pot, *[("sphere", (*u(-0.13, 0.13, 2), 2 * z + h), (s, s, s), 0)
                        for h, s in ((0.12, 0.2), (0.3, 0.24), (0.5, 0.17))]]
     if kind == "box":
@@ -252,25 +252,28 @@ class Room:
         near_hue = (hue, hue + 0.08)
         wall = two((0.08, 0.4), (0.65, 0.95), light, near_hue)
         accent = two((0.3, 0.6), (0.5, 0.85), light)
-        wall_look, accent_look = rng.choice(["plain", "plain", "stripes", "tiles"]), rng.choice(["bricks", "stripes", "plain", "marble"])
+        wall_look = rng.choice(["plain", "plain", "stripes", "tiles"])
+        accent_look = rng.choice(["bricks", "stripes", "plain", "marble"])
         if wall_look == "stripes":  # striped wallpaper is tone on tone
             wall = (wall[0], tuple(0.8 * np.array(wall[0])), light)
         floor_look = rng.choice(["planks", "planks", "tiles", "checker", "marble"])
-        floor = two((0.35, 0.6), (0.4, 0.8), dark, wood) if floor_look == "planks" else two((0.05, 0.3), (0.4, 0.9), dark)
+        wooden = floor_look == "planks"
+        floor = two((0.35, 0.6), (0.4, 0.8), dark, wood) if wooden else two((0.05, 0.3), (0.4, 0.9), dark)
         ceiling = two((0, 0.08), (0.85, 0.97), light)
         accent_wall = rng.integers(4)
         shell = [("wall", *((accent_look, accent) if k == accent_wall else (wall_look, wall))) for k in range(4)]
         shell += [("floor", floor_look, floor), ("ceiling", "plain", ceiling)]
-        self.solids = [Solid("shell", (0, 0, top / 2), (hx, hy, top / 2), 0.0, CLASSES.index(name), 1 + k, look, colours)
+        centre, half = (0, 0, top / 2), (hx, hy, top / 2)
+        self.solids = [Solid("shell", centre, half, 0.0, CLASSES.index(name), 1 + k, look, colours)
                        for k, (name, look, colours) in enumerate(shell)]
 
         def place(parts, x, y, z, yaw, name, materials, frame=0.0, glow=0.0):
-            instance = self.solids[-1].instance + 1
+            instance, label = self.solids[-1].instance + 1, CLASSES.index(name)
             c, s = np.cos(yaw), np.sin(yaw)
             for shape, (px, py, pz), half, tone in parts:
                 look, colours = materials[tone]
                 centre = (x + c * px - s * py, y + s * px + c * py, z + pz)
-                self.solids.append(Solid(shape, centre, half, yaw, CLASSES.index(name), instance, look, colours, frame, glow))
+                self.solids.append(Solid(shape, centre, half, yaw, label, instance, look, colours, frame, glow))
 
         def at_wall(side, along, gap):  # side 0..3 = -y, +x, +y, -x; local +y points into the room
             return [(along, gap - hy), (hx - gap, along), (-along, hy - gap), (gap - hx, -along)][side]
@@ -300,7 +303,8 @@ class Room:
         if rng.uniform() < 0.7:
             place([("box", (0, 0, 0.008), (rng.uniform(0.7, 1.1), rng.uniform(0.5, 0.9), 0.008), 0)],
                   *rng.uniform(-0.5, 0.5, 2), 0, rng.uniform(-0.3, 0.3), "rug",
-                  [(rng.choice(["marble", "stripes", "checker", "tiles"]), two((0.3, 0.8), (0.3, 0.9), light))], frame=0.08)
+                  [(rng.choice(["marble", "stripes", "checker", "tiles"]), two((0.3, 0.8), (0.3, 0.9), light))],
+                  frame=0.08)
 
         # Furniture. Every failed try shrinks what comes next a little, so the loop always ends.
         wanted, placed, shrink = rng.integers(8, 17), 0, 1.0
@@ -347,7 +351,8 @@ class Room:
                         shelves.append((x, y, tall, min(reach)))
                     else:
                         for i in (-0.5, 0.5):
-                            shelves.append((x + i * reach[0] * np.cos(yaw), y + i * reach[0] * np.sin(yaw), tall, min(reach[0] / 2, reach[1])))
+                            aside = i * reach[0] * np.array([np.cos(yaw), np.sin(yaw)])
+                            shelves.append((x + aside[0], y + aside[1], tall, min(reach[0] / 2, reach[1])))
             box_like = all(shape == "box" for shape, *_ in parts)
             if kind == "plant":
                 main = ("marble", two((0.5, 0.8), (0.2, 0.6), dark, (0.22, 0.4)))
@@ -380,7 +385,7 @@ class Room:
     # -- how it looks
 
     def cast(self, origin, rays, t):
-        """Nearest solid (not shell) that each ray origin + t * ray (3, N) meets before t (N,): t, index or -1, normal."""
+        """Nearest solid (not shell) that the rays origin + t * ray (3, N) meet before t (N,): t, index or -1, normal."""
         t, which = t.copy(), np.full(t.shape, -1)
         normal = np.zeros_like(rays)
         towards = self.centre - origin
@@ -509,7 +514,7 @@ class Room:
             "Ks": torch.from_numpy(K),
             "depths": torch.from_numpy(t.astype(np.float32).reshape(height, width)),
             "masks": torch.from_numpy(self.instance[which].reshape(height, width)),
-            "normals": torch.from_numpy(matmul(rotation.T, normal.astype(np.float32)).astype(np.float32).reshape(3, height, width)),
+            "normals": torch.from_numpy(matmul(rotation.T, normal.astype(np.float32)).reshape(3, height, width)),
             "classes": torch.from_numpy(self.label[which].reshape(height, width)),
         }
 
@@ -566,7 +571,8 @@ def open_scenes(path):
         found = [holder(folder) for folder in sorted(below.glob("*/")) if holder(folder)]
         if found:
             return [PosedFolder(folder) for folder in found]
-    raise ValueError(f"{path}: found no {' or '.join(TRANSFORMS)} here, in nerfstudio/, dslr/nerfstudio/, scenes/*/ or */")
+    names = " or ".join(TRANSFORMS)
+    raise ValueError(f"{path}: found no {names} here, in nerfstudio/, dslr/nerfstudio/, scenes/*/ or */")
 
 
 class PosedFolder:
@@ -593,7 +599,8 @@ class PosedFolder:
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.file}: not JSON that can be read ({error})") from None
         entries = self.about.get("frames") if isinstance(self.about, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("file_path"), str) for e in entries):
+        named = lambda e: isinstance(e, dict) and isinstance(e.get("file_path"), str)  # noqa: E731
+        if not isinstance(entries, list) or not all(map(named, entries)):
             raise ValueError(f'{self.file}: needs "frames", a list of objects that each have a "file_path"')
         good = [e for e in entries if not e.get("is_bad")]
         self.frames = []  # (entry, image path, pose), in order
@@ -610,8 +617,8 @@ class PosedFolder:
         distorted = [k for k in DISTORTION if any(e.get(k) for e in (self.about, *good))]
         model = self.about.get("camera_model", "PINHOLE")
         if distorted or "FISHEYE" in str(model):
-            warnings.warn(f"{self.file}: lens distortion ({', '.join(distorted) or model}) is ignored; undistort the photos "
-                          "first if it is large")  # fmt: skip
+            what = ", ".join(distorted) or model
+            warnings.warn(f"{self.file}: lens distortion ({what}) is ignored; undistort the photos first if it is large")
         depth_paths = [e["depth_file_path"] for e, _, _ in self.frames if e.get("depth_file_path") is not None]
         for wrong in (d for d in depth_paths if not isinstance(d, str)):
             raise ValueError(f"{self.file}: depth_file_path is {wrong!r}, which is no path")
@@ -675,7 +682,7 @@ class PosedFolder:
         if fx is None and get("camera_angle_x") is not None:
             fx = 0.5 * w / np.tan(0.5 * get("camera_angle_x"))
         if not fx or fx < 0 or min(w, h) <= 0:
-            raise ValueError(f"{self.file}: no focal length for {entry['file_path']}: fl_x or camera_angle_x must be more than 0")
+            raise ValueError(f"{self.file}: {entry['file_path']} has no focal length: fl_x or camera_angle_x must be above 0")
         fy, cx, cy = get("fl_y", fx), get("cx", w / 2), get("cy", h / 2)
         return fx * width / w, fy * height / h, cx * width / w, cy * height / h
 
@@ -752,8 +759,8 @@ def sample_views(num_frames, rng, num_context=2, min_gap=8, max_gap=12):
     longest = min(max_gap, num_frames - 1)
     shortest = min(min_gap, longest)
     if num_context < 2 or shortest < num_context:
-        raise ValueError(f"{num_context} context views and a target between them need {max(3, num_context + 1)} frames and a gap "
-                         f"of {max(2, num_context)}; there are {num_frames} frames, and the gap is at most {longest}")  # fmt: skip
+        raise ValueError(f"{num_context} context views and a target between them need {max(3, num_context + 1)} frames "
+                         f"and a gap of {max(2, num_context)}; there are {num_frames}, and the gap is at most {longest}")
     gap = int(rng.integers(shortest, longest + 1))
     first = int(rng.integers(0, num_frames - gap))
     context = [first + round(i * gap / (num_context - 1)) for i in range(num_context)]
@@ -771,7 +778,7 @@ class Views(torch.utils.data.Dataset):
         seed, length: the sequence of samples and its length.
 
     A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W] (if all scenes
-    have depth), masks [V, H, W]}, "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V + 1]}.
+    have depth), masks [V, H, W]}, "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V+1]}.
     """
 
     def __init__(self, scenes, height, width, *, num_context=2, min_gap=8, max_gap=12, seed=0, length):
@@ -789,8 +796,8 @@ class Views(torch.utils.data.Dataset):
                 raise ValueError(f"{scene.name}: {error}") from None
         short = [scene for scene in scenes if len(scene) <= min_gap]
         if short:
-            warnings.warn(f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart; they are as far "
-                          f"apart as can be ({len(short)} of {len(scenes)} scenes)")  # fmt: skip
+            warnings.warn(f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart; they are "
+                          f"as far apart as can be ({len(short)} of {len(scenes)} scenes)")
         without = [scene.name for scene in scenes if not scene.has_depth]
         if without:
             self.keys = tuple(k for k in VIEW_KEYS if k != "depths")

@@ -263,7 +263,7 @@ def _public_weights(base, registers):
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True), url
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise WeightsNotFound(
-            f"{base}'s weights are not in torch hub's cache ({cached}) and cannot be downloaded ({_first_line(error)}): "
+            f"{base}'s weights are not in torch hub's cache ({cached}), nor to be downloaded ({_first_line(error)}): "
             f"fetch {url} on another machine and put it there, or pass the file itself as the weights"
         ) from None
     finally:
@@ -426,7 +426,9 @@ def upsample_features(features, masks, strict=False):
     """
     B, C, h, w = features.shape
     if masks.shape[0] != B or masks.ndim != 3:
-        raise ValueError(f"masks must be [{B}, H, W] to go with features {list(features.shape)}, not {list(masks.shape)}")
+        raise ValueError(
+            f"masks must be [{B}, H, W] to go with features {list(features.shape)}, not {list(masks.shape)}"
+        )
     indices, weights = upsample_weights(masks, h, w, strict)
     table = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
     out = F.embedding_bag(  # a weighted sum of four rows per pixel, never holding the four

@@ -33,7 +33,7 @@ import data
 from kernels import rasterize
 from model import SensorDepth, SplatAndDistill, WeightsNotFound, load_vit, merge_lora
 
-# Every setting: (demo, paper, why). The paper's are those of its ScanNet++ run; the demo's are for minutes on two cores.
+# Every setting: (demo, paper, why). The paper's are of its ScanNet++ run; the demo's are for minutes on two cores.
 SETTINGS = {
     "height": (224, 576, "of the images, pixels; the ViT sees the multiple of 14 below"),
     "width": (224, 880, "likewise"),
@@ -44,8 +44,8 @@ SETTINGS = {
     "far": (100.0, 100.0, "likewise farther"),
     "batch_size": (1, 1, "scenes a step"),
     "steps": (100, 300_000, "of the optimiser"),
-    "lr": (2e-4, 2e-5, "peak learning rate; the demo has 3,000 times fewer steps to get anywhere"),
-    "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
+    "lr": (5e-4, 2e-5, "peak learning rate; the demo has 3,000 times fewer steps to get anywhere"),
+    "warmup": (0.1, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
     "weight_decay": (0.0, 0.0, "0 makes AdamW the Adam of the paper"),
     "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the head off"),
     "lora_rank": (8, 8, "of the student's LoRA on qkv and proj"),
@@ -128,7 +128,9 @@ def load_views(settings):
 
     A single capture has nothing to hold out; its preview is of its own frames.
     """
-    options = {k: settings[k] for k in ("height", "width", "min_gap", "max_gap")} | {"num_context": settings["context_views"]}
+    options = {k: settings[k] for k in ("height", "width", "min_gap", "max_gap")} | {
+        "num_context": settings["context_views"]
+    }
     scenes = data.open_scenes(settings["data"]) if settings["data"] else data.Rooms("train")
     length = settings["steps"] * settings["batch_size"]
     views = data.Views(scenes, **options, seed=settings["seed"], length=length)
@@ -338,8 +340,8 @@ def main(arguments=None):
     step = 0
     if checkpoint:
         if checkpoint["random_weights"] != random_weights:
-            raise SystemExit(f"{folder}: began with {'random' if checkpoint['random_weights'] else 'real'} teacher weights, "
-                             "which are not what is found now")  # fmt: skip
+            began = "random" if checkpoint["random_weights"] else "real"
+            raise SystemExit(f"{folder}: began with {began} teacher weights, which are not what is found now")
         step = checkpoint["step"]
         model.load_state_dict(checkpoint["model"], strict=False)
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -350,7 +352,9 @@ def main(arguments=None):
     else:
         folder = Path("runs") / (settings["name"] or free_name(settings["preset"]))
         if (folder / "checkpoint.pt").exists():
-            raise SystemExit(f"{folder}: there is a run of that name; go on with --resume {folder}, or choose another --name")
+            raise SystemExit(
+                f"{folder}: there is a run of that name; go on with --resume {folder}, or choose another --name"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         truncate_metrics(folder / "metrics.jsonl", 0)
     if random_weights:
@@ -358,7 +362,7 @@ def main(arguments=None):
     if not shown["has_masks"].all():
         print("No segment masks in the data: one segment per image, blending off.")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{folder}: {settings['teacher']} on {device}, {trainable / 1e6:.1f} M trainable numbers, {settings['steps']} steps")
+    print(f"{folder}: {settings['teacher']} on {device}, {trainable / 1e6:.1f} M trainable, {settings['steps']} steps")
 
     shown = move(shown, device)
     samples = Subset(views, range(step * settings["batch_size"], len(views)))
@@ -366,7 +370,9 @@ def main(arguments=None):
     loader = DataLoader(samples, settings["batch_size"], num_workers=settings["workers"], generator=torch.Generator())
     asked_to_stop = []
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: (asked_to_stop.append(number), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(
+            signum, lambda number, frame: (asked_to_stop.append(number), signal.signal(number, signal.SIG_DFL))
+        )
     if checkpoint:
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
@@ -380,7 +386,9 @@ def main(arguments=None):
             metrics = train_step(model, move(batch, device), optimizer, schedule, step, settings)
             line = {"step": step, **{k: float(v) for k, v in metrics.items()}, "lr": schedule.get_last_lr()[0]}
             if not math.isfinite(line["loss"]):
-                raise SystemExit(f"{folder}: the loss of step {step} is {line['loss']}; the last checkpoint is from before")
+                raise SystemExit(
+                    f"{folder}: the loss of step {step} is {line['loss']}; the last checkpoint is from before"
+                )
             recent.append(dict(line))
             if step % settings["preview_every"] == 0 or step == settings["steps"]:
                 aligned = preview(folder / f"preview_{step:06d}.png", model, shown, step, random_weights)

@@ -88,7 +88,7 @@ def _rasterize_triton(
     from .projection import Project
     from .tiles import list_tiles
 
-    (B, N, C), V = features.shape, viewmats.shape[1]
+    (B, _, C), V = features.shape, viewmats.shape[1]
     means, covars, opacities, features, viewmats, Ks = (
         t.contiguous() for t in (means, covars, opacities, features, viewmats, Ks)
     )

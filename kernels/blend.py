@@ -104,9 +104,7 @@ def blend_forward_kernel(
         R = product[:, None] * tl.cumprod(1 - alpha, 1)
         blended = R > MIN_TRANSMITTANCE
         w = tl.where(blended, alpha * R / (1 - alpha), 0.0)
-        f = tl.load(
-            features_ptr + (first_3d + n)[:, None] * C + c[None, :], (k < end)[:, None] & (c < C)[None, :], 0.0
-        )
+        f = tl.load(features_ptr + (first_3d + n)[:, None] * C + c[None, :], (k < end)[:, None] & (c < C)[None, :], 0.0)
         acc = tl.dot(w.to(DOT_DTYPE), f.to(DOT_DTYPE), acc, input_precision=PRECISION)
         T = tl.minimum(T, tl.min(tl.where(blended, R, 1.0), 1))
         number = (k - start + 1).to(tl.int32)
@@ -203,9 +201,9 @@ def blend_backward_kernel(
             feature = (first_3d + n)[:, None] * C + c[None, :]
             used = (k < end)[:, None] & (c < C)[None, :]
             f = tl.load(features_ptr + feature, used, 0.0).to(DOT_DTYPE)
-            v_out = tl.load(
-                v_out_ptr + pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0
-            ).to(DOT_DTYPE)
+            v_out = tl.load(v_out_ptr + pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0).to(
+                DOT_DTYPE
+            )
             g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
             v_f = tl.dot(tl.trans(w.to(DOT_DTYPE)), v_out, input_precision=PRECISION)
             tl.atomic_add(v_features_ptr + feature, v_f, used)

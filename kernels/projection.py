@@ -25,9 +25,24 @@ BLOCK = 128  # Gaussians per program; memory-bound, and not sensitive to it
 @triton.jit
 def load_camera(viewmat_ptr, K_ptr):
     """One camera's rotation (row by row), translation, focal lengths and centre, as scalars."""
-    r00, r01, r02, tx = tl.load(viewmat_ptr), tl.load(viewmat_ptr + 1), tl.load(viewmat_ptr + 2), tl.load(viewmat_ptr + 3)
-    r10, r11, r12, ty = tl.load(viewmat_ptr + 4), tl.load(viewmat_ptr + 5), tl.load(viewmat_ptr + 6), tl.load(viewmat_ptr + 7)
-    r20, r21, r22, tz = tl.load(viewmat_ptr + 8), tl.load(viewmat_ptr + 9), tl.load(viewmat_ptr + 10), tl.load(viewmat_ptr + 11)
+    r00, r01, r02, tx = (
+        tl.load(viewmat_ptr),
+        tl.load(viewmat_ptr + 1),
+        tl.load(viewmat_ptr + 2),
+        tl.load(viewmat_ptr + 3),
+    )
+    r10, r11, r12, ty = (
+        tl.load(viewmat_ptr + 4),
+        tl.load(viewmat_ptr + 5),
+        tl.load(viewmat_ptr + 6),
+        tl.load(viewmat_ptr + 7),
+    )
+    r20, r21, r22, tz = (
+        tl.load(viewmat_ptr + 8),
+        tl.load(viewmat_ptr + 9),
+        tl.load(viewmat_ptr + 10),
+        tl.load(viewmat_ptr + 11),
+    )
     fx, cx, fy, cy = tl.load(K_ptr), tl.load(K_ptr + 2), tl.load(K_ptr + 4), tl.load(K_ptr + 5)
     return r00, r01, r02, r10, r11, r12, r20, r21, r22, tx, ty, tz, fx, fy, cx, cy
 
@@ -54,11 +69,7 @@ def clamp_slope(slope, f, c, size):
 @triton.jit
 def quadratic(mx, my, mz, nx, ny, nz, xx, xy, xz, yy, yz, zz):
     """m' S n for a symmetric S."""
-    return (
-        mx * (xx * nx + xy * ny + xz * nz)
-        + my * (xy * nx + yy * ny + yz * nz)
-        + mz * (xz * nx + yz * ny + zz * nz)
-    )
+    return mx * (xx * nx + xy * ny + xz * nz) + my * (xy * nx + yy * ny + yz * nz) + mz * (xz * nx + yz * ny + zz * nz)
 
 
 @triton.jit
@@ -222,10 +233,9 @@ def project_backward_kernel(
         v_w = tl.where(s_w, -fy / z * v_J12, 0.0)
         v_x = (fx * v_mx + v_u) / z
         v_y = (fy * v_my + v_w) / z
-        v_z = (
-            (fx * (u * v_J02 - v_J00 - v_mx * x) + fy * (w * v_J12 - v_J11 - v_my * y)) / (z * z)
-            - (v_u * u + v_w * w) / z
-        )
+        v_z = (fx * (u * v_J02 - v_J00 - v_mx * x) + fy * (w * v_J12 - v_J11 - v_my * y)) / (z * z) - (
+            v_u * u + v_w * w
+        ) / z
         v_px += r00 * v_x + r10 * v_y + r20 * v_z
         v_py += r01 * v_x + r11 * v_y + r21 * v_z
         v_pz += r02 * v_x + r12 * v_y + r22 * v_z

@@ -28,13 +28,19 @@ FLOATS = ("near_plane", "far_plane", "eps2d")
 
 def kernels():
     """(name, kernel, constants, options, type of the features)"""
-    for kernel, module in ((projection.project_forward_kernel, projection), (projection.project_backward_kernel, projection)):
+    for kernel, module in (
+        (projection.project_forward_kernel, projection),
+        (projection.project_backward_kernel, projection),
+    ):
         yield kernel.__name__, kernel, dict(BLOCK=module.BLOCK), {}, "*fp32"
     yield "count_kernel", tiles.count_kernel, dict(TILE=TILE, BLOCK=tiles.BLOCK), {}, "*fp32"
     yield "emit_kernel", tiles.emit_kernel, dict(TILE=TILE, BLOCK=tiles.BLOCK), {}, "*fp32"
     yield "range_kernel", tiles.range_kernel, dict(BLOCK=tiles.BLOCK), {}, "*fp32"
     for dtype, pointer in ((torch.float32, "*fp32"), (torch.float16, "*fp16"), (torch.bfloat16, "*bf16")):
-        for kernel, block in ((blend.blend_forward_kernel, blend.FORWARD), (blend.blend_backward_kernel, blend.BACKWARD)):
+        for kernel, block in (
+            (blend.blend_forward_kernel, blend.FORWARD),
+            (blend.blend_backward_kernel, blend.BACKWARD),
+        ):
             constants = blend.launch_options(block, 384, dtype, TILE, interpret=False)
             options = dict(num_warps=constants.pop("num_warps"))
             yield f"{kernel.__name__} {pointer[1:]}", kernel, constants, options, pointer
@@ -68,4 +74,7 @@ for target in map(int, sys.argv[1:]):
         source = ASTSource(kernel, signature(kernel, constants, features), constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         matrix = len(re.findall(r"\b(?:mma|wgmma)\S*\.sync", compiled.asm["ptx"]))
-        print(json.dumps(dict(kernel=name, target=target, tensor_core=matrix, **resources(compiled.asm["cubin"]))), flush=True)
+        print(
+            json.dumps(dict(kernel=name, target=target, tensor_core=matrix, **resources(compiled.asm["cubin"]))),
+            flush=True,
+        )

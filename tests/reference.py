@@ -79,7 +79,9 @@ def random_rotation(generator, angle=math.pi):
     return torch.linalg.matrix_exp(torch.tensor([[0, -a[2], a[1]], [a[2], 0, -a[0]], [-a[1], a[0], 0]]))
 
 
-def make_scene(seed=0, B=1, V=1, N=20, C=3, width=19, height=17, sigma=0.15, opacity=None, flat=1.0, dtype=torch.float32):
+def make_scene(
+    seed=0, B=1, V=1, N=20, C=3, width=19, height=17, sigma=0.15, opacity=None, flat=1.0, dtype=torch.float32
+):
     """Arguments for rasterize: N Gaussians about 4 in front of V cameras, some outside the images, some behind.
 
     `sigma` is their typical standard deviation in units of their distance; `opacity` one value for all, or None for
@@ -90,7 +92,9 @@ def make_scene(seed=0, B=1, V=1, N=20, C=3, width=19, height=17, sigma=0.15, opa
     if N > 1:
         means[:, -1, 2] -= 6  # one behind the cameras
     sigmas = 4 * sigma * torch.exp(0.7 * torch.randn(B, N, 3, generator=g)) * torch.tensor([1.0, 1.0, flat])
-    rotations = torch.stack([random_rotation(g) for _ in range(B * N)]).view(B, N, 3, 3) if N else torch.zeros(B, 0, 3, 3)
+    rotations = (
+        torch.stack([random_rotation(g) for _ in range(B * N)]).view(B, N, 3, 3) if N else torch.zeros(B, 0, 3, 3)
+    )
     covars = rotations @ torch.diag_embed(sigmas**2) @ rotations.transpose(-1, -2)
     covars = 0.5 * (covars + covars.transpose(-1, -2))
     opacities = torch.rand(B, N, generator=g) if opacity is None else torch.full((B, N), float(opacity))

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -226,7 +226,9 @@ def test_furniture_stands_in_the_room_and_off_the_path():
         room = Room(seed)
         for solid in room.solids[6:]:
             c, s = abs(np.cos(solid.yaw)), abs(np.sin(solid.yaw))
-            reach = np.array([c * solid.half[0] + s * solid.half[1], s * solid.half[0] + c * solid.half[1], solid.half[2]])
+            reach = np.array(
+                [c * solid.half[0] + s * solid.half[1], s * solid.half[0] + c * solid.half[1], solid.half[2]]
+            )
             low, high = solid.centre - reach, solid.centre + reach
             assert low[2] > -1e-4 and high[2] < room.size[2] + 1e-4
             if CLASSES[solid.label] not in FIXTURES and low[2] < 1e-3:
@@ -445,7 +447,9 @@ def test_depth_is_in_metres_and_unknown_is_zero(tmp_path):
     assert not scene.has_depth and "depths" not in scene.frame(1, 30, 40)
 
 
-@pytest.mark.parametrize("extra, named", [({"k2": 0.1, "p1": 0.01}, "k2, p1"), ({"camera_model": "OPENCV_FISHEYE"}, "FISHEYE")])
+@pytest.mark.parametrize(
+    "extra, named", [({"k2": 0.1, "p1": 0.01}, "k2, p1"), ({"camera_model": "OPENCV_FISHEYE"}, "FISHEYE")]
+)
 def test_distortion_is_named_in_a_warning(tmp_path, extra, named):
     with pytest.warns(UserWarning, match=named):
         PosedFolder(write_capture(tmp_path / "a", top={"fl_x": 50} | extra))
@@ -479,17 +483,26 @@ BROKEN = {  # what to do to a good capture, and what the message must name
     "no focal length": (lambda f, j: j.pop("fl_x"), "transforms.json: no focal length.*fl_x or camera_angle_x"),
     "focal length 0": (lambda f, j: j.update(fl_x=0), "transforms.json.*focal length"),
     "a word for cx": (lambda f, j: j.update(cx="middle"), "transforms.json: cx .*'middle'"),
-    "depth unit a word": (lambda f, j: j.update(depth_unit_scale_factor="mm"), "transforms.json.*depth_unit_scale_factor.*'mm'"),
+    "depth unit a word": (
+        lambda f, j: j.update(depth_unit_scale_factor="mm"),
+        "transforms.json.*depth_unit_scale_factor.*'mm'",
+    ),
     "depth path a number": (lambda f, j: j["frames"][1].update(depth_file_path=3), "transforms.json.*depth_file_path"),
     "corrupt image": (lambda f, j: (f / "images/0001.png").write_bytes(b"nothing"), "0001.png"),
-    "cut image": (lambda f, j: (f / "images/0001.png").write_bytes((f / "images/0001.png").read_bytes()[:60]), "0001.png"),
+    "cut image": (
+        lambda f, j: (f / "images/0001.png").write_bytes((f / "images/0001.png").read_bytes()[:60]),
+        "0001.png",
+    ),
     "depth missing": (lambda f, j: (f / "1.npy").unlink(), "1.npy: no such file"),
     "depth empty": (lambda f, j: (f / "1.npy").write_bytes(b""), "1.npy"),
     "depth of objects": (lambda f, j: np.save(f / "1.npy", np.array([{}])), "1.npy"),
     "depth with channels": (lambda f, j: np.save(f / "1.npy", np.ones((30, 40, 3))), "1.npy"),
     "depth of another shape": (lambda f, j: np.save(f / "1.npy", np.ones((40, 40))), "1.npy.*40 x 40.*40 x 30"),
     "mask in colour": (lambda f, j: Image.new("RGB", (40, 30)).save(f / "masks/0001.png"), "masks/0001.png.*channels"),
-    "mask of another shape": (lambda f, j: Image.new("L", (40, 10)).save(f / "masks/0001.png"), "masks/0001.png.*40 x 10"),
+    "mask of another shape": (
+        lambda f, j: Image.new("L", (40, 10)).save(f / "masks/0001.png"),
+        "masks/0001.png.*40 x 10",
+    ),
 }
 
 
@@ -554,7 +567,10 @@ def test_a_sample_is_what_its_frames_show():
         assert torch.equal(a["context"][key], torch.stack([room.frame(i, 24, 32)[key] for i in context]))
     assert a["has_masks"].item() is True
     batch = torch.utils.data.default_collate([a, b])
-    assert torch.equal(batch["context"]["images"][1], b["context"]["images"]) and batch["scene"] == [a["scene"], b["scene"]]
+    assert torch.equal(batch["context"]["images"][1], b["context"]["images"]) and batch["scene"] == [
+        a["scene"],
+        b["scene"],
+    ]
     assert batch["context"]["depths"].shape == (2, 3, 24, 32) and batch["has_masks"].tolist() == [True, True]
     with pytest.raises(IndexError):
         views[10]

@@ -46,7 +46,9 @@ def close(name, actual, expected, rtol, atol):
 
 def check_against_dense(scene, backend, rtol=1e-3, atol=2e-5, **options):
     out, alphas, gradients, certain = values_and_gradients(rasterize_dense, scene, **options)
-    got_out, got_alphas, got_gradients, _ = values_and_gradients(rasterize, scene, mask=certain, backend=backend, **options)
+    got_out, got_alphas, got_gradients, _ = values_and_gradients(
+        rasterize, scene, mask=certain, backend=backend, **options
+    )
     close("features", got_out[certain], out[certain], rtol, atol)
     close("alphas", got_alphas[certain], alphas[certain], rtol, atol)
     for name, got, expected in zip(NAMES, got_gradients, gradients):
@@ -156,6 +158,7 @@ def test_covariance_gradient_is_per_entry(backend):
 
 # --------------------------------------------------------------------------- closed forms
 
+
 def one_pixel_row(opacities, depths=None, sigma=0.3, width=8, features=None, backend="torch", **options):
     """Gaussians on the optical axis of a 10-pixel camera; the axis passes between pixels 3 and 4 of 8."""
     N = len(opacities)
@@ -206,7 +209,9 @@ def test_slope_is_clamped_outside_the_image(backend):
     covars = (sigma**2 * torch.eye(3, device=DEVICE))[None, None]
     K = torch.tensor([[[[4.0, 0, 4.0], [0, 4.0, 0.5], [0, 0, 1]]]], device=DEVICE)
     ones = torch.ones(1, 1, 1, device=DEVICE)
-    _, alphas = rasterize(means, covars, 0.9 * ones[0], ones, torch.eye(4, device=DEVICE)[None, None], K, 8, 1, backend=backend)
+    _, alphas = rasterize(
+        means, covars, 0.9 * ones[0], ones, torch.eye(4, device=DEVICE)[None, None], K, 8, 1, backend=backend
+    )
     u = (8 - 4) / 4 + 0.3 * 0.5 * 8 / 4
     variance = (4 * sigma) ** 2 * (1 + u * u) + 0.3
     d = torch.arange(8) + 0.5 - (4 * x + 4)
@@ -252,7 +257,15 @@ def test_unchanged_under_rigid_motion_of_world_and_camera(backend):
     motion[:3, :3] = random_rotation(torch.Generator().manual_seed(1)).to(DEVICE)
     motion[:3, 3] = torch.tensor([0.5, -1.0, 2.0])
     R = motion[:3, :3]
-    moved = (means @ R.T + motion[:3, 3], R @ covars @ R.T, opacities, features, viewmats @ torch.linalg.inv(motion), Ks, *size)
+    moved = (
+        means @ R.T + motion[:3, 3],
+        R @ covars @ R.T,
+        opacities,
+        features,
+        viewmats @ torch.linalg.inv(motion),
+        Ks,
+        *size,
+    )
     for a, b in zip(rasterize(means, covars, opacities, features, viewmats, Ks, *size, backend=backend),
                     rasterize(*moved, backend=backend)):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
@@ -405,4 +418,4 @@ def test_triton_on_cpu_tensors_needs_the_interpreter():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = os.path.dirname(os.path.dirname(kernels.__file__))
     run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
-    assert re.search("ValueError: backend \"triton\" needs CUDA tensors .* use backend=\"torch\"", run.stderr)
+    assert re.search('ValueError: backend "triton" needs CUDA tensors .* use backend="torch"', run.stderr)

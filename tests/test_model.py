@@ -106,7 +106,9 @@ def test_patch_tokens_resize_and_normalise():
     tokens = M.patch_tokens(vit, images)
     assert tokens.shape == (2, 3, 24, 3, 2)
     resized = F.interpolate(images[1, 2][None], (42, 28), mode="bilinear")
-    normalised = (resized - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    normalised = (resized - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
     expected = vit.get_intermediate_layers(normalised, reshape=True)[0][0]
     torch.testing.assert_close(tokens[1, 2], expected, rtol=1e-4, atol=1e-4)
 
@@ -142,7 +144,9 @@ def test_timms_files_compute_the_same(tmp_path, tiny_architecture, name):
     save_file(timm, tmp_path / "timm.safetensors")
     images = torch.randn(1, 3, 56, 70)
     with torch.no_grad():
-        expected, got = (v.forward_features(images)["x_prenorm"] for v in (vit, M.load_vit(name, tmp_path / "timm.safetensors")))
+        expected, got = (
+            v.forward_features(images)["x_prenorm"] for v in (vit, M.load_vit(name, tmp_path / "timm.safetensors"))
+        )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -161,7 +165,9 @@ def test_no_weights_says_both_ways_out(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    with pytest.raises(M.WeightsNotFound, match=r"checkpoints/dinov2_vits14_reg4_pretrain.pth.*no network.*put it there, or pass"):
+    with pytest.raises(
+        M.WeightsNotFound, match=r"checkpoints/dinov2_vits14_reg4_pretrain.pth.*no network.*put it there, or pass"
+    ):
         M.load_vit("dinov2_vits14_reg")
 
 
@@ -276,7 +282,9 @@ def test_upsampling_keeps_segments_apart(seed, B, h, w, H, W, segments):
     torch.testing.assert_close(out[:, 1][counted], torch.ones_like(out[:, 1])[counted])
     torch.testing.assert_close(out[:, 0][counted], masks.float()[counted])
     one = M.upsample_features(ids, torch.zeros_like(masks))  # one segment: plain bilinear
-    torch.testing.assert_close(one, F.interpolate(ids, (H, W), mode="bilinear", align_corners=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        one, F.interpolate(ids, (H, W), mode="bilinear", align_corners=True), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_blending_equals_the_public_code():
@@ -294,7 +302,9 @@ def test_blending_is_the_loop(seed, B, H, W, alpha):
     for b in range(B):
         for i in masks[b].unique():
             inside = masks[b] == i
-            expected[b][:, inside] = alpha * features[b][:, inside] + (1 - alpha) * features[b][:, inside].mean(1, keepdim=True)
+            expected[b][:, inside] = alpha * features[b][:, inside] + (1 - alpha) * features[b][:, inside].mean(
+                1, keepdim=True
+            )
     torch.testing.assert_close(M.blend_segments(features, masks, alpha), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -304,7 +314,9 @@ def test_blending_is_the_loop(seed, B, H, W, alpha):
 def wall(B=1, V=2, H=70, W=126, seed=0):
     """Views of a wall 3 m ahead, painted smoothly: context cameras to the left and right, the target between them."""
     g = torch.Generator().manual_seed(seed)
-    texture = F.interpolate(torch.rand(B, 3, 4, 8, generator=g), (112, 224), mode="bicubic", align_corners=True).clamp(0, 1)
+    texture = F.interpolate(torch.rand(B, 3, 4, 8, generator=g), (112, 224), mode="bicubic", align_corners=True).clamp(
+        0, 1
+    )
     K = torch.tensor([[70.0, 0, W / 2], [0, 70.0, H / 2], [0, 0, 1]])
 
     def view(shift):  # a camera `shift` pixels of the wall to the right sees it through a crop that moves along
@@ -313,7 +325,9 @@ def wall(B=1, V=2, H=70, W=126, seed=0):
         left = 49 + shift
         images = texture[:, :, 14 : 14 + H, left : left + W]
         masks = (torch.arange(W) + left > 112).long().expand(B, H, W)
-        return dict(images=images, extrinsics=extrinsics, Ks=K.expand(B, 3, 3), depths=torch.full((B, H, W), 3.0), masks=masks)
+        return dict(
+            images=images, extrinsics=extrinsics, Ks=K.expand(B, 3, 3), depths=torch.full((B, H, W), 3.0), masks=masks
+        )
 
     sides = [view(shift) for shift in (-28, 28)][:V]
     context = {k: torch.stack([s[k] for s in sides], 1) for k in sides[0]}
@@ -359,8 +373,12 @@ def test_unprojection_inverts_projection():
     camera = torch.einsum("bji,bhwj->bhwi", R, points - t[:, None, None])
     pixels = camera @ K.T
     torch.testing.assert_close(camera[..., 2], depths)
-    torch.testing.assert_close(pixels[..., 0] / pixels[..., 2], (torch.arange(7) + 0.5).expand(2, 5, 7), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(pixels[..., 1] / pixels[..., 2], (torch.arange(5) + 0.5)[:, None].expand(2, 5, 7), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pixels[..., 0] / pixels[..., 2], (torch.arange(7) + 0.5).expand(2, 5, 7), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        pixels[..., 1] / pixels[..., 2], (torch.arange(5) + 0.5)[:, None].expand(2, 5, 7), rtol=1e-4, atol=1e-4
+    )
 
 
 class PixelFeatures(torch.nn.Module):

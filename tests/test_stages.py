@@ -113,7 +113,9 @@ def test_projection_and_its_gradients(B, V, N):
         return means2d.detach(), conics.detach(), visible, *torch.autograd.grad(loss, inputs)
 
     def by_torch(means, covars, opacities, viewmats, Ks):
-        means2d, conics, covars2d, _, visible = torch_backend.project(means, covars, viewmats, Ks, width, height, **LIMITS)
+        means2d, conics, covars2d, _, visible = torch_backend.project(
+            means, covars, viewmats, Ks, width, height, **LIMITS
+        )
         return means2d, conics, torch_backend.image_radii(covars2d, opacities, visible)[..., 0] >= 0
 
     def by_triton(*tensors):
@@ -127,7 +129,9 @@ def test_projection_and_its_gradients(B, V, N):
         torch.testing.assert_close(a[visible].double(), b[visible], rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
     for name, a, b in zip(("means", "covars"), got[3:], expected[3:]):
         scale = float(b.abs().max())
-        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-5 * scale, msg=lambda m: f"gradient of {name}: {m}")
+        torch.testing.assert_close(
+            a.double(), b, rtol=1e-3, atol=1e-5 * scale, msg=lambda m: f"gradient of {name}: {m}"
+        )
 
 
 # --------------------------------------------------------------------------- tile lists
@@ -144,9 +148,7 @@ def test_tile_lists_are_complete_sorted_and_tight(seed, images, N, width, height
     radii = torch.exp(2 * torch.randn(images, N, 2, generator=g))
     radii[torch.rand(images, N, generator=g) < 0.2] = -1
     depths = 1 + torch.randint(0, 5, (images, N), generator=g).float()  # many ties
-    gaussians, ranges = tiles.list_tiles(
-        means2d.to(DEVICE), depths.to(DEVICE), radii.to(DEVICE), width, height, tile
-    )
+    gaussians, ranges = tiles.list_tiles(means2d.to(DEVICE), depths.to(DEVICE), radii.to(DEVICE), width, height, tile)
     tiles_x, tiles_y = -(-width // tile), -(-height // tile)
     assert ranges.shape == (images * tiles_x * tiles_y, 2)
     for t, (start, end) in enumerate(ranges.tolist()):
