@@ -682,7 +682,7 @@ class PosedFolder:
         if fx is None and get("camera_angle_x") is not None:
             fx = 0.5 * w / np.tan(0.5 * get("camera_angle_x"))
         if not fx or fx < 0 or min(w, h) <= 0:
-            raise ValueError(f"{self.file}: {entry['file_path']} has no focal length: fl_x or camera_angle_x must be above 0")
+            raise ValueError(f"{self.file}: no focal length for {entry['file_path']}: fl_x or camera_angle_x must be above 0")
         fy, cx, cy = get("fl_y", fx), get("cx", w / 2), get("cy", h / 2)
         return fx * width / w, fy * height / h, cx * width / w, cy * height / h
 
