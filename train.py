@@ -324,7 +324,8 @@ def main(arguments=None):
     settings = parse_settings(arguments)
     warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     checkpoint = None
     if "resume" in settings:
         folder = Path(settings["resume"])
