@@ -5,7 +5,8 @@
     DINOHead             features to prototype logits
     upsample_features    patch tokens to pixels without crossing segment borders
     blend_segments       features drawn towards their segment's mean
-    Gaussians, ...       one 3D Gaussian per context pixel
+    SensorDepth          one 3D Gaussian per context pixel, from measured depth
+    MVSplat              the same from photos alone
     SplatAndDistill      the method: one step, from a batch to its loss
 
 Legend, used in trailing comments:  B scenes, V context views (one target view per scene), H x W pixels,
@@ -14,15 +15,17 @@ Cameras: OpenCV axes (x right, y down, z forward); extrinsics camera-to-world, v
 """
 
 import copy
+import json
 import math
 import socket
 import urllib.error
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -226,6 +229,8 @@ def read_state(path):
         if path.suffix == ".safetensors":
             return load_file(path), path
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # Lightning's wrapping
+            state = state["state_dict"]
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a weights file that can be read ({_first_line(error)})") from None
     except Exception as error:  # pickle.UnpicklingError, whose text is long: torch explains how to run the pickle
@@ -464,6 +469,7 @@ class Gaussians(NamedTuple):
     means: torch.Tensor  # [B, N, 3] world
     covars: torch.Tensor  # [B, N, 3, 3] world
     opacities: torch.Tensor  # [B, N] 0..1
+    harmonics: torch.Tensor | None = None  # [B, N, 3, 25] colours as spherical harmonics; sensor depth has none
 
 
 def unproject(depths, Ks, extrinsics):
@@ -501,6 +507,473 @@ class SensorDepth:
         sigmas = 0.5 * z / (0.5 * (Ks[..., 0, 0] + Ks[..., 1, 1]))[..., None, None]  # (B, V, H, W)
         covars = torch.eye(3, device=z.device) * (sigmas**2)[..., None, None]
         return Gaussians(means.flatten(1, 3), covars.flatten(1, 3), valid.float().flatten(1, 3))
+
+
+# ----------------------------------------------------------------------------- feed-forward geometry: MVSplat
+
+
+@dataclass(frozen=True)
+class ReconstructorConfig:
+    """Sizes of an MVSplat; the defaults are the published re10k model's."""
+
+    stem: tuple = (64, 96, 128)  # channels of the CNN's three stages
+    dim: int = 128  # of the features that are matched
+    blocks: int = 6  # of the transformer
+    candidates: int = 128  # depths that the cost volume tries
+    cost_dim: int = 128  # of the cost volume's U-Net
+    cost_levels: int = 3  # attention at the last
+    refine_dim: int = 32  # of the full-resolution U-Net
+    refine_levels: int = 5  # attention at the last
+    sh_degree: int = 4  # of the colours
+
+
+def conv(inside, outside, size=3, stride=1, bias=True):
+    return nn.Conv2d(inside, outside, size, stride, size // 2, bias=bias)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a skip, instance-normalised."""
+
+    def __init__(self, inside, outside, stride):
+        super().__init__()
+        self.conv1 = conv(inside, outside, stride=stride, bias=False)
+        self.conv2 = conv(outside, outside, bias=False)
+        if stride != 1 or inside != outside:
+            self.downsample = nn.Sequential(conv(inside, outside, 1, stride))
+
+    def forward(self, x):
+        y = F.relu(F.instance_norm(self.conv1(x)))
+        y = F.relu(F.instance_norm(self.conv2(y)))
+        if hasattr(self, "downsample"):
+            x = F.instance_norm(self.downsample(x))
+        return F.relu(x + y)
+
+
+class Stem(nn.Module):
+    """Photos to features at a quarter of the resolution."""
+
+    def __init__(self, config):
+        super().__init__()
+        a, b, c = config.stem
+        self.conv1 = conv(3, a, 7, 2, bias=False)
+        self.layer1 = nn.Sequential(ResidualBlock(a, a, 1), ResidualBlock(a, a, 1))
+        self.layer2 = nn.Sequential(ResidualBlock(a, b, 2), ResidualBlock(b, b, 1))
+        self.layer3 = nn.Sequential(ResidualBlock(b, c, 1), ResidualBlock(c, c, 1))
+        self.conv2 = conv(c, config.dim, 1)
+
+    def forward(self, x):  # (B, 3, H, W) -> (B, dim, H/4, W/4)
+        x = F.relu(F.instance_norm(self.conv1(x)))
+        return self.conv2(self.layer3(self.layer2(self.layer1(x))))
+
+
+def windows(x, back=None):
+    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]; with back=(h, w) the other way."""
+    if back:
+        h, w = back
+        return x.unflatten(-2, (h // 2, w // 2)).unflatten(-4, (2, 2)).transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+    x = x.unflatten(-2, (2, -1)).unflatten(-4, (2, -1)).transpose(-4, -3)  # (..., 2, 2, h/2, w/2, D)
+    return x.flatten(-3, -2).flatten(-4, -3)
+
+
+def sine_positions(h, w, dim):
+    """DETR's sine embedding of an h x w grid, coordinates from 1, normalised to 2 pi. (h, w, dim)"""
+    frequency = 10000 ** (-2 * (torch.arange(dim // 2) // 2) / (dim // 2))
+
+    def along(size):
+        x = 2 * math.pi * torch.arange(1, size + 1) / (size + 1e-6)
+        x = x[:, None] * frequency
+        return torch.stack([x[:, 0::2].sin(), x[:, 1::2].cos()], -1).flatten(1)
+
+    y, x = along(h)[:, None].expand(h, w, -1), along(w).expand(h, w, -1)
+    return torch.cat([y, x], -1)
+
+
+def shift_mask(h, w):
+    """Added to the attention of shifted windows: -100 between tokens that only the roll made neighbours.
+    (4, tokens, tokens)"""
+
+    def regions(size):  # the last half window came from the other side, and its window from its neighbour
+        i = torch.arange(size)
+        return (i >= size // 2).long() + (i >= size - size // 4)
+
+    region = windows((3 * regions(h)[:, None] + regions(w))[..., None])[..., 0]  # (4, tokens)
+    return -100.0 * (region[:, :, None] != region[:, None, :])
+
+
+class AttentionLayer(nn.Module):
+    """Single-head attention within windows; with `mlp`, from other views and followed by an MLP."""
+
+    def __init__(self, dim, mlp):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.merge = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.norm1 = nn.LayerNorm(dim)
+        if mlp:
+            self.mlp = nn.Sequential(
+                nn.Linear(2 * dim, 8 * dim, bias=False), nn.GELU(), nn.Linear(8 * dim, dim, bias=False)
+            )
+            self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x, keys, mask):
+        """x [B, V, h, w, D], keys [B, V, S, h, w, D] of S views that each sees, mask for shifted windows or None."""
+        h, w = x.shape[-3:-1]
+
+        def roll(t, sign):
+            return t if mask is None else torch.roll(t, (sign * (h // 4), sign * (w // 4)), (-3, -2))
+
+        q = windows(roll(self.q_proj(x), -1))  # (B, V, 4, tokens, D)
+        k, v = (windows(roll(p(keys), -1)).transpose(2, 3).flatten(3, 4) for p in (self.k_proj, self.v_proj))
+        bias = None if mask is None else mask.repeat(1, 1, keys.shape[2])
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        message = self.norm1(self.merge(roll(windows(attended, (h, w)), 1)))
+        if hasattr(self, "mlp"):
+            message = self.norm2(self.mlp(torch.cat([x, message], -1)))
+        return x + message
+
+
+class MatchingTransformer(nn.Module):
+    """Features of each view that know of the others: within 2 x 2 windows, shifted in every second block (Swin)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(config.blocks):
+            block = nn.Module()
+            block.self_attn = AttentionLayer(config.dim, mlp=False)
+            block.cross_attn_ffn = AttentionLayer(config.dim, mlp=True)
+            self.layers.append(block)
+
+    def forward(self, x, others):  # (B, V, D, h, w), (V, V-1)
+        x = x.permute(0, 1, 3, 4, 2)
+        h, w, dim = x.shape[-3:]
+        x = x + sine_positions(h // 2, w // 2, dim).to(x).repeat(2, 2, 1)
+        mask = shift_mask(h, w).to(x)
+        for i, block in enumerate(self.layers):
+            shifted = mask if i % 2 else None
+            seen = x[:, others]  # (B, V, V-1, h, w, D), as they were before the block
+            x = block.self_attn(x, x[:, :, None], shifted)
+            x = block.cross_attn_ffn(x, seen, shifted)
+        return x.permute(0, 1, 4, 2, 3)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(8 if channels % 8 == 0 else 4, channels)
+
+
+class UNetResidual(nn.Module):
+    """Latent diffusion's residual block, each norm after its convolution."""
+
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.in_layers = nn.Sequential(conv(inside, outside), group_norm(outside), nn.SiLU())
+        self.out_layers = nn.Sequential(conv(outside, outside), group_norm(outside), nn.SiLU())
+        self.skip_connection = conv(inside, outside, 1) if inside != outside else nn.Identity()
+
+    def forward(self, x, views):
+        return self.skip_connection(x) + self.out_layers(self.in_layers(x))
+
+
+class UNetAttention(nn.Module):
+    """Attention over the pixels of all views of a scene together, heads of 32 channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        self.norm = group_norm(channels)
+
+    def forward(self, x, views):  # (B*V, C, h, w)
+        tokens = x.flatten(2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2)  # (B, C, V*h*w)
+        q, k, v = self.qkv(tokens).unflatten(1, (self.heads, 3, -1)).transpose(-1, -2).unbind(2)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+        y = self.proj_out(y).unflatten(2, (views, -1)).transpose(1, 2).flatten(0, 1)  # (B*V, C, h*w)
+        return x + self.norm(y).view_as(x)  # the norm is each view's own
+
+
+class Down(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.op = conv(channels, channels, stride=2)
+
+    def forward(self, x, views):
+        return self.op(x)
+
+
+class Up(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x, views):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """Latent diffusion's U-Net without time, of one width: a residual block per level down and two per level up."""
+
+    def __init__(self, channels, levels):
+        super().__init__()
+        c, last = channels, levels - 1
+        self.input_blocks = nn.ModuleList([nn.ModuleList([conv(c, c)])])
+        for level in range(levels):
+            self.input_blocks.append(nn.ModuleList([UNetResidual(c, c)] + [UNetAttention(c)] * (level == last)))
+            if level != last:
+                self.input_blocks.append(nn.ModuleList([Down(c)]))
+        self.middle_block = nn.ModuleList([UNetResidual(c, c), nn.Identity(), UNetResidual(c, c)])
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            for i in range(2):
+                parts = (
+                    [UNetResidual(2 * c, c)] + [UNetAttention(c)] * (level == last) + [Up(c)] * (i == 1 and level > 0)
+                )
+                self.output_blocks.append(nn.ModuleList(parts))
+        self.out = nn.Sequential(conv(c, c), group_norm(c), nn.SiLU())
+
+    def forward(self, x, views):
+        kept = []
+        for block in self.input_blocks:
+            for part in block:
+                x = part(x) if isinstance(part, nn.Conv2d) else part(x, views)
+            kept.append(x)
+        x = self.middle_block[2](self.middle_block[0](x, views), views)
+        for block in self.output_blocks:
+            x = torch.cat([x, kept.pop()], 1)
+            for part in block:
+                x = part(x, views)
+        return self.out(x)
+
+
+class DepthPredictor(nn.Module):
+    """Matched features to depth, opacity and the raw numbers of a Gaussian per pixel."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, r, d = config.cost_dim, config.refine_dim, config.dim
+        n = config.candidates
+        self.corr_refine_net = nn.ModuleList(
+            [conv(n + d, c), nn.GroupNorm(8, c), nn.GELU(), UNet(c, config.cost_levels), conv(c, n)]
+        )
+        self.regressor_residual = conv(n + d, n, 1)
+        self.depth_head_lowres = nn.Sequential(conv(n, 2 * n), nn.GELU(), conv(2 * n, n))
+        self.upsampler = nn.Sequential(
+            conv(2 * d, d), nn.Upsample(scale_factor=4, mode="bilinear", align_corners=True), nn.GELU()
+        )
+        self.proj_feature = conv(d, r)
+        self.refine_unet = nn.ModuleList(
+            [conv(3 + r + 2, r), nn.GroupNorm(4, r), nn.GELU(), UNet(r, config.refine_levels)]
+        )
+        raw = 2 + 3 + 4 + 3 * (config.sh_degree + 1) ** 2
+        self.to_gaussians = nn.Sequential(conv(r + 3 + d, 2 * raw), nn.GELU(), conv(2 * raw, raw))
+        self.to_disparity = nn.Sequential(conv(r, 2 * r), nn.GELU(), conv(2 * r, 2))
+
+    def forward(self, images, matched, cnn, intrinsics, extrinsics, near, far, others):
+        # Coarse: each depth candidate's matching cost, refined, as a distribution over candidates
+        B, V, _, H, W = images.shape
+        n = self.regressor_residual.out_channels
+        low, high = 1 / far, 1 / near  # (B, V)
+        inverse = low[..., None] + torch.linspace(0, 1, n, device=images.device) * (high - low)[..., None]  # (B, V, n)
+        cost = cost_volume(matched, intrinsics, extrinsics, 1 / inverse, others)  # (B, V, n, h, w)
+        x = torch.cat([cost, matched], 2).flatten(0, 1)
+        refined = x
+        for part in self.corr_refine_net:
+            refined = part(refined, V) if isinstance(part, UNet) else part(refined)
+        pdf = self.depth_head_lowres(refined + self.regressor_residual(x)).softmax(1)  # (B*V, n, h, w)
+        coarse = (pdf * inverse.flatten(0, 1)[..., None, None]).sum(1, keepdim=True)
+        confidence = pdf.amax(1, keepdim=True)
+        coarse = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True)
+        confidence = F.interpolate(confidence, (H, W), mode="nearest")
+        # Fine: a correction of the inverse depth at full resolution
+        photo = images.flatten(0, 1)
+        features = self.upsampler(torch.cat([matched, cnn], 2).flatten(0, 1))
+        x = torch.cat([photo, self.proj_feature(features), coarse, confidence], 1)
+        for part in self.refine_unet:
+            x = part(x, V) if isinstance(part, UNet) else part(x)
+        delta, density = self.to_disparity(x).split(1, 1)
+        bounds = (t.flatten()[:, None, None, None] for t in (low, high))
+        depths = 1 / torch.clamp(coarse + delta, *bounds)
+        raw = self.to_gaussians(torch.cat([x, photo, features], 1))
+        # (B, V, H, W), (B, V, H, W), (B, V, 84, H, W)
+        return (t.unflatten(0, (B, V)) for t in (depths[:, 0], density[:, 0].sigmoid(), raw))
+
+
+def cost_volume(features, intrinsics, extrinsics, depths, others):
+    """How well each depth candidate explains the other views.
+
+    Features [B, V, D, h, w], intrinsics [B, V, 3, 3] normalised, extrinsics [B, V, 4, 4], depths [B, V, n] along z,
+    others [V, V - 1] -> [B, V, n, h, w], the scaled dot product with what the other views show there, averaged.
+    """
+    B, V, D, h, w = features.shape
+    K = intrinsics * features.new_tensor([w, h, 1])[:, None]
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).flatten(1).to(features)  # (3, h*w): MVSplat has no half pixel here
+    rays = torch.linalg.inv(K) @ pixels  # (B, V, 3, h*w)
+    costs = []
+    for candidates in depths.split(32, -1):  # at the paper's size all at once would be 4 GB
+        cost, n = 0, candidates.shape[-1]
+        for other in others.T:
+            to_other = torch.linalg.inv(extrinsics[:, other]) @ extrinsics  # (B, V, 4, 4)
+            R, t = to_other[..., :3, :3], to_other[..., :3, 3:]
+            points = (R @ rays)[:, :, :, None] * candidates[:, :, None, :, None] + t[..., None]  # (B, V, 3, n, h*w)
+            seen = (K[:, other] @ points.flatten(3)).unflatten(3, (n, h * w))
+            xy = seen[:, :, :2] / seen[:, :, 2:].clamp(min=1e-3)
+            grid = 2 * xy / features.new_tensor([w - 1, h - 1]).view(2, 1, 1) - 1  # (B, V, 2, n, h*w)
+            warped = F.grid_sample(
+                features[:, other].flatten(0, 1), grid.permute(0, 1, 3, 4, 2).flatten(0, 1), align_corners=True
+            ).view(B, V, D, n, h, w)
+            cost = cost + torch.einsum("bvdhw,bvdnhw->bvnhw", features, warped)
+        costs.append(cost / (math.sqrt(D) * (V - 1)))
+    return torch.cat(costs, 2)
+
+
+def real_harmonics(degree, directions):
+    """The real spherical harmonics of one degree, orders -degree..degree, at unit directions [..., 3], up to a factor
+    that all of a degree share. In e3nn's axes: its (x, y, z) are the textbook's (y, z, x). [..., 2 * degree + 1]"""
+    y, z, x = directions.unbind(-1)
+    cosines, sines = [torch.ones_like(x)], [torch.zeros_like(x)]  # r^m cos(m phi), r^m sin(m phi), r^2 = x^2 + y^2
+    for _ in range(degree):
+        c, s = cosines[-1], sines[-1]
+        cosines.append(c * x - s * y)
+        sines.append(s * x + c * y)
+    out = [None] * (2 * degree + 1)
+    for m in range(degree + 1):  # the associated Legendre function of order m over r^m, by its recurrence in degree
+        p, before = torch.full_like(z, math.prod(range(1, 2 * m, 2))), torch.zeros_like(z)
+        for n in range(m + 1, degree + 1):
+            p, before = ((2 * n - 1) * z * p - (n + m - 1) * before) / (n - m), p
+        p = p * math.sqrt((2 if m else 1) * math.factorial(degree - m) / math.factorial(degree + m))
+        out[degree - m], out[degree + m] = p * sines[m], p * cosines[m]
+    return torch.stack(out, -1)
+
+
+def rotate_harmonics(harmonics, R):
+    """Coefficients [B, ..., (degree + 1)^2] of functions on the sphere, turned by rotations R [B, 3, 3].
+
+    A degree's matrix D (Wigner's) is what takes its harmonics at directions r to those at R r, for enough r.
+    """
+    r = F.normalize(torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    r, R, out = r.to(R.device), R.double(), []
+    for degree in range(math.isqrt(harmonics.shape[-1])):
+        Dt = torch.linalg.pinv(real_harmonics(degree, r)) @ real_harmonics(degree, r @ R.mT)  # (B, k, k), transposed
+        part = harmonics[..., degree**2 : (degree + 1) ** 2]
+        out.append(torch.einsum("bji,b...j->b...i", Dt.to(part), part))
+    return torch.cat(out, -1)
+
+
+def to_gaussians(depths, opacities, raw, intrinsics, extrinsics):
+    """Depths and opacities [B, V, H, W], raw numbers [B, V, 84, H, W] and cameras -> Gaussians."""
+    B, V, H, W = depths.shape
+    raw = raw.permute(0, 1, 3, 4, 2)  # (B, V, H, W, 84)
+    offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
+    size = raw.new_tensor([1 / W, 1 / H])
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    centre = torch.stack([x, y], -1).to(raw) * size
+    xy = centre + (offset.sigmoid() - 0.5) * size
+    inverse = torch.linalg.inv(intrinsics)[:, :, None, None]
+    rays = F.normalize((inverse @ F.pad(xy, (0, 1), value=1.0)[..., None])[..., 0], dim=-1)
+    R, t = extrinsics[:, :, None, None, :3, :3], extrinsics[:, :, None, None, :3, 3]
+    means = (R @ (rays * depths[..., None])[..., None])[..., 0] + t
+    pixel = 0.1 * (torch.linalg.inv(intrinsics[..., :2, :2]) @ size).sum(-1)  # (B, V)
+    sigmas = (0.5 + 14.5 * scale.sigmoid()) * depths[..., None] * pixel[..., None, None, None]
+    i, j, k, r = F.normalize(quaternion, dim=-1, eps=1e-8).unbind(-1)
+    rotation = torch.stack(
+        [
+            1 - 2 * (j * j + k * k),
+            2 * (i * j - k * r),
+            2 * (i * k + j * r),
+            2 * (i * j + k * r),
+            1 - 2 * (i * i + k * k),
+            2 * (j * k - i * r),
+            2 * (i * k - j * r),
+            2 * (j * k + i * r),
+            1 - 2 * (i * i + j * j),
+        ],
+        -1,
+    ).unflatten(-1, (3, 3))
+    L = R @ rotation * sigmas[..., None, :]
+    covars = L @ L.mT
+    harmonics = harmonics.unflatten(-1, (3, -1))  # (B, V, H, W, 3, 25)
+    degrees = torch.arange(harmonics.shape[-1]).sqrt().floor()
+    harmonics = (harmonics * torch.where(degrees > 0, 0.1 * 0.25**degrees, 1.0).to(raw)).flatten(0, 1)
+    harmonics = rotate_harmonics(harmonics, extrinsics[..., :3, :3].flatten(0, 1)).unflatten(0, (B, V))
+    return Gaussians(means.flatten(1, 3), covars.flatten(1, 3), opacities.flatten(1), harmonics.flatten(1, 3))
+
+
+class MVSplat(nn.Module):
+    """Photos of a scene to one Gaussian per pixel, in one pass (Chen et al., ECCV 2024, arXiv 2403.14627).
+
+    Parameters have the public code's names. `load_reconstructor` loads one.
+    """
+
+    def __init__(self, config=ReconstructorConfig()):
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.backbone = Stem(config)
+        self.backbone.transformer = MatchingTransformer(config)
+        self.depth_predictor = DepthPredictor(config)
+
+    def forward(self, images, extrinsics, intrinsics, near, far):
+        """Images [B, V, 3, H, W] in 0..1, extrinsics [B, V, 4, 4] camera-to-world, intrinsics [B, V, 3, 3] normalised
+        by width and height, near and far [B, V] -> Gaussians with harmonics.
+
+        Raises ValueError: V < 2, H or W no multiple of 16, not 0 < near < far, or a camera that is not rigid.
+        """
+        B, V, _, H, W = images.shape
+        R = extrinsics[..., :3, :3]
+        if V < 2:
+            raise ValueError(f"reconstruction compares views and needs at least 2, not {V}")
+        if H % 16 or W % 16:
+            raise ValueError(f"images must be multiples of 16 pixels high and wide, not {H} x {W}")
+        if not ((0 < near) & (near < far)).all():
+            raise ValueError("0 < near < far must hold for every view")
+        if (R @ R.mT - torch.eye(3, device=R.device)).abs().max() > 1e-3 or (torch.linalg.det(R) < 0).any():
+            raise ValueError("extrinsics must be rigid: the upper left 3 x 3 of one is no rotation")
+        others = torch.tensor([[u for u in range(V) if u != v] for v in range(V)], device=images.device)
+        mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+        cnn = self.backbone.backbone(((images - mean) / std).flatten(0, 1)).unflatten(0, (B, V))
+        matched = self.backbone.transformer(cnn, others)
+        depths, opacities, raw = self.depth_predictor(images, matched, cnn, intrinsics, extrinsics, near, far, others)
+        return to_gaussians(depths, opacities, raw, intrinsics, extrinsics)
+
+
+def load_reconstructor(path):
+    """An MVSplat in eval mode, frozen, from its published `re10k.ckpt`, or from a safetensors file whose metadata has a
+    "config": JSON of `ReconstructorConfig`'s fields.
+
+    Raises ValueError: the file is missing, is no such file, or does not fit: which tensors, and nothing is half loaded.
+    """
+    state, _ = read_state(path)
+    config = ReconstructorConfig()
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("config")
+        try:
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text or "").items()}
+            config = ReconstructorConfig(**fields)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: no reconstructor's configuration in its metadata ({_first_line(error)})"
+            ) from None
+    state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")} or state
+    with torch.device("meta"):
+        reconstructor = MVSplat(config)
+    load_strictly(reconstructor, state, path)
+    return reconstructor.eval().requires_grad_(False)
+
+
+class FeedForward(nn.Module):
+    """Gaussians from photos alone, behind the same interface as `SensorDepth`: images [B, V, 3, H, W] in 0..1, Ks in
+    pixels, extrinsics; depths between near and far."""
+
+    def __init__(self, reconstructor, near, far):
+        super().__init__()
+        self.reconstructor, self.near, self.far = reconstructor, near, far
+
+    @torch.no_grad()
+    def forward(self, context):
+        images = context["images"]
+        intrinsics = context["Ks"] / images.new_tensor([images.shape[-1], images.shape[-2], 1])[:, None]
+        near, far = (images.new_full(images.shape[:2], d) for d in (self.near, self.far))
+        with torch.autocast(images.device.type, enabled=False):  # depth does not survive bfloat16
+            return self.reconstructor(images, context["extrinsics"], intrinsics, near, far)
 
 
 # ----------------------------------------------------------------------------- the method

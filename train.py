@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Subset
 
 import data
 from kernels import rasterize
-from model import SensorDepth, SplatAndDistill, WeightsNotFound, load_vit, merge_lora
+from model import FeedForward, SensorDepth, SplatAndDistill, WeightsNotFound, load_reconstructor, load_vit, merge_lora
 
 # Every setting: (demo, paper, why). The paper's are of its ScanNet++ run; the demo's are for minutes on two cores.
 SETTINGS = {
@@ -40,6 +40,7 @@ SETTINGS = {
     "context_views": (2, 2, "whose features are splatted"),
     "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
     "max_gap": (12, 12, "at most: overlap"),
+    "geometry": ("depth", "depth", "of the Gaussians: sensor depth, or a file of MVSplat's weights: photos alone"),
     "near": (0.1, 1.0, "geometry nearer than this counts as unknown; metres, or the capture's unit"),
     "far": (100.0, 100.0, "likewise farther"),
     "batch_size": (1, 1, "scenes a step"),
@@ -144,7 +145,12 @@ def build(settings, vit, device):
     torch.manual_seed(settings["seed"])
     names = ("prototypes", "head_dim", "bottleneck_dim", "lora_rank", "lora_alpha", "lora_dropout", "blend",
              "teacher_temperature", "student_temperature")  # fmt: skip
-    model = SplatAndDistill(vit, SensorDepth(settings["near"], settings["far"]), **{k: settings[k] for k in names})
+    near, far = settings["near"], settings["far"]
+    if settings["geometry"] == "depth":
+        reconstruct = SensorDepth(near, far)
+    else:
+        reconstruct = FeedForward(load_reconstructor(settings["geometry"]), near, far)
+    model = SplatAndDistill(vit, reconstruct, **{k: settings[k] for k in names})
     model.to(device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=settings["lr"], weight_decay=settings["weight_decay"])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import model as M
 import train
+from test_reconstructor import save_small
 
 SMALL = ("--teacher-weights random --height 42 --width 56 --steps 6 --prototypes 32 --head-dim 32 --bottleneck-dim 16 "
          "--preview-every 4 --checkpoint-every 4 --ema-every 2").split()  # fmt: skip
@@ -86,6 +87,20 @@ def test_real_weights_are_not_called_random(capsys):
     assert train.RANDOM not in capsys.readouterr().out
     assert all(m["random_weights"] is False for m in metrics("demo-1"))
     assert "warning" not in Image.open("runs/demo-1/preview_000002.png").text
+
+
+def test_geometry_from_photos_alone(tmp_path):
+    save_small(tmp_path / "small.safetensors")
+    train.main(
+        [*SMALL, "--height", "48", "--width", "64", "--steps", "2", "--geometry", str(tmp_path / "small.safetensors")]
+    )
+    assert len(metrics("demo-1")) == 2
+    names = (
+        load_file("runs/demo-1/student.safetensors").keys() | torch.load("runs/demo-1/checkpoint.pt")["model"].keys()
+    )
+    assert not any("depth_predictor" in name for name in names)  # the reconstructor is neither trained nor saved
+    with pytest.raises(SystemExit, match="nowhere.ckpt: no such file"):
+        train.main([*SMALL, "--geometry", "nowhere.ckpt"])
 
 
 def test_resumed_run_is_the_run_that_never_stopped(monkeypatch, capsys):
