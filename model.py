@@ -15,10 +15,11 @@ Cameras: OpenCV axes (x right, y down, z forward); extrinsics camera-to-world, v
 """
 
 import copy
+import http.client
 import json
 import math
+import pickle
 import socket
-import urllib.error
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -266,7 +267,8 @@ def _public_weights(base, registers):
     socket.setdefaulttimeout(10)  # torch hub sets none, and a firewall that drops packets would hang us
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True), url
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
+        cached.unlink(missing_ok=True)  # what a proxy or a broken line left is not to be found there next time
         raise WeightsNotFound(
             f"{base}'s weights are not in torch hub's cache ({cached}), nor to be downloaded ({_first_line(error)}): "
             f"fetch {url} on another machine and put it there, or pass the file itself as the weights"
@@ -351,13 +353,13 @@ def add_lora(vit, rank=8, alpha=8, dropout=0.1):
 def merge_lora(vit):
     """A plain DINOv2 state dict (its names, contiguous CPU copies) that computes what the ViT with LoRA does in eval
     mode."""
-    state = vit.state_dict()
+    state = {k: v.cpu() for k, v in vit.state_dict().items()}  # merged on the CPU, where a product is float32
     for name, module in vit.named_modules():
         if isinstance(module, LoRALinear):
-            state = {k: v for k, v in state.items() if not k.startswith(name + ".")}
-            state[f"{name}.weight"] = module.linear.weight + module.scale * module.B @ module.A
-            state[f"{name}.bias"] = module.linear.bias
-    return {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+            A, B = state.pop(f"{name}.A"), state.pop(f"{name}.B")
+            state[f"{name}.weight"] = state.pop(f"{name}.linear.weight") + module.scale * B @ A
+            state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
+    return {k: v.clone().contiguous() for k, v in state.items()}
 
 
 # ----------------------------------------------------------------------------- the head
@@ -481,7 +483,8 @@ def unproject(depths, Ks, extrinsics):
     rays = [(x - cx) / fx * torch.ones_like(depths), (y[:, None] - cy) / fy * torch.ones_like(depths)]
     points = torch.stack([*rays, torch.ones_like(depths)], -1) * depths[..., None]
     R, t = extrinsics[..., None, None, :3, :3], extrinsics[..., None, None, :3, 3]
-    return (R @ points[..., None])[..., 0] + t
+    # Not a matmul: on a GPU that may be TF32 or bfloat16, and a thousandth of a position is a pixel
+    return (R * points[..., None, :]).sum(-1) + t
 
 
 class SensorDepth:
@@ -972,8 +975,7 @@ class FeedForward(nn.Module):
         images = context["images"]
         intrinsics = context["Ks"] / images.new_tensor([images.shape[-1], images.shape[-2], 1])[:, None]
         near, far = (images.new_full(images.shape[:2], d) for d in (self.near, self.far))
-        with torch.autocast(images.device.type, enabled=False):  # depth does not survive bfloat16
-            return self.reconstructor(images, context["extrinsics"], intrinsics, near, far)
+        return self.reconstructor(images, context["extrinsics"], intrinsics, near, far)
 
 
 # ----------------------------------------------------------------------------- the method
@@ -1019,15 +1021,18 @@ class SplatAndDistill(nn.Module):
         """
         B, V, _, H, W = context["images"].shape
         # 1. Reconstruct: one Gaussian per context pixel
-        gaussians = self.reconstruct(context)
+        with torch.autocast(context["images"].device.type, enabled=False):  # positions do not survive bfloat16
+            gaussians = self.reconstruct(context)
+            viewmats = torch.linalg.inv(target["extrinsics"])[:, None]
         # 2. Teacher features of the context views
         tokens = patch_tokens(self.teacher, context["images"]).flatten(0, 1)  # (B*V, C, h, w)
+        if torch.is_autocast_enabled(tokens.device.type):  # the last norm gives float32: twice the memory to lift
+            tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
         # 3. Mask-aware upsampling to pixels
         features = upsample_features(tokens, context["masks"].flatten(0, 1))  # (B*V, C, H, W)
         # 4. Lift: a pixel's feature is its Gaussian's
         features = features.permute(0, 2, 3, 1).reshape(B, V * H * W, -1)  # (B, N, C)
         # 5. Splat into the target camera
-        viewmats = torch.linalg.inv(target["extrinsics"])[:, None]
         rendered, alphas = rasterize(
             gaussians.means, gaussians.covars, gaussians.opacities, features, viewmats, target["Ks"][:, None], W, H
         )  # (B, 1, H, W, C), (B, 1, H, W)
@@ -1078,7 +1083,8 @@ class SplatAndDistill(nn.Module):
         with the splatted features, and with those of the first context view left where they are."""
         own = patch_tokens(self.teacher, batch["target"]["images"])
         unwarped = patch_tokens(self.teacher, batch["context"]["images"][:, 0])
-        cosines = [F.cosine_similarity(own, f, dim=1)[~drawn["holes"]].mean() for f in (drawn["splatted"], unwarped)]
+        seen = ~drawn["holes"]  # where nothing is, the cosine is not a number
+        cosines = [F.cosine_similarity(own, f, dim=1)[seen].mean() for f in (drawn["splatted"], unwarped)]
         return {"cosine_splatted": cosines[0], "cosine_unwarped": cosines[1]}
 
 

@@ -98,6 +98,12 @@ def parse_settings(arguments=None):
                  "checkpoint_every", "lr", "clip"):  # fmt: skip
         if not settings[name] > 0:
             raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
+    for name, least in (("height", 14), ("width", 14), ("workers", 0), ("seed", 0)):
+        if settings[name] < least:
+            raise SystemExit(f"--{name} must be at least {least}, not {settings[name]}")
+    for name in ("data", "teacher_weights", "geometry"):  # absolute, so that the run can be resumed from anywhere
+        if settings[name] not in (None, "random", "depth") and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
     for name in ("warmup", "lora_dropout", "blend", "momentum"):
         if not 0 <= settings[name] <= 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
@@ -135,6 +141,14 @@ def load_views(settings):
     scenes = data.open_scenes(settings["data"]) if settings["data"] else data.Rooms("train")
     length = settings["steps"] * settings["batch_size"]
     views = data.Views(scenes, **options, seed=settings["seed"], length=length)
+    if settings["data"]:
+        if settings["geometry"] == "depth" and "depths" not in views.keys:
+            raise ValueError(
+                f"{settings['data']}: no depth maps; without them, pass MVSplat's weights: --geometry FILE"
+            )
+        without = sum(not scene.has_masks for scene in scenes)
+        if without:
+            print(f"No segment masks in {without} of {len(scenes)} scenes: one segment per image there, blending off.")
     held_out = scenes if settings["data"] else data.Rooms("val")
     shown = data.Views(held_out, **options, seed=settings["seed"] + 1, length=1)[0]
     return views, torch.utils.data.default_collate([shown])
@@ -153,9 +167,11 @@ def build(settings, vit, device):
     model = SplatAndDistill(vit, reconstruct, **{k: settings[k] for k in names})
     model.to(device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
+    total = settings["steps"] + 1
+    warmup = settings["warmup"] if settings["warmup"] * total > 1 else 0.0  # torch's cycle cannot climb within a step
     optimizer = torch.optim.AdamW(trainable, lr=settings["lr"], weight_decay=settings["weight_decay"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings["lr"], total_steps=settings["steps"] + 1, pct_start=settings["warmup"], cycle_momentum=False
+        optimizer, settings["lr"], total_steps=total, pct_start=warmup, cycle_momentum=False
     )
     return model, optimizer, schedule
 
@@ -201,8 +217,8 @@ def load_checkpoint(folder):
         wanted = {"step", "settings", "random_weights", "model", "optimizer", "schedule", "rng", "cuda_rng"}
         if not isinstance(checkpoint, dict) or checkpoint.keys() != wanted:
             raise ValueError("it has other contents")
-        if checkpoint["settings"].keys() - SETTINGS.keys() != {"teacher", "teacher_weights", "data", "preset", "name"}:
-            raise ValueError("it was written by another version")
+        if checkpoint["settings"].keys() != SETTINGS.keys() | {"teacher", "teacher_weights", "data", "preset", "name"}:
+            raise ValueError("its settings are those of another version")
     except Exception as error:  # torch.load raises a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SystemExit(f"{path}: not a checkpoint of train.py ({reason})") from None
@@ -212,8 +228,16 @@ def load_checkpoint(folder):
 def truncate_metrics(path, step):
     """Drop the lines after a step: the run died between a checkpoint and them, and is about to write them again."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{path}: a line of it is not one that train.py wrote; move the file away to go on") from None
     replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def number(value):
+    """A scalar tensor for JSON, which knows no NaN."""
+    return float(value) if math.isfinite(value) else None
 
 
 def to_rgb(features, basis):
@@ -249,11 +273,11 @@ def preview(path, model, batch, step, random_weights):
     """Draw the first scene of a batch to a PNG, and measure how well splatting aligns. Returns {name: number}."""
     model.eval()
     _, _, drawn = model(batch)
-    aligned = {name: round(float(value), 4) for name, value in model.alignment(batch, drawn).items()}
+    aligned = {name: number(value) for name, value in model.alignment(batch, drawn).items()}
     target, gaussians, alpha = batch["target"], drawn["gaussians"], drawn["alphas"][0].cpu()
     H, W = alpha.shape
     viewmats = torch.linalg.inv(target["extrinsics"])
-    z = (gaussians.means @ viewmats[:, 2, :3, None]) + viewmats[:, 2, 3, None, None]  # (B, N, 1)
+    z = (gaussians.means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]  # (B, N, 1)
     depth, _ = rasterize(*gaussians[:3], z, viewmats[:, None], target["Ks"][:, None], W, H)
     model.train()
 
@@ -310,6 +334,20 @@ def train_step(model, batch, optimizer, schedule, step, settings):
     return metrics
 
 
+def leave_ctrl_c_to_the_parent(_worker):
+    """Ctrl-C reaches every process of a group; the workers have to live until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def saved_if_it_fails(loader, save):
+    """The loader's batches; a photo that cannot be read ends the run, but not before what was learnt is saved."""
+    try:
+        yield from loader
+    except ValueError:
+        save()
+        raise
+
+
 def free_name(preset):
     taken = {p.name for p in Path("runs").glob(f"{preset}-*")}
     return next(f"{preset}-{i}" for i in range(1, len(taken) + 2) if f"{preset}-{i}" not in taken)
@@ -327,7 +365,13 @@ def progress(step, steps, first, started, recent):
 
 
 def main(arguments=None):
-    settings = parse_settings(arguments)
+    try:
+        run(parse_settings(arguments))
+    except ValueError as error:  # bad input, named in one sentence; a data worker puts its traceback before that
+        raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+def run(settings):
     warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -337,12 +381,9 @@ def main(arguments=None):
         folder = Path(settings["resume"])
         checkpoint = load_checkpoint(folder)
         settings = checkpoint["settings"]
-    try:
-        views, shown = load_views(settings)
-        vit, random_weights = load_teacher(settings)
-        model, optimizer, schedule = build(settings, vit, device)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    views, shown = load_views(settings)
+    vit, random_weights = load_teacher(settings)
+    model, optimizer, schedule = build(settings, vit, device)
 
     step = 0
     if checkpoint:
@@ -350,6 +391,8 @@ def main(arguments=None):
             began = "random" if checkpoint["random_weights"] else "real"
             raise SystemExit(f"{folder}: began with {began} teacher weights, which are not what is found now")
         step = checkpoint["step"]
+        if checkpoint["model"].keys() != set(trained(model)):
+            raise SystemExit(f"{folder}/checkpoint.pt: its parameters are not those that its settings train")
         model.load_state_dict(checkpoint["model"], strict=False)
         optimizer.load_state_dict(checkpoint["optimizer"])
         schedule.load_state_dict(checkpoint["schedule"])
@@ -366,15 +409,16 @@ def main(arguments=None):
         truncate_metrics(folder / "metrics.jsonl", 0)
     if random_weights:
         banner(RANDOM)
-    if not shown["has_masks"].all():
-        print("No segment masks in the data: one segment per image, blending off.")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{folder}: {settings['teacher']} on {device}, {trainable / 1e6:.1f} M trainable, {settings['steps']} steps")
 
     shown = move(shown, device)
     samples = Subset(views, range(step * settings["batch_size"], len(views)))
     # A generator of its own: the loader draws a seed at the start, and must not shift the dropout of a resumed run
-    loader = DataLoader(samples, settings["batch_size"], num_workers=settings["workers"], generator=torch.Generator())
+    loader = DataLoader(
+        samples, settings["batch_size"], num_workers=settings["workers"], worker_init_fn=leave_ctrl_c_to_the_parent,
+        generator=torch.Generator(),
+    )  # fmt: skip
     asked_to_stop = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(
@@ -384,13 +428,16 @@ def main(arguments=None):
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
 
+    def checkpoint_now():
+        save(folder, step, settings, random_weights, model, optimizer, schedule)
+
     first, started, recent = step, time.time(), []
     with open(folder / "metrics.jsonl", "a") as log:
         if step == 0:
             aligned = preview(folder / "preview_000000.png", model, shown, 0, random_weights)
-        for batch in loader:
+        for batch in saved_if_it_fails(loader, checkpoint_now):
+            metrics = train_step(model, move(batch, device), optimizer, schedule, step + 1, settings)
             step += 1
-            metrics = train_step(model, move(batch, device), optimizer, schedule, step, settings)
             line = {"step": step, **{k: float(v) for k, v in metrics.items()}, "lr": schedule.get_last_lr()[0]}
             if not math.isfinite(line["loss"]):
                 raise SystemExit(
@@ -406,28 +453,35 @@ def main(arguments=None):
                 progress(step, settings["steps"], first, started, recent)
                 recent.clear()
             if step % settings["checkpoint_every"] == 0 or step == settings["steps"] or asked_to_stop:
-                save(folder, step, settings, random_weights, model, optimizer, schedule)
+                checkpoint_now()
             if asked_to_stop and step < settings["steps"]:
                 print(f"Stopped after step {step}. To go on: python train.py --resume {folder}")
                 return
-    report(folder, aligned, random_weights)
+    report(folder, aligned, settings, random_weights)
 
 
-def report(folder, aligned, random_weights):
+def report(folder, aligned, settings, random_weights):
     """What came of it, and what to do next."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tenth = max(1, len(lines) // 10)
     early, late = (sum(m["above_entropy"] for m in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
+    change = f"{100 * (late / early - 1):+.0f} %" if early > 0 else "nothing was ever splatted into a target view"
+    splatted, unwarped = (
+        "none" if aligned[k] is None else f"{aligned[k]:.4f}" for k in ("cosine_splatted", "cosine_unwarped")
+    )
     print(
         f"\nLoss above the teacher's entropy: {early:.6f} in the first {tenth} steps, {late:.6f} in the last "
-        f"({100 * (late / early - 1):+.0f} %)\n"
-        f"Cosine with the teacher's own features of the target view: splatted {aligned['cosine_splatted']:.4f}, "
-        f"context left unwarped {aligned['cosine_unwarped']:.4f}\n"
+        f"({change})\n"
+        f"Cosine with the teacher's own features of the target view: splatted {splatted}, "
+        f"context left unwarped {unwarped}\n"
         f"Written to {folder}/: student.safetensors, checkpoint.pt, metrics.jsonl, preview_*.png"
     )
     if random_weights:
         banner(RANDOM)
-    print("Next, on your own posed photos: python train.py --teacher dinov2_vits14 --data FOLDER")
+    if settings["data"]:
+        print(f"Next, load it: model.load_vit('{settings['teacher']}', '{folder / 'student.safetensors'}')")
+    else:
+        print(f"Next, on your own posed photos: python train.py --teacher {settings['teacher']} --data FOLDER")
 
 
 if __name__ == "__main__":

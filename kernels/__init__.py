@@ -76,9 +76,10 @@ def rasterize(
         )
     if means.dtype != torch.float32 or features.dtype == torch.float64:
         raise ValueError('backend "triton" takes float32 Gaussians; for float64 use backend="torch"')
-    return _rasterize_triton(
-        means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d
-    )
+    with torch.cuda.device_of(means):  # triton launches on the current device, which need not be theirs
+        return _rasterize_triton(
+            means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d
+        )
 
 
 def _rasterize_triton(
@@ -98,7 +99,7 @@ def _rasterize_triton(
     means2d, conics, depths, radii = (t.flatten(0, 1) for t in (means2d, conics, depths, radii))  # (I, N, ...)
     gaussians, ranges = list_tiles(means2d, depths, radii, width, height, tile)
     out, alphas = Blend.apply(
-        means2d, conics, opacities, features, gaussians, ranges, V, width, height, tile, not means.is_cuda
+        means2d, conics, opacities, features, gaussians, ranges, V, width, height, tile, _interpreted()
     )
     return out.view(B, V, height, width, C), alphas.view(B, V, height, width)
 
@@ -126,15 +127,19 @@ def _check(means, covars, opacities, features, viewmats, Ks, width, height, near
             raise ValueError(f"{name} is on {tensor.device}, means on {means.device}")
         if name != "features" and tensor.dtype != means.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, means {means.dtype}")
-        # One sum reads the tensor once and makes no copy; only if it is off look for the culprit
-        if not torch.isfinite(tensor.detach().sum()) and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} has values that are NaN or infinite")
     if means.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"means must be float32 or float64, not {means.dtype}")
     if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(f"features must be of a float type, not {features.dtype}")
-    if C < 1 or width < 1 or height < 1:
-        raise ValueError(f"at least one channel and one pixel are needed, not C={C}, {width} x {height}")
+    if not (isinstance(width, int) and isinstance(height, int) and C >= 1 and width >= 1 and height >= 1):
+        raise ValueError(f"at least one channel and one whole pixel are needed, not C={C}, {width} x {height}")
+    # Sums read each tensor once and make no copy, and one look at all six waits for the device once; only if they are
+    # off (or so large that they overflow) look for the culprit
+    sums = torch.stack([tensor.detach().sum().float() for tensor, _ in arguments.values()])
+    if not torch.isfinite(sums).all():
+        for name, (tensor, _) in arguments.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} has values that are NaN or infinite")
     for name, camera in (("viewmats", viewmats), ("Ks", Ks)):
         if camera.requires_grad:
             raise ValueError(f"{name} requires gradients, but cameras are data here: pass {name}.detach()")

@@ -23,7 +23,8 @@ and for the pixel whose centre is p, with the Gaussians k in order of depth:
     out     = sum_k alpha_k T_k feature_k,               alpha = sum_k alpha_k T_k
 
 EWA splatting (Zwicker et al. 2001) as in 3D Gaussian Splatting (Kerbl et al. 2023), with gsplat 1.6's clamp,
-thresholds and stopping rule.
+thresholds and stopping rule. One liberty: where rounding makes q negative (needles), gsplat skips the Gaussian and this
+takes q = 0; of a covariance that is one, q is never negative.
 """
 
 import torch
@@ -136,13 +137,13 @@ def list_pairs(image_gaussians, radii, depths, width, height):
     return owner[by_pixel], pixel.long()
 
 
-def blend(image_gaussians, features, owner, pixel, I, width, height):
-    """Blend the pairs of `list_pairs` into I images, given image_gaussians [I*N, 6] and features [B, N, C].
+def blend(image_gaussians, features, owner, pixel, V, width, height):
+    """Blend the pairs of `list_pairs` into V images per scene, given image_gaussians [B*V*N, 6], features [B, N, C].
 
-    Returns features [I, H, W, C] and alphas [I, H, W], differentiable in everything but the pairs.
+    Returns features [B, V, H, W, C] and alphas [B, V, H, W], differentiable in everything but the pairs.
     """
     B, N, C = features.shape
-    pixels = I * height * width
+    pixels = B * V * height * width
     alpha = _pair_alpha(image_gaussians, owner, pixel % width, pixel // width % height)
     # Transmittance before each pair: the sum of logs since its pixel's first pair. One sum runs over all pixels,
     # in float64 because it grows to millions while differences of 1e-6 decide where blending stops.
@@ -155,17 +156,17 @@ def blend(image_gaussians, features, owner, pixel, I, width, height):
     weights, owner, pixel = weights[blended], owner[blended], pixel[blended]
 
     first = torch.searchsorted(pixel, torch.arange(pixels + 1, device=pixel.device))
-    gaussian = owner // N // (I // B) * N + owner % N  # (image, n) -> (scene, n)
+    gaussian = owner // N // V * N + owner % N  # (image, n) -> (scene, n)
     out = F.embedding_bag(  # the sparse product: one "bag" of Gaussians per pixel
         gaussian, features.reshape(B * N, C), first, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
     alphas = weights.new_zeros(pixels).index_add(0, pixel, weights)
-    return out.view(I, height, width, C), alphas.view(I, height, width)
+    return out.view(B, V, height, width, C), alphas.view(B, V, height, width)
 
 
 def rasterize(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
     """`kernels.rasterize` after its checks; shapes as there."""
-    B, N, C = features.shape
+    B, N = opacities.shape
     V = viewmats.shape[1]
     means2d, conics, covars2d, depths, visible = project(
         means, covars, viewmats, Ks, width, height, near_plane, far_plane, eps2d
@@ -174,5 +175,5 @@ def rasterize(means, covars, opacities, features, viewmats, Ks, width, height, n
     opacities = opacities[:, None, :, None].expand(B, V, N, 1)
     image_gaussians = torch.cat([means2d, conics, opacities], -1).view(B * V * N, 6)
     owner, pixel = list_pairs(image_gaussians, radii.flatten(0, 1), depths.flatten(0, 1), width, height)
-    out, alphas = blend(image_gaussians, features.to(means.dtype), owner, pixel, B * V, width, height)
-    return out.view(B, V, height, width, C).to(features.dtype), alphas.view(B, V, height, width)
+    out, alphas = blend(image_gaussians, features.to(means.dtype), owner, pixel, V, width, height)
+    return out.to(features.dtype), alphas

@@ -1,6 +1,6 @@
 """The rasteriser as a loop in float64, one Gaussian at a time over all pixels, and scenes to run it on.
 
-Shares no code with kernels/: it inverts matrices where they expand determinants, and multiplies transmittances where
+Shares no code with kernels/, only the three thresholds: it inverts matrices where they expand determinants, and multiplies transmittances where
 they sum logarithms or scan.
 """
 
@@ -69,6 +69,8 @@ def rasterize_dense(
             alphas.append(1 - T)
             certains.append(certain)
     shape = (B, V, height, width)
+    if B * V == 0:
+        return torch.zeros(*shape, C), torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
     return torch.stack(images).view(*shape, C), torch.stack(alphas).view(shape), torch.stack(certains).view(shape)
 
 
@@ -93,7 +95,7 @@ def make_scene(
         means[:, -1, 2] -= 6  # one behind the cameras
     sigmas = 4 * sigma * torch.exp(0.7 * torch.randn(B, N, 3, generator=g)) * torch.tensor([1.0, 1.0, flat])
     rotations = (
-        torch.stack([random_rotation(g) for _ in range(B * N)]).view(B, N, 3, 3) if N else torch.zeros(B, 0, 3, 3)
+        torch.stack([random_rotation(g) for _ in range(B * N)]).view(B, N, 3, 3) if B * N else torch.zeros(B, N, 3, 3)
     )
     covars = rotations @ torch.diag_embed(sigmas**2) @ rotations.transpose(-1, -2)
     covars = 0.5 * (covars + covars.transpose(-1, -2))

@@ -39,7 +39,7 @@ def values_and_gradients(render, scene, seed=1, mask=None, **options):
 
 def close(name, actual, expected, rtol, atol):
     """As assert_close, with atol in units of the largest expected value: gradients here span many magnitudes."""
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    scale = max(1e-6, float(expected.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=rtol, atol=atol * scale, msg=lambda m: f"{name}: {m}"
     )
@@ -98,19 +98,26 @@ scenes = st.fixed_dictionaries(
         flat=st.sampled_from([1.0, 0.01, 0.0]),
     )
 )
+limits = st.fixed_dictionaries(
+    dict(
+        near_plane=st.sampled_from([0.01, 3.0]),
+        far_plane=st.sampled_from([1e10, 4.5]),
+        eps2d=st.sampled_from([0.3, 3.0]),
+    )
+)
 
 
 @settings(max_examples=30)
-@given(scenes)
-@example(dict(seed=3, B=1, V=1, N=40, C=3, width=18, height=9, sigma=1.0, opacity=1.0, flat=1.0))
-def test_triton_matches_dense_loop(scene):
-    check_against_dense(make_scene(**scene), "triton", atol=1e-3)
+@given(scenes, limits)
+@example(dict(seed=3, B=1, V=1, N=40, C=3, width=18, height=9, sigma=1.0, opacity=1.0, flat=1.0), {})
+def test_triton_matches_dense_loop(scene, limits):
+    check_against_dense(make_scene(**scene), "triton", atol=1e-3, **limits)
 
 
 @settings(max_examples=150)
-@given(scenes)
-def test_torch_matches_dense_loop(scene):
-    check_against_dense(make_scene(**scene), "torch", atol=1e-3)
+@given(scenes, limits)
+def test_torch_matches_dense_loop(scene, limits):
+    check_against_dense(make_scene(**scene), "torch", atol=1e-3, **limits)
 
 
 @settings(max_examples=20)
@@ -294,6 +301,7 @@ def test_independent_of_tile_size():
 
 @both_backends
 def test_forward_is_bitwise_repeatable(backend):
+    """Says most on a GPU; the interpreter runs one program after the other anyway."""
     scene = make_scene(9, N=60, C=7, sigma=0.5)
     for a, b in zip(rasterize(*scene, backend=backend), rasterize(*scene, backend=backend)):
         assert torch.equal(a, b)
@@ -302,6 +310,7 @@ def test_forward_is_bitwise_repeatable(backend):
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features(backend, dtype):
+    """On a GPU the products are of this type; in the interpreter they are float32, and only the ends are tested."""
     scene = make_scene(10, N=23, C=5)
     scene[3] = scene[3].to(dtype).requires_grad_()
     out, _ = rasterize(*scene, backend=backend)
@@ -325,6 +334,7 @@ def test_half_precision_features(backend, dtype):
     [
         dict(N=0),
         dict(N=0, B=2, V=2),
+        dict(B=0),
         dict(opacity=0.0),
         dict(sigma=30.0, opacity=1.0),  # every Gaussian larger than the image
         dict(flat=0.0, sigma=0.5),  # discs
@@ -358,6 +368,15 @@ def test_gradients_stay_finite_for_needles_and_points(backend):
 
 
 @both_backends
+def test_memory_layout_does_not_matter(backend):
+    scene = make_scene(16, B=2, V=2, N=17, C=5)
+    strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in scene[:6]] + scene[6:]
+    assert not any(t.is_contiguous() for t in strided[:6])
+    for a, b in zip(rasterize(*scene, backend=backend), rasterize(*strided, backend=backend)):
+        torch.testing.assert_close(a, b)
+
+
+@both_backends
 def test_autocast_changes_nothing(backend):
     scene = make_scene(14)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -367,7 +386,8 @@ def test_autocast_changes_nothing(backend):
 
 
 def test_torch_backend_is_usable():
-    """100,000 pixel-sized Gaussians with 384 features at 224 x 224: 2 s on two cores; twice that for a busy machine."""
+    """100,000 pixel-sized Gaussians with 384 features at 224 x 224: meant for 2 s on two idle cores. As a test only a
+    guard, at twice that, since machines are shared; -s shows the time."""
     g = torch.Generator().manual_seed(0)
     N, C, size, f = 100_000, 384, 224, 200.0
     z = 2 + 2 * torch.rand(N, 1, generator=g)
@@ -416,7 +436,8 @@ def test_nan_is_named(backend, index, name):
         (_with(3, lambda t: t[..., :0]), {}, "at least one channel"),
         (_with(2, lambda t: t.double()), {}, "opacities is torch.float64, means torch.float32"),
         (_with(3, lambda t: t.int()), {}, "features must be of a float type"),
-        (make_scene(width=0), {}, "at least one channel and one pixel"),
+        (make_scene(width=0), {}, "at least one channel and one whole pixel"),
+        (make_scene(width=4.5), {}, "at least one channel and one whole pixel"),
         (make_scene(), dict(near_plane=2.0, far_plane=1.0), "near_plane < far_plane must hold"),
         (make_scene(), dict(eps2d=-1.0), "eps2d is a variance"),
         (make_scene(), dict(backend="cuda"), "backend is 'cuda'"),

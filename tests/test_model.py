@@ -221,7 +221,7 @@ def test_lora_starts_as_the_model_and_merges_to_what_it_became(tmp_path, tiny_ar
     assert len(trainable) == 2 * 2 * 2  # A and B of qkv and proj of two blocks
     with torch.no_grad():
         for p in trainable:
-            p.normal_(0, 0.2)
+            p.normal_(0, 1)
     changed = vit.forward_features(images)["x_prenorm"]
     assert (changed - plain).abs().max() > 0.1
     merged = M.merge_lora(vit)
@@ -347,7 +347,7 @@ def test_gaussians_from_depth_render_their_own_photo():
     gaussians = M.SensorDepth(0.1, 100.0)(view)
     colours = view["images"].permute(0, 1, 3, 4, 2).reshape(1, -1, 3)
     viewmats = torch.linalg.inv(view["extrinsics"])
-    out, alphas = rasterize(*gaussians, colours, viewmats, view["Ks"], 126, 70)
+    out, alphas = rasterize(*gaussians[:3], colours, viewmats, view["Ks"], 126, 70)
     inner = (slice(None), slice(None), slice(3, -3), slice(3, -3))
     assert alphas[inner].min() > 0.95
     photo = view["images"].permute(0, 1, 3, 4, 2)
@@ -359,7 +359,7 @@ def test_unknown_and_far_depth_is_transparent():
     view["depths"][0, 0, 0, :3] = torch.tensor([0.0, 0.05, 200.0])
     gaussians = M.SensorDepth(0.1, 100.0)(view)
     assert gaussians.opacities[0, :4].tolist() == [0, 0, 0, 1]
-    assert all(torch.isfinite(t).all() for t in gaussians)
+    assert all(torch.isfinite(t).all() for t in gaussians[:3])
 
 
 def test_unprojection_inverts_projection():
