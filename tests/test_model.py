@@ -418,6 +418,52 @@ def test_blending_is_only_where_there_are_masks():
     assert (expected[1] - plain[1]).abs().max() > 0.01
 
 
+def test_a_step_is_the_method_step_by_step():
+    """The whole step written out with the parts that are tested above, on a scene where each of them matters: two
+    segments, a target that is hidden in part, heads that differ, temperatures that are not 1."""
+    batch = wall()
+    batch["context"]["depths"][..., :66] = 0  # a hole whose edge lies within a patch
+    method = build(PixelFeatures(), blend=0.3, teacher_temperature=0.5, student_temperature=2.0).eval()
+    with torch.no_grad():
+        method.student.shift.add_(0.3)
+        for p in method.student_head.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    loss, metrics, drawn = method(batch)
+
+    context, target = batch["context"], batch["target"]
+    tokens = M.patch_tokens(method.teacher, context["images"][0])
+    features = M.upsample_features(tokens, context["masks"][0]).permute(0, 2, 3, 1).reshape(1, -1, 3)
+    gaussians = M.SensorDepth(0.1, 100.0)(context)[:3]
+    viewmats = torch.linalg.inv(target["extrinsics"])[:, None]
+    out, alphas = rasterize(*gaussians, features, viewmats, target["Ks"][:, None], 126, 70)
+    blended = M.blend_segments(out[:, 0].permute(0, 3, 1, 2), target["masks"], 0.3)
+    splatted = F.interpolate(blended, (5, 9), mode="bilinear")[0].flatten(1).T  # (45, C)
+    rows, columns = (torch.arange(n) * 14 for n in (5, 9))  # nearest: a patch's first pixel
+    seen = (alphas[0, 0][rows][:, columns] >= 0.5).flatten()
+    teacher = (method.teacher_head(splatted) / 0.5).softmax(-1)[seen]
+    student = M.patch_tokens(method.student, target["images"])[0].flatten(1).T
+    student = (method.student_head(student) / 2.0).log_softmax(-1)[seen]
+    assert 0 < seen.float().mean() < 1
+    torch.testing.assert_close(loss, -(teacher * student).sum(-1).mean())
+    torch.testing.assert_close(metrics["above_entropy"], (teacher * (teacher.log() - student)).sum(-1).mean())
+
+
+def test_geometry_stays_float32_under_autocast():
+    """On a GPU the step runs under bfloat16 autocast; positions must not."""
+    context = wall()["context"]
+    context["extrinsics"][..., :3, :3] = torch.linalg.matrix_exp(
+        torch.tensor([[0, -0.3, 0.1], [0.3, 0, -0.2], [-0.1, 0.2, 0]])
+    )
+    plain = M.SensorDepth(0.1, 100.0)(context)
+    method = build(PixelFeatures()).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = M.SensorDepth(0.1, 100.0)(context)
+        drawn = method.splat(context, wall()["target"], torch.tensor([True]))
+    for a, b, c in zip(plain[:3], inside, drawn["gaussians"]):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert drawn["rendered"].dtype == torch.bfloat16  # features are to be lifted at half the memory
+
+
 def test_holes_are_left_out_of_the_loss():
     """Loss over locations by hand; and what the target shows in a hole changes nothing."""
     batch, method = wall(), build(PixelFeatures()).eval()

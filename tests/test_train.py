@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,10 @@ import model as M
 import train
 from test_reconstructor import save_small
 
-SMALL = ("--teacher-weights random --height 42 --width 56 --steps 6 --prototypes 32 --head-dim 32 --bottleneck-dim 16 "
-         "--preview-every 4 --checkpoint-every 4 --ema-every 2").split()  # fmt: skip
+SMALL = (
+    "--teacher-weights random --height 42 --width 56 --steps 6 --workers 0 --prototypes 32 --head-dim 32 "
+    "--bottleneck-dim 16 --preview-every 4 --checkpoint-every 4 --ema-every 2"
+).split()
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +31,7 @@ def small_world(tmp_path, monkeypatch):
     """A folder of its own, a small transformer by a known name, and the signal handlers put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(M.ARCHITECTURES, "dinov2_vits14", dict(dim=24, depth=2, heads=2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # bit for bit is promised on a CPU
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for signum, handler in handlers.items():
@@ -191,11 +197,128 @@ def test_presets():
     assert train.parse_settings(["--data", "x", "--preset", "demo", "--lr", "0.5"])["lr"] == 0.5
 
 
+class Recorded(dict):
+    """A dict that remembers which keys were asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
 def test_every_setting_is_read():
-    source = Path(train.__file__).read_text() + Path(M.__file__).read_text()
-    body = source.split("def parse_settings")[1]
-    unread = [name for name in train.SETTINGS if f'"{name}"' not in body.split("# ---", 1)[1]]
-    assert unread == []
+    settings = Recorded(train.parse_settings([*SMALL, "--steps", "2"]))
+    train.run(settings)
+    assert set(train.SETTINGS) - settings.read == set()
+
+
+def test_the_learning_rate_climbs_and_falls():
+    train.main([*SMALL, "--steps", "12", "--warmup", "0.25", "--lr", "0.01"])
+    rates = [m["lr"] for m in metrics("demo-1")]
+    assert rates.index(max(rates)) in (1, 2) and max(rates) == pytest.approx(0.01, rel=0.1) and rates[-1] < 1e-5
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+@pytest.mark.parametrize("steps", range(1, 21))
+@pytest.mark.parametrize("warmup", ["0.01", "0.1", "0.05", "0.125"])
+def test_any_number_of_steps_has_a_schedule(steps, warmup):
+    """Torch's one-cycle schedule divides by zero where warm-up is exactly one step."""
+    settings = train.parse_settings([*SMALL, "--steps", str(steps), "--warmup", warmup])
+    _, optimizer, schedule = train.build(settings, M.load_vit("dinov2_vits14", "random"), "cpu")
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+    assert schedule.get_last_lr()[0] < settings["lr"]
+
+
+def test_teacher_is_updated_every_so_many_steps(monkeypatch):
+    momenta = []
+    monkeypatch.setattr(train.SplatAndDistill, "update_teacher", lambda self, momentum: momenta.append(momentum))
+    train.main([*SMALL, "--momentum", "0.9"])
+    assert momenta == [0.9, 0.9, 0.9]  # 6 steps, every second
+
+
+def capture(folder, frames=4, depth=True):
+    """A tiny capture of a wall 2 m ahead."""
+    (folder / "images").mkdir(parents=True)
+    about = {"fl_x": 50.0, "w": 56, "h": 42, "frames": []}
+    picture = np.random.default_rng(0).integers(0, 255, (42, 56 + frames, 3)).astype(np.uint8)
+    for i in range(frames):
+        pose = np.eye(4)
+        pose[0, 3] = 0.04 * i
+        Image.fromarray(picture[:, i : i + 56]).save(folder / f"images/{i}.png")
+        entry = {"file_path": f"images/{i}.png", "transform_matrix": pose.tolist()}
+        if depth:
+            np.save(folder / f"{i}.npy", np.full((42, 56), 2.0, np.float32))
+            entry["depth_file_path"] = f"{i}.npy"
+        about["frames"].append(entry)
+    (folder / "transforms.json").write_text(json.dumps(about))
+    return str(folder)
+
+
+def test_trains_on_a_capture_and_resumes_from_elsewhere(tmp_path, monkeypatch, capsys):
+    capture(tmp_path / "scan")
+    go_on = stop_after(2, monkeypatch)
+    train.main([*SMALL, "--data", "scan", "--preset", "demo"])
+    assert "No segment masks in 1 of 1 scenes" in capsys.readouterr().out
+    go_on()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main(["--resume", str(tmp_path / "runs/demo-1")])
+    monkeypatch.chdir(tmp_path)
+    assert len(metrics("demo-1")) == 6
+
+
+def test_capture_without_depth_is_refused_before_anything_is_written(tmp_path):
+    capture(tmp_path / "scan", depth=False)
+    with pytest.raises(SystemExit, match="scan: no depth maps; without them, pass MVSplat's weights: --geometry FILE"):
+        train.main([*SMALL, "--data", "scan"])
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_photo_that_breaks_stops_the_run_but_loses_nothing(tmp_path, monkeypatch, workers):
+    folder = Path(capture(tmp_path / "scan"))
+    real = train.train_step
+
+    def breaks(model, batch, optimizer, schedule, step, settings):
+        if step == 1:
+            for photo in (folder / "images").iterdir():
+                photo.write_bytes(b"broken")
+        return real(model, batch, optimizer, schedule, step, settings)
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    with pytest.raises(SystemExit, match="images/.*png: an image that cannot be read") as error:
+        train.main([*SMALL, "--data", "scan", "--preset", "demo", "--workers", workers, "--checkpoint-every", "99"])
+    assert "\n" not in str(error.value)
+    step = torch.load("runs/demo-1/checkpoint.pt")["step"]
+    assert 1 <= step == len(metrics("demo-1"))
+
+
+def test_a_run_that_sees_only_holes_ends_and_says_so(capsys):
+    train.main([*SMALL, "--near", "50", "--far", "60"])
+    out = capsys.readouterr().out
+    assert "nothing was ever splatted into a target view" in out and "splatted none" in out
+    assert metrics("demo-1")[-1]["cosine_splatted"] is None
+
+
+def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
+    """A real process in a group of its own, real ViT-S; the signal goes to all of the group, as a terminal's does."""
+    script = Path(train.__file__)
+    command = [sys.executable, str(script), "--teacher-weights", "random", "--steps", "50", "--workers", "1",
+               "--height", "56", "--width", "56", "--name", "run"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    lines = tmp_path / "runs/run/metrics.jsonl"
+    deadline = time.time() + 120
+    while not (lines.exists() and lines.read_text().count("\n") >= 2) and time.time() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "To go on: python train.py --resume runs/run" in out
+    assert torch.load(tmp_path / "runs/run/checkpoint.pt")["step"] == lines.read_text().count("\n") >= 2
 
 
 @pytest.mark.parametrize(
@@ -203,6 +326,9 @@ def test_every_setting_is_read():
     [
         (["--blend", "2"], "--blend must be between 0 and 1, not 2.0"),
         (["--steps", "0"], "--steps must be more than 0"),
+        (["--height", "10"], "--height must be at least 14, not 10"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+        (["--seed", "-1"], "--seed must be at least 0"),
         (["--teacher", "vit"], "unknown model 'vit'; known are"),
         (["--teacher-weights", "nothing.pth"], "nothing.pth: no such file"),
         (["--near", "5", "--far", "2"], "0 < near < far must hold"),
@@ -223,6 +349,16 @@ def test_unknown_flags_are_errors(flag, capsys):
     with pytest.raises(SystemExit):
         train.main([flag, "1"])
     assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part,key", [("settings", "clip"), ("model", "student_head.mlp.0.bias")])
+def test_checkpoint_that_lacks_something_is_refused(part, key):
+    train.main([*SMALL, "--name", "x"])
+    checkpoint = torch.load("runs/x/checkpoint.pt")
+    del checkpoint[part][key]
+    torch.save(checkpoint, "runs/x/checkpoint.pt")
+    with pytest.raises(SystemExit, match="runs/x/checkpoint.pt: (not a checkpoint|its parameters are not)"):
+        train.main(["--resume", "runs/x"])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
