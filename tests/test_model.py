@@ -422,7 +422,7 @@ def test_a_step_is_the_method_step_by_step():
     """The whole step written out with the parts that are tested above, on a scene where each of them matters: two
     segments, a target that is hidden in part, heads that differ, temperatures that are not 1."""
     batch = wall()
-    batch["context"]["depths"][..., :66] = 0  # a hole whose edge lies within a patch
+    batch["context"]["depths"][..., :59] = 0  # a hole that ends between a patch's first pixel and its middle
     method = build(PixelFeatures(), blend=0.3, teacher_temperature=0.5, student_temperature=2.0).eval()
     with torch.no_grad():
         method.student.shift.add_(0.3)
