@@ -167,7 +167,8 @@ def parts_of(kind, rng):
         r, z = u(0.13, 0.2), u(0.12, 0.2)
         pot = ("cylinder", (0, 0, z), (r, r, z), 1)
         if u() < 0.5:
-            return [pot, *[("cone", (0, 0, 2 * z + h), (s, s, 0.2), 0) for h, s in ((0.15, 0.3), (0.35, 0.25), (0.55, 0.18))]]
+            tiers = ((0.15, 0.3), (0.35, 0.25), (0.55, 0.18))
+            return [pot, *[("cone", (0, 0, 2 * z + h), (s, s, 0.2), 0) for h, s in tiers]]
         return [pot, *[("sphere", (*u(-0.13, 0.13, 2), 2 * z + h), (s, s, s), 0)
                        for h, s in ((0.12, 0.2), (0.3, 0.24), (0.5, 0.17))]]
     if kind == "box":
@@ -385,7 +386,7 @@ class Room:
     # -- how it looks
 
     def cast(self, origin, rays, t):
-        """Nearest solid (not shell) that the rays origin + t * ray (3, N) meet before t (N,): t, index or -1, normal."""
+        """Nearest solid (not shell) that rays origin + t * ray (3, N) meet before t (N,): t, index or -1, normal."""
         t, which = t.copy(), np.full(t.shape, -1)
         normal = np.zeros_like(rays)
         towards = self.centre - origin
@@ -618,7 +619,7 @@ class PosedFolder:
         model = self.about.get("camera_model", "PINHOLE")
         if distorted or "FISHEYE" in str(model):
             what = ", ".join(distorted) or model
-            warnings.warn(f"{self.file}: lens distortion ({what}) is ignored; undistort the photos first if it is large")
+            warnings.warn(f"{self.file}: lens distortion ({what}) is ignored; undistort the photos if it is large")
         depth_paths = [e["depth_file_path"] for e, _, _ in self.frames if e.get("depth_file_path") is not None]
         for wrong in (d for d in depth_paths if not isinstance(d, str)):
             raise ValueError(f"{self.file}: depth_file_path is {wrong!r}, which is no path")
@@ -677,13 +678,16 @@ class PosedFolder:
                 raise ValueError(f"{self.file}: {key} of {entry['file_path']} is {value!r}, which is no number")
             return value
 
+        def focal(name, angle, size):  # pixels, or from the field of view in radians
+            return get(name) if get(angle) is None or get(name) is not None else 0.5 * size / np.tan(0.5 * get(angle))
+
         w, h = get("w", width), get("h", height)
-        fx = get("fl_x")
-        if fx is None and get("camera_angle_x") is not None:
-            fx = 0.5 * w / np.tan(0.5 * get("camera_angle_x"))
-        if not fx or fx < 0 or min(w, h) <= 0:
-            raise ValueError(f"{self.file}: no focal length for {entry['file_path']}: fl_x or camera_angle_x must be above 0")
-        fy, cx, cy = get("fl_y", fx), get("cx", w / 2), get("cy", h / 2)
+        fx = focal("fl_x", "camera_angle_x", w)
+        fy = focal("fl_y", "camera_angle_y", h) or fx
+        if not fx or fx < 0 or fy < 0 or min(w, h) <= 0:
+            name = entry["file_path"]
+            raise ValueError(f"{self.file}: no focal length for {name}: fl_x or camera_angle_x must be above 0")
+        cx, cy = get("cx", w / 2), get("cy", h / 2)
         return fx * width / w, fy * height / h, cx * width / w, cy * height / h
 
     def _open(self, path, what):
@@ -760,7 +764,7 @@ def sample_views(num_frames, rng, num_context=2, min_gap=8, max_gap=12):
     shortest = min(min_gap, longest)
     if num_context < 2 or shortest < num_context:
         raise ValueError(f"{num_context} context views and a target between them need {max(3, num_context + 1)} frames "
-                         f"and a gap of {max(2, num_context)}; there are {num_frames}, and the gap is at most {longest}")
+                         f"and a gap of {max(2, num_context)}; there are {num_frames}, the gap is at most {longest}")
     gap = int(rng.integers(shortest, longest + 1))
     first = int(rng.integers(0, num_frames - gap))
     context = [first + round(i * gap / (num_context - 1)) for i in range(num_context)]
@@ -796,8 +800,8 @@ class Views(torch.utils.data.Dataset):
                 raise ValueError(f"{scene.name}: {error}") from None
         short = [scene for scene in scenes if len(scene) <= min_gap]
         if short:
-            warnings.warn(f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart; they are "
-                          f"as far apart as can be ({len(short)} of {len(scenes)} scenes)")
+            warnings.warn(f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart; they "
+                          f"are as far apart as can be ({len(short)} of {len(scenes)} scenes)")
         without = [scene.name for scene in scenes if not scene.has_depth]
         if without:
             self.keys = tuple(k for k in VIEW_KEYS if k != "depths")

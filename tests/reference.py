@@ -1,7 +1,7 @@
 """The rasteriser as a loop in float64, one Gaussian at a time over all pixels, and scenes to run it on.
 
-Shares no code with kernels/, only the three thresholds: it inverts matrices where they expand determinants, and multiplies transmittances where
-they sum logarithms or scan.
+Shares no code with kernels/, only the three thresholds: it inverts matrices where they expand determinants, and
+multiplies transmittances where they sum logarithms or scan.
 """
 
 import math
