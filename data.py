@@ -53,6 +53,8 @@ LOOKS = {
     "planks": (1.1, 0.16, 0.37, 0.006, 0, 0.6, 0.4),
     "books": (0.06, 0.34, 0, 0.012, 0, 1, 0),
 }
+NOISE = np.array([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]], np.float32)  # radians / m
+LAMP = np.array([[-0.25, -0.12, 0], [0.25, 0.12, 0]], np.float32)  # samples of the ceiling light, m
 
 
 def matmul(a, b):
@@ -520,10 +522,6 @@ class Room:
         }
 
 
-NOISE = np.array([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]], np.float32)  # radians / m
-LAMP = np.array([[-0.25, -0.12, 0], [0.25, 0.12, 0]], np.float32)  # samples of the ceiling light, m
-
-
 class Rooms:
     """The rooms of a split ("train", "val" or "probe"), made when asked for: rooms[i] is a Room."""
 
@@ -764,7 +762,7 @@ def sample_views(num_frames, rng, num_context=2, min_gap=8, max_gap=12):
     shortest = min(min_gap, longest)
     if num_context < 2 or shortest < num_context:
         raise ValueError(f"{num_context} context views and a target between them need {max(3, num_context + 1)} frames "
-                         f"and a gap of {max(2, num_context)}; there are {num_frames}, the gap is at most {longest}")
+                         f"and a gap of {max(2, num_context)}; there are {num_frames}, the gap is {longest} at most")
     gap = int(rng.integers(shortest, longest + 1))
     first = int(rng.integers(0, num_frames - gap))
     context = [first + round(i * gap / (num_context - 1)) for i in range(num_context)]
@@ -800,8 +798,8 @@ class Views(torch.utils.data.Dataset):
                 raise ValueError(f"{scene.name}: {error}") from None
         short = [scene for scene in scenes if len(scene) <= min_gap]
         if short:
-            warnings.warn(f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart; they "
-                          f"are as far apart as can be ({len(short)} of {len(scenes)} scenes)")
+            few = f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart"
+            warnings.warn(f"{few}; they are as far apart as can be ({len(short)} of {len(scenes)} scenes)")
         without = [scene.name for scene in scenes if not scene.has_depth]
         if without:
             self.keys = tuple(k for k in VIEW_KEYS if k != "depths")
