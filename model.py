@@ -216,19 +216,19 @@ def load_vit(name, weights=None, seed=0):
     if weights == "random":
         _initialise(vit.to_empty(device="cpu"), seed)
     else:
-        state, source = read_state(weights) if weights is not None else _public_weights(base, registers)
+        state, source = (read_state(weights), weights) if weights is not None else _public_weights(base, registers)
         load_strictly(vit, _dinov2_names(state, vit), source)
     return vit.eval()
 
 
 def read_state(path):
-    """A state dict and its path, from a .safetensors file or one that torch.load(weights_only=True) reads."""
+    """A state dict, from a .safetensors file or one that torch.load(weights_only=True) reads."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path), path
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # Lightning's wrapping
             state = state["state_dict"]
@@ -238,7 +238,7 @@ def read_state(path):
         raise ValueError(f"{path}: holds more than weights, or is damaged ({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
         raise ValueError(f"{path}: not a state dict: expected parameter names with one tensor each")
-    return state, path
+    return state
 
 
 def _first_line(error):
@@ -262,7 +262,7 @@ def _public_weights(base, registers):
     url = f"https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{'_reg4' if registers else ''}_pretrain.pth"
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if cached.is_file():
-        return read_state(cached)
+        return read_state(cached), cached
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # torch hub sets none, and a firewall that drops packets would hang us
     try:
@@ -943,7 +943,7 @@ def load_reconstructor(path):
 
     Raises ValueError: the file is missing, is no such file, or does not fit: which tensors, and nothing is half loaded.
     """
-    state, _ = read_state(path)
+    state = read_state(path)
     config = ReconstructorConfig()
     if Path(path).suffix == ".safetensors":
         with safe_open(path, "pt") as file:

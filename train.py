@@ -93,7 +93,7 @@ def parse_settings(arguments=None):
     defaults = {name: values[preset == "paper"] for name, values in SETTINGS.items()}
     settings = {**defaults, **given, "preset": preset}
     del settings["resume"]
-    for name in ("height", "width", "context_views", "batch_size", "steps", "lora_rank", "prototypes", "head_dim",
+    for name in ("context_views", "batch_size", "steps", "lora_rank", "prototypes", "head_dim",
                  "bottleneck_dim", "teacher_temperature", "student_temperature", "ema_every", "preview_every",
                  "checkpoint_every", "lr", "clip"):  # fmt: skip
         if not settings[name] > 0:
@@ -374,8 +374,6 @@ def main(arguments=None):
 def run(settings):
     warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     checkpoint = None
     if "resume" in settings:
         folder = Path(settings["resume"])

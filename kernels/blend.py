@@ -202,9 +202,8 @@ def blend_backward_kernel(
             feature = (first_3d + n)[:, None] * C + c[None, :]
             used = (k < end)[:, None] & (c < C)[None, :]
             f = tl.load(features_ptr + feature, used, 0.0).to(DOT_DTYPE)
-            v_out = tl.load(v_out_ptr + pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0).to(
-                DOT_DTYPE
-            )
+            v_out = tl.load(v_out_ptr + pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0)
+            v_out = v_out.to(DOT_DTYPE)
             g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
             v_f = tl.dot(tl.trans(w.to(DOT_DTYPE)), v_out, input_precision=PRECISION)
             tl.atomic_add(v_features_ptr + feature, v_f, used, sem="relaxed")

@@ -233,9 +233,8 @@ def project_backward_kernel(
         v_w = tl.where(s_w, -fy / z * v_J12, 0.0)
         v_x = (fx * v_mx + v_u) / z
         v_y = (fy * v_my + v_w) / z
-        v_z = (fx * (u * v_J02 - v_J00 - v_mx * x) + fy * (w * v_J12 - v_J11 - v_my * y)) / (z * z) - (
-            v_u * u + v_w * w
-        ) / z
+        v_z = (fx * (u * v_J02 - v_J00 - v_mx * x) + fy * (w * v_J12 - v_J11 - v_my * y)) / (z * z)
+        v_z -= (v_u * u + v_w * w) / z
         v_px += r00 * v_x + r10 * v_y + r20 * v_z
         v_py += r01 * v_x + r11 * v_y + r21 * v_z
         v_pz += r02 * v_x + r12 * v_y + r22 * v_z

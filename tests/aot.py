@@ -28,11 +28,8 @@ FLOATS = ("near_plane", "far_plane", "eps2d")
 
 def kernels():
     """(name, kernel, constants, options, type of the features)"""
-    for kernel, module in (
-        (projection.project_forward_kernel, projection),
-        (projection.project_backward_kernel, projection),
-    ):
-        yield kernel.__name__, kernel, dict(BLOCK=module.BLOCK), {}, "*fp32"
+    for kernel in (projection.project_forward_kernel, projection.project_backward_kernel):
+        yield kernel.__name__, kernel, dict(BLOCK=projection.BLOCK), {}, "*fp32"
     yield "count_kernel", tiles.count_kernel, dict(TILE=TILE, BLOCK=tiles.BLOCK), {}, "*fp32"
     yield "emit_kernel", tiles.emit_kernel, dict(TILE=TILE, BLOCK=tiles.BLOCK), {}, "*fp32"
     yield "range_kernel", tiles.range_kernel, dict(BLOCK=tiles.BLOCK), {}, "*fp32"
