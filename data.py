@@ -574,6 +574,59 @@ def open_scenes(path):
     raise ValueError(f"{path}: found no {names} here, in nerfstudio/, dslr/nerfstudio/, scenes/*/ or */")
 
 
+def open_picture(path, what, listed_in):
+    """A PIL image, of a picture or of a .npy of numbers [H, W]."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file ({what} in {listed_in})")
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False).astype(np.float32)
+            if array.ndim != 2:
+                raise ValueError(f"its array is {' x '.join(map(str, array.shape))}, not height x width")
+            return Image.fromarray(array)
+        picture = Image.open(path)
+        picture.load()
+        return picture
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ValueError(f"{path}: {what} that cannot be read ({' '.join(str(error).split())})") from None
+
+
+class Crop:
+    """The part of a photo that is kept where it is scaled to cover height x width and cropped about the centre, and the
+    same part of the depth maps and masks that go with it, whatever their size."""
+
+    def __init__(self, photo, height, width):
+        self.photo, self.size = photo, (width, height)
+        self.scale = max(width / photo.width, height / photo.height)
+        self.left, self.top = (photo.width - width / self.scale) / 2, (photo.height - height / self.scale) / 2
+        window = np.array([self.left, self.top, self.left + width / self.scale, self.top + height / self.scale])
+        self.share = np.clip(window / np.array([photo.width, photo.height] * 2), 0, 1)
+
+    def colours(self):  # (3, H, W) in 0..1
+        image = self(self.photo, Image.Resampling.BICUBIC, None).astype(np.float32) / 255
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+
+    def __call__(self, picture, resample, path):
+        if abs(picture.width * self.photo.height / (picture.height * self.photo.width) - 1) > 0.02:
+            raise ValueError(f"{path}: {picture.width} x {picture.height} pixels do not cover what its photo of "
+                             f"{self.photo.width} x {self.photo.height} shows")  # fmt: skip
+        box = tuple(self.share * np.array([picture.width, picture.height] * 2))
+        return np.array(picture.resize(self.size, resample, box=box))
+
+    def depths(self, path, unit, listed_in):  # (H, W), 0 where unknown
+        depth = self(open_picture(path, "a depth map", listed_in), Image.Resampling.NEAREST, path).astype(np.float32)
+        if depth.ndim != 2:
+            raise ValueError(f"{path}: a depth map has one channel, not {depth.shape[-1]}")
+        depth = depth * np.float32(1.0 if path.suffix == ".npy" else unit)
+        return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
+
+    def ids(self, path, listed_in):  # (H, W) int64
+        mask = self(open_picture(path, "a mask", listed_in), Image.Resampling.NEAREST, path)
+        if mask.ndim != 2:
+            raise ValueError(f"{path}: a mask holds one id per pixel, not {mask.shape[-1]} channels")
+        return torch.from_numpy(mask.astype(np.int64))
+
+
 class PosedFolder:
     """Posed photos, with depth and segment masks where there are any: nerfstudio, instant-ngp and ScanNet++ layouts.
 
@@ -688,60 +741,24 @@ class PosedFolder:
         cx, cy = get("cx", w / 2), get("cy", h / 2)
         return fx * width / w, fy * height / h, cx * width / w, cy * height / h
 
-    def _open(self, path, what):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file ({what} in {self.file})")
-        try:
-            if path.suffix == ".npy":
-                array = np.load(path, allow_pickle=False).astype(np.float32)
-                if array.ndim != 2:
-                    raise ValueError(f"its array is {' x '.join(map(str, array.shape))}, not height x width")
-                return Image.fromarray(array)
-            picture = Image.open(path)
-            picture.load()
-            return picture
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise ValueError(f"{path}: {what} that cannot be read ({' '.join(str(error).split())})") from None
-
     def frame(self, i, height, width):
         """Frame i, scaled to cover height x width and cropped about the centre; intrinsics follow exactly."""
         entry, path, pose = self.frames[i]
-        photo = self._open(path, "an image").convert("RGB")
-        scale = max(width / photo.width, height / photo.height)
-        # The window of the photo that is kept, in its pixels; depth and masks of other sizes keep the same part
-        left, top = (photo.width - width / scale) / 2, (photo.height - height / scale) / 2
-        window = np.array([left, top, left + width / scale, top + height / scale])
-        share = window / np.array([photo.width, photo.height] * 2)
-
-        def crop(picture, resample, path=path):
-            if abs(picture.width * photo.height / (picture.height * photo.width) - 1) > 0.02:
-                raise ValueError(f"{path}: {picture.width} x {picture.height} pixels do not cover what its photo of "
-                                 f"{photo.width} x {photo.height} shows")  # fmt: skip
-            box = np.clip(share, 0, 1) * np.array([picture.width, picture.height] * 2)
-            return np.array(picture.resize((width, height), resample, box=tuple(box)))
-
-        fx, fy, cx, cy = self._intrinsics(entry, photo.width, photo.height)
-        K = np.array([[fx * scale, 0, (cx - left) * scale], [0, fy * scale, (cy - top) * scale], [0, 0, 1]], np.float32)
-        image = crop(photo, Image.Resampling.BICUBIC).astype(np.float32) / 255
+        photo = open_picture(path, "an image", self.file).convert("RGB")
+        crop = Crop(photo, height, width)
+        fx, fy, cx, cy = (v * crop.scale for v in self._intrinsics(entry, photo.width, photo.height))
+        left, top = crop.left * crop.scale, crop.top * crop.scale
+        K = np.array([[fx, 0, cx - left], [0, fy, cy - top], [0, 0, 1]], np.float32)
         out = {
-            "images": torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+            "images": crop.colours(),
             "extrinsics": torch.from_numpy(pose.astype(np.float32)),
             "Ks": torch.from_numpy(K),
             "masks": torch.zeros(height, width, dtype=torch.int64),
         }
         if self.has_depth:
-            depth_path = self.path / entry["depth_file_path"]
-            depth = self._open(depth_path, "a depth map")
-            unit = 1.0 if depth_path.suffix == ".npy" else self.depth_unit
-            depth = crop(depth, Image.Resampling.NEAREST, depth_path).astype(np.float32) * np.float32(unit)
-            if depth.ndim != 2:
-                raise ValueError(f"{depth_path}: a depth map has one channel, not {depth.shape[-1]}")
-            out["depths"] = torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
+            out["depths"] = crop.depths(self.path / entry["depth_file_path"], self.depth_unit, self.file)
         if self.has_masks:
-            mask = crop(self._open(self.masks[i], "a mask"), Image.Resampling.NEAREST, self.masks[i])
-            if mask.ndim != 2:
-                raise ValueError(f"{self.masks[i]}: a mask holds one id per pixel, not {mask.shape[-1]} channels")
-            out["masks"] = torch.from_numpy(mask.astype(np.int64))
+            out["masks"] = crop.ids(self.masks[i], self.file)
         return out
 
 
@@ -824,3 +841,317 @@ class Views(torch.utils.data.Dataset):
             "scene": scene.name,
             "frames": torch.tensor([*context, target]),
         }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Views and labels to probe with (evaluate.py)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Two views each, frames i and j of a scene, with depth: pairs[n] is two dicts as of `scene.frame`."""
+
+    def __init__(self, entries, height, width):
+        self.entries, self.size = entries, (height, width)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, n):
+        scene, *frames = self.entries[n]
+        keys = ("images", "extrinsics", "Ks", "depths")
+        return tuple({k: view[k] for k in keys} for view in (scene.frame(i, *self.size) for i in frames))
+
+
+def pairs(path, count, height, width, seed):
+    """Pairs of views to find correspondences in: of ScanNet-1500 (a folder with test.npz) its own; of RGB-D captures
+    any two frames; without a path of procedural rooms, as many from each range of viewpoint change, 0 to 15, 30, 60 and
+    180 degrees, all with at least 30 % in common. Where there are more than `count`, seed says which are taken."""
+    rng = np.random.default_rng(seed)
+    if path is None:
+        rooms, found = Rooms("probe"), []
+        while len(found) < count:
+            pair = room_pair(rooms[int(rng.integers(len(rooms)))], rng, (0, 15, 30, 60, 180)[len(found) % 4 :][:2])
+            found += [pair] if pair else []
+        return Pairs(found, height, width)
+    if (Path(path) / "test.npz").is_file() or (Path(path) / "intrinsics.npz").is_file():
+        found = scannet_pairs(Path(path))
+    else:
+        scenes = open_scenes(path)
+        for scene in scenes:
+            if not scene.has_depth:
+                raise ValueError(f"{scene.file}: no depth maps, which correspondences are measured with")
+        found = [(scene, i, j) for scene in scenes for j in range(len(scene)) for i in range(j)]
+    if len(found) > count:
+        found = [found[k] for k in np.sort(rng.permutation(len(found))[:count])]
+    return Pairs(found, height, width)
+
+
+def room_pair(room, rng, degrees, tries=20):
+    """(room, i, j) of two frames whose viewing directions differ by an angle in the range, or None if none is found."""
+    for _ in range(tries):
+        i, j = (int(k) for k in rng.integers(len(room), size=2))
+        a, b = (room.frame(k, 24, 24) for k in (i, j)) if i != j else (None, None)
+        if a is None:
+            continue
+        to_b = torch.linalg.inv(b["extrinsics"]) @ a["extrinsics"]
+        angle = np.degrees(np.arccos(np.clip((float(to_b[:3, :3].trace()) - 1) / 2, -1, 1)))
+        if degrees[0] <= angle < degrees[1] and overlap(a, b, to_b) > 0.3:
+            return room, i, j
+
+
+def overlap(a, b, to_b):
+    """Share of frame a's pixels that frame b sees too, given a's camera coordinates -> b's [4, 4]."""
+    H, W = a["depths"].shape
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    points = torch.stack([x, y, torch.ones_like(x)], -1) * a["depths"][..., None] @ torch.linalg.inv(a["Ks"]).T
+    points = points @ to_b[:3, :3].T + to_b[:3, 3]
+    seen = points @ b["Ks"].T
+    z = seen[..., 2].clamp(min=1e-6)
+    column, row = (seen[..., 0] / z).floor().long(), (seen[..., 1] / z).floor().long()
+    inside = (seen[..., 2] > 0) & (column >= 0) & (column < W) & (row >= 0) & (row < H)
+    there = b["depths"][row.clamp(0, H - 1), column.clamp(0, W - 1)]
+    return float((inside & ((z / there - 1).abs() < 0.1)).float().mean())
+
+
+class ScanNetScene(PosedFolder):
+    """A scene of ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
+
+    has_depth, has_masks, depth_unit = True, False, 0.001
+
+    def __init__(self, path, K, ids):
+        self.path = self.file = path
+        self.name = path.name
+        # The intrinsics are those of the depth maps, 640 x 480, whatever size the photos have
+        self.about = dict(w=640, h=480, fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2])
+        self.frames = []
+        for i in ids:
+            pose = path / "pose" / f"{i}.txt"
+            try:
+                matrix = np.loadtxt(pose)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{pose}: not a pose that can be read ({error})") from None
+            if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
+                raise ValueError(f"{pose}: not 4 x 4 finite numbers")
+            entry = {"file_path": f"color/{i}.jpg", "depth_file_path": f"depth/{i}.png"}
+            self.frames.append((entry, path / entry["file_path"], matrix))
+
+
+def scannet_pairs(path):
+    """The 1,500 pairs of SuperGlue's ScanNet test: test.npz "name" [pairs, 4] of scene, sequence and two frames, and
+    intrinsics.npz with K [3, 3] by the name of the scene."""
+    try:
+        names = np.load(path / "test.npz", allow_pickle=False)["name"]
+        Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: test.npz and intrinsics.npz of ScanNet-1500 were expected ({error})") from None
+    scenes = [f"scene{scene:04d}_{sequence:02d}" for scene, sequence, _, _ in names]
+    opened = {}
+    for scene in dict.fromkeys(scenes):
+        if scene not in Ks or not (path / scene).is_dir():
+            raise ValueError(f"{path / scene}: the folder or its entry in intrinsics.npz is missing")
+        ids = sorted({int(i) for s, row in zip(scenes, names) if s == scene for i in row[2:]})
+        opened[scene] = ScanNetScene(path / scene, Ks[scene].astype(float)[:3, :3], ids), ids
+    return [(opened[s][0], *(opened[s][1].index(int(i)) for i in row[2:])) for s, row in zip(scenes, names)]
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Photos and what is to be read off them: labelled[n] = {"images" [3, H, W], and "depths" [H, W], "normals"
+    [3, H, W] or "classes" [H, W] (-1 = none)}, made by `load(entry, height, width)`."""
+
+    def __init__(self, entries, load, size, count=0):
+        if count and count < len(entries):  # evenly spread
+            entries = [entries[i * len(entries) // count] for i in range(count)]
+        self.entries, self.load, self.size = entries, load, size
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, n):
+        return self.load(self.entries[n], *self.size)
+
+
+def labelled(task, path, size, train_count=0, test_count=0):
+    """Labelled frames to train and to test a probe on, and the classes' names (None but for segmentation).
+
+    task is depth, normals or segmentation; size (H, W); counts 0 are all. Layouts: README, Probing.
+    Raises ValueError: which path was expected.
+    """
+    names = None
+    if path is None:
+        rooms = Rooms("probe")
+        middle = len(rooms) // 2
+        train, test = ([(rooms, i) for i in range(first, first + (count or 200))]
+                       for first, count in ((0, train_count), (middle, test_count)))
+        load, names = load_room, CLASSES[1:] if task == "segmentation" else None
+    elif task == "depth":
+        train, test, load = depth_frames(Path(path))
+    elif task == "normals":
+        train, test, load = normal_frames(Path(path))
+    else:
+        train, test, load, names = class_frames(Path(path))
+    for part, entries in (("train", train), ("test", test)):
+        if not entries:
+            raise ValueError(f"{path}: no frames to {part} on")
+    return Labelled(train, load, size, train_count), Labelled(test, load, size, test_count), names
+
+
+def load_room(entry, height, width):
+    rooms, i = entry
+    room = rooms[i]
+    frame = room.frame(int(np.random.default_rng(i).integers(len(room))), height, width)
+    return {k: frame[k] for k in ("images", "depths", "normals")} | {"classes": frame["classes"] - 1}
+
+
+def posed_frames(path):
+    """Entries (scene, i) of posed RGB-D folders: of every four frames in a row the last is to test on."""
+    scenes = open_scenes(path)
+    for scene in scenes:
+        if not scene.has_depth:
+            raise ValueError(f"{scene.file}: no depth maps")
+    frames = [(scene, i) for scene in scenes for i in range(len(scene))]
+    return [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
+
+
+def depth_frames(path):
+    """NYUv2 in the split-file layout, where a line is "photo depth focal", or posed RGB-D folders."""
+    splits = {}
+    for part in ("train", "test"):
+        found = sorted(path.glob(f"*{part}*.txt"))
+        if found:
+            lines = [line.split() for line in found[0].read_text().splitlines() if line.strip()]
+            splits[part] = [(path, found[0], *line[:2]) for line in lines]
+    if not splits:
+        def load_posed(entry, height, width):
+            frame = entry[0].frame(entry[1], height, width)
+            return {k: frame[k] for k in ("images", "depths")}
+
+        return *posed_frames(path), load_posed
+    if len(splits) < 2:
+        missing = "test" if "train" in splits else "train"
+        raise ValueError(f"{path / f'nyu_{missing}.txt'}: expected, beside {splits.popitem()[1][0][1].name}")
+    short = [e for part in splits.values() for e in part if len(e) < 4]
+    if short:
+        raise ValueError(f'{short[0][1]}: a line is not "photo depth focal"')
+    return splits["train"], splits["test"], load_nyu
+
+
+def load_nyu(entry, height, width):
+    root, listed_in, photo, depth = entry
+    crop = Crop(open_picture(root / photo.lstrip("/"), "a photo", listed_in).convert("RGB"), height, width)
+    depths = crop.depths(root / depth.lstrip("/"), 0.001, listed_in)
+    if "test" in listed_in.name:  # Eigen's crop, by which all report: rows 45 to 471 of 480, columns 41 to 601 of 640
+        inside = torch.zeros_like(depths)
+        rows, columns = (round(height * r / 480) for r in (45, 471)), (round(width * c / 640) for c in (41, 601))
+        inside[slice(*rows), slice(*columns)] = 1
+        depths = depths * inside
+    return {"images": crop.colours(), "depths": depths}
+
+
+def normal_frames(path):
+    """Folders image/ and normal/ with the same names, or posed RGB-D folders, where normals are derived from depth."""
+    if (path / "image").is_dir() or (path / "normal").is_dir():
+        photos = with_labels(path / "image", path / "normal", (".png", ".npy"))
+        return [e for k, e in enumerate(photos) if k % 5 != 4], photos[4::5], load_normals
+    train, test = posed_frames(path)
+    warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
+
+    def load_derived(entry, height, width):
+        frame = entry[0].frame(entry[1], height, width)
+        return {"images": frame["images"], "normals": normals_from_depth(frame["depths"], frame["Ks"])}
+
+    return train, test, load_derived
+
+
+def with_labels(photos, labels, suffixes):
+    """[(photo, label)] of the files of two folders that share their names; ValueError for what is missing."""
+    for folder in (photos, labels):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+    found = []
+    pictures = [p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    for photo in sorted(pictures, key=lambda p: natural(p.name)):
+        label = next((labels / (photo.stem + s) for s in suffixes if (labels / (photo.stem + s)).is_file()), None)
+        if label is None:
+            raise ValueError(f"{labels / (photo.stem + suffixes[0])}: no such file, which {photo.name} goes with")
+        found.append((photo, label))
+    return found
+
+
+def load_normals(entry, height, width):
+    """A normal map is a picture of (n + 1) / 2, or a .npy [H, W, 3]; in whatever axes, which a probe learns. Vectors
+    shorter than half a unit count as unknown."""
+    photo, path = entry
+    crop = Crop(open_picture(photo, "a photo", photo.parent).convert("RGB"), height, width)
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not an array that can be read ({error})") from None
+        if array.ndim != 3 or array.shape[-1] != 3:
+            raise ValueError(f"{path}: its array is {' x '.join(map(str, array.shape))}, not height x width x 3")
+        channels = [crop(Image.fromarray(c), Image.Resampling.NEAREST, path) for c in array.transpose(2, 0, 1).copy()]
+        normals = np.stack(channels)
+    else:
+        picture = open_picture(path, "a normal map", path.parent).convert("RGB")
+        normals = crop(picture, Image.Resampling.NEAREST, path).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
+    return {"images": crop.colours(), "normals": unit_or_zero(torch.from_numpy(np.nan_to_num(normals)))}
+
+
+def unit_or_zero(normals):  # (3, H, W)
+    length = normals.norm(dim=0)
+    return torch.where(length > 0.5, normals / length.clamp(min=1e-6), 0.0)
+
+
+def normals_from_depth(depths, K):
+    """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product of the differences
+    to the neighbours; 0 at the border, and where a neighbour is unknown or more than 5 % nearer or farther."""
+    H, W = depths.shape
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    points = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)]) * depths
+    across, down = points[:, 1:-1, 2:] - points[:, 1:-1, :-2], points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
+    normals = torch.linalg.cross(down, across, dim=0)
+    normals = normals / normals.norm(dim=0).clamp(min=1e-12)
+    z = depths[1:-1, 1:-1]
+    smooth = z > 0
+    for other in (depths[1:-1, 2:], depths[1:-1, :-2], depths[2:, 1:-1], depths[:-2, 1:-1]):
+        smooth &= (other > 0) & ((other - z).abs() < 0.05 * z)
+    return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
+
+
+def class_frames(path):
+    """ADE20K: images/ and annotations/, each with training/ and validation/, 0 = none and 150 classes. VOC2012:
+    JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt, 21 classes, 255 = none."""
+    if (path / "images").is_dir() or (path / "annotations").is_dir():
+        train, test = (with_labels(path / "images" / part, path / "annotations" / part, (".png",))
+                       for part in ("training", "validation"))
+        return train, test, load_ade, tuple(f"class_{i}" for i in range(1, 151))
+    if (path / "JPEGImages").is_dir() or (path / "ImageSets").is_dir():
+        parts = []
+        for part in ("train", "val"):
+            listed_in = path / "ImageSets" / "Segmentation" / f"{part}.txt"
+            if not listed_in.is_file():
+                raise ValueError(f"{listed_in}: no such file")
+            names = listed_in.read_text().split()
+            parts.append([(path / "JPEGImages" / f"{n}.jpg", path / "SegmentationClass" / f"{n}.png") for n in names])
+        return *parts, load_voc, VOC
+    raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), or JPEGImages/ and ImageSets/ (VOC2012)")
+
+
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+       "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+
+
+def load_ade(entry, height, width):
+    crop = Crop(open_picture(entry[0], "a photo", entry[0].parent).convert("RGB"), height, width)
+    classes = crop.ids(entry[1], entry[1].parent) - 1
+    if int(classes.max()) >= 150:
+        raise ValueError(f"{entry[1]}: class {int(classes.max()) + 1}, of 150")
+    return {"images": crop.colours(), "classes": classes}
+
+
+def load_voc(entry, height, width):
+    crop = Crop(open_picture(entry[0], "a photo", entry[0].parent).convert("RGB"), height, width)
+    classes = crop.ids(entry[1], entry[1].parent)
+    if ((classes >= len(VOC)) & (classes != 255)).any():
+        raise ValueError(f"{entry[1]}: a class that is neither 0 to 20 nor 255")
+    return {"images": crop.colours(), "classes": torch.where(classes == 255, -1, classes)}

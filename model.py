@@ -221,6 +221,16 @@ def load_vit(name, weights=None, seed=0):
     return vit.eval()
 
 
+def architecture_of(state, source):
+    """The name that `load_vit` knows a state dict's architecture by. ValueError: it is that of no DINOv2."""
+    token = state.get("cls_token")
+    dim = token.shape[-1] if token is not None else None
+    for name, sizes in ARCHITECTURES.items():
+        if sizes["dim"] == dim:
+            return name + ("_reg" if {"register_tokens", "reg_token"} & state.keys() else "")
+    raise ValueError(f"{source}: not a DINOv2: no cls_token of a known width")
+
+
 def read_state(path):
     """A state dict, from a .safetensors file or one that torch.load(weights_only=True) reads."""
     path = Path(path)
@@ -471,7 +481,85 @@ class Gaussians(NamedTuple):
     means: torch.Tensor  # [B, N, 3] world
     covars: torch.Tensor  # [B, N, 3, 3] world
     opacities: torch.Tensor  # [B, N] 0..1
-    harmonics: torch.Tensor | None = None  # [B, N, 3, 25] colours as spherical harmonics; sensor depth has none
+    harmonics: torch.Tensor  # [B, N, 3, (degree + 1)^2] colours as spherical harmonics: see `render`
+
+
+SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
+
+
+def sh_basis(degree, directions):
+    """3D Gaussian Splatting's spherical harmonics up to a degree, at unit directions [..., 3]. [..., (degree + 1)^2]"""
+    bases = []
+    for n in range(degree + 1):
+        signs = (-1.0) ** torch.arange(-n, n + 1, device=directions.device).abs()
+        scale = math.sqrt((2 * n + 1) / (4 * math.pi))
+        bases.append(real_harmonics(n, directions[..., [1, 2, 0]]) * signs * scale)
+    return torch.cat(bases, -1)
+
+
+def render(gaussians, extrinsics, Ks, width, height):
+    """Photo [B, 3, H, W], depth [B, H, W] and alpha [B, H, W] of Gaussians with harmonics, one camera per scene.
+
+    Extrinsics [B, 4, 4] camera-to-world, Ks [B, 3, 3] in pixels. Colour is 0.5 + harmonics * basis(direction from the
+    camera), no less than 0, on black. Degree 4 is seen by no viewer, nor by MVSplat's own renderer, nor here.
+    Depth is along z, the mean over what is seen; 0 where nothing is.
+    """
+    means, covars, opacities, harmonics = gaussians
+    directions = F.normalize(means - extrinsics[:, None, :3, 3], dim=-1)
+    basis = sh_basis(min(3, math.isqrt(harmonics.shape[-1]) - 1), directions)[:, :, None]  # (B, N, 1, up to 16)
+    colours = (harmonics[..., : basis.shape[-1]] * basis).sum(-1) + 0.5  # (B, N, 3)
+    viewmats = torch.linalg.inv(extrinsics)
+    z = (means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]  # (B, N, 1)
+    features = torch.cat([colours.clamp(min=0), z], -1)
+    out, alphas = rasterize(means, covars, opacities, features, viewmats[:, None], Ks[:, None], width, height)
+    photo, depth = out[:, 0].permute(0, 3, 1, 2).split([3, 1], 1)
+    return photo, depth[:, 0] / alphas[:, 0].clamp(min=1e-6), alphas[:, 0]
+
+
+def quaternions(R):
+    """Rotations [..., 3, 3] as unit quaternions w, x, y, z [..., 4]."""
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
+    rows = [  # row k is q times 4 q_k: the longest is the one that rounding hurts least
+        [1 + a + e + i, h - f, c - g, d - b],
+        [h - f, 1 + a - e - i, b + d, c + g],
+        [c - g, b + d, 1 - a + e - i, f + h],
+        [d - b, c + g, f + h, 1 - a - e + i],
+    ]
+    rows = torch.stack([torch.stack(row, -1) for row in rows], -2)  # (..., 4, 4)
+    longest = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None].expand(*R.shape[:-2], 1, 4)
+    return F.normalize(rows.gather(-2, longest)[..., 0, :], dim=-1)
+
+
+@torch.no_grad()
+def save_ply(path, gaussians):
+    """Write the Gaussians of one scene (B = 1) as the .ply of 3D Gaussian Splatting, which its viewers open.
+
+    Per Gaussian, float32: x y z, a normal of zeros, f_dc and f_rest (harmonics of degree 0, and of degrees 1 to 3 with
+    the colour outermost), opacity before its sigmoid, the logarithms of three standard deviations along the
+    covariance's axes, and those axes as a quaternion w x y z. Gaussians of opacity below 1/255 are left out.
+
+    Raises ValueError: there is more than one scene.
+    """
+    if len(gaussians.means) != 1:
+        raise ValueError(f"{path}: a .ply holds one scene, not {len(gaussians.means)}")
+    means, covars, opacities, harmonics = (t[0][gaussians.opacities[0] >= 1 / 255].cpu().float() for t in gaussians)
+    variances, axes = torch.linalg.eigh(covars)
+    axes = axes * torch.linalg.det(axes).sign()[:, None, None]  # no reflection, which no quaternion turns into
+    harmonics = F.pad(harmonics, (0, max(0, 16 - harmonics.shape[-1])))[..., :16]
+    columns = {
+        "x y z": means,
+        "nx ny nz": torch.zeros_like(means),
+        "f_dc_0 f_dc_1 f_dc_2": harmonics[..., 0],
+        " ".join(f"f_rest_{i}" for i in range(45)): harmonics[..., 1:].flatten(1),
+        "opacity": torch.logit(opacities, eps=1e-4)[:, None],
+        "scale_0 scale_1 scale_2": 0.5 * variances.clamp(min=1e-20).log(),
+        "rot_0 rot_1 rot_2 rot_3": quaternions(axes),
+    }
+    properties = "".join(f"property float {name}\n" for name in " ".join(columns).split())
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(means)}\n{properties}end_header\n"
+    with open(path, "wb") as file:
+        file.write(header.encode("ascii"))
+        file.write(torch.cat(list(columns.values()), 1).numpy().astype("<f4").tobytes())
 
 
 def unproject(depths, Ks, extrinsics):
@@ -489,27 +577,23 @@ def unproject(depths, Ks, extrinsics):
 
 class SensorDepth:
     """Gaussians from measured depth: one per pixel, at its point, round, half a pixel's footprint wide (one standard
-    deviation: half of depth / focal length), opaque. Where depth is 0 (unknown) or not between near and far, the
-    opacity is 0.
+    deviation: half of depth / focal length), of the pixel's colour, opaque; where depth is 0 (unknown), opacity 0.
 
-    Call it with context views {"depths" [B, V, H, W], "Ks" [B, V, 3, 3], "extrinsics" [B, V, 4, 4], ...}.
+    Call it with context views {"images" [B, V, 3, H, W], "depths" [B, V, H, W], "Ks" [B, V, 3, 3], "extrinsics"
+    [B, V, 4, 4]}.
     """
-
-    def __init__(self, near, far):
-        if not 0 < near < far:
-            raise ValueError(f"0 < near < far must hold, not near {near} and far {far}")
-        self.near, self.far = near, far
 
     def __call__(self, context):
         if "depths" not in context:
             raise ValueError("geometry from sensor depth needs data with depth, and this has none")
         depths, Ks = context["depths"], context["Ks"]
-        valid = (depths > self.near) & (depths < self.far)
-        z = torch.where(valid, depths, 1.0)
+        known = depths > 0
+        z = torch.where(known, depths, 1.0)
         means = unproject(z, Ks, context["extrinsics"])
         sigmas = 0.5 * z / (0.5 * (Ks[..., 0, 0] + Ks[..., 1, 1]))[..., None, None]  # (B, V, H, W)
         covars = torch.eye(3, device=z.device) * (sigmas**2)[..., None, None]
-        return Gaussians(means.flatten(1, 3), covars.flatten(1, 3), valid.float().flatten(1, 3))
+        harmonics = (context["images"].movedim(2, -1).flatten(1, 3)[..., None] - 0.5) / SH_C0  # (B, N, 3, 1)
+        return Gaussians(means.flatten(1, 3), covars.flatten(1, 3), known.float().flatten(1, 3), harmonics)
 
 
 # ----------------------------------------------------------------------------- feed-forward geometry: MVSplat
@@ -517,7 +601,7 @@ class SensorDepth:
 
 @dataclass(frozen=True)
 class ReconstructorConfig:
-    """Sizes of an MVSplat; the defaults are the published re10k model's."""
+    """Sizes and conventions of an MVSplat; the defaults are the published re10k model's. `SMALL` is ours."""
 
     stem: tuple = (64, 96, 128)  # channels of the CNN's three stages
     dim: int = 128  # of the features that are matched
@@ -528,6 +612,17 @@ class ReconstructorConfig:
     refine_dim: int = 32  # of the full-resolution U-Net
     refine_levels: int = 5  # attention at the last
     sh_degree: int = 4  # of the colours
+    cosine: bool = False  # views are matched by their centred features' cosine, not their features' product
+    ray_depth: bool = True  # a Gaussian's depth counts along its ray; False: along z, as the candidates' does
+    unit_near: bool = False  # scenes are scaled to near = 1 and back, so that the capture's unit does not matter
+
+
+SHIPPED = Path(__file__).parent / "weights" / "reconstructor.safetensors"
+# The one that comes with this repository. Its sizes were chosen for a CPU: 0.5 s a scene at 224 x 224
+SMALL = ReconstructorConfig(
+    stem=(16, 24, 32), dim=32, blocks=2, candidates=48, cost_dim=32, cost_levels=3, refine_dim=16, refine_levels=4,
+    sh_degree=0, cosine=True, ray_depth=False, unit_near=True,
+)  # fmt: skip
 
 
 def conv(inside, outside, size=3, stride=1, bias=True):
@@ -751,6 +846,7 @@ class DepthPredictor(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.cosine = config.cosine
         c, r, d = config.cost_dim, config.refine_dim, config.dim
         n = config.candidates
         self.corr_refine_net = nn.ModuleList(
@@ -769,33 +865,39 @@ class DepthPredictor(nn.Module):
         self.to_gaussians = nn.Sequential(conv(r + 3 + d, 2 * raw), nn.GELU(), conv(2 * raw, raw))
         self.to_disparity = nn.Sequential(conv(r, 2 * r), nn.GELU(), conv(2 * r, 2))
 
-    def forward(self, images, matched, cnn, intrinsics, extrinsics, near, far, others):
-        # Coarse: each depth candidate's matching cost, refined, as a distribution over candidates
-        B, V, _, H, W = images.shape
-        n = self.regressor_residual.out_channels
+    def coarse(self, matched, intrinsics, extrinsics, near, far, others):
+        """Each depth candidate's matching cost, refined, as a distribution over candidates: the mean of the inverse
+        depth and the largest probability, both (B*V, 1, h, w)."""
+        V, n = matched.shape[1], self.regressor_residual.out_channels
         low, high = 1 / far, 1 / near  # (B, V)
-        inverse = low[..., None] + torch.linspace(0, 1, n, device=images.device) * (high - low)[..., None]  # (B, V, n)
-        cost = cost_volume(matched, intrinsics, extrinsics, 1 / inverse, others)  # (B, V, n, h, w)
+        inverse = low[..., None] + torch.linspace(0, 1, n, device=near.device) * (high - low)[..., None]  # (B, V, n)
+        features = matched
+        if self.cosine:
+            features = matched - matched.mean((1, 3, 4), keepdim=True)
+            features = F.normalize(features, dim=2) * math.sqrt(matched.shape[2])
+        cost = cost_volume(features, intrinsics, extrinsics, 1 / inverse, others)  # (B, V, n, h, w)
         x = torch.cat([cost, matched], 2).flatten(0, 1)
         refined = x
         for part in self.corr_refine_net:
             refined = part(refined, V) if isinstance(part, UNet) else part(refined)
         pdf = self.depth_head_lowres(refined + self.regressor_residual(x)).softmax(1)  # (B*V, n, h, w)
-        coarse = (pdf * inverse.flatten(0, 1)[..., None, None]).sum(1, keepdim=True)
-        confidence = pdf.amax(1, keepdim=True)
+        return (pdf * inverse.flatten(0, 1)[..., None, None]).sum(1, keepdim=True), pdf.amax(1, keepdim=True)
+
+    def fine(self, images, matched, cnn, coarse, confidence, near, far):
+        """A correction of the inverse depth at full resolution, and what else a Gaussian is made of: depths and
+        opacities (B, V, H, W), raw numbers (B, V, 9 + 3 * (degree + 1)^2, H, W)."""
+        B, V, _, H, W = images.shape
         coarse = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True)
         confidence = F.interpolate(confidence, (H, W), mode="nearest")
-        # Fine: a correction of the inverse depth at full resolution
         photo = images.flatten(0, 1)
         features = self.upsampler(torch.cat([matched, cnn], 2).flatten(0, 1))
         x = torch.cat([photo, self.proj_feature(features), coarse, confidence], 1)
         for part in self.refine_unet:
             x = part(x, V) if isinstance(part, UNet) else part(x)
         delta, density = self.to_disparity(x).split(1, 1)
-        bounds = (t.flatten()[:, None, None, None] for t in (low, high))
+        bounds = (1 / t.flatten()[:, None, None, None] for t in (far, near))
         depths = 1 / torch.clamp(coarse + delta, *bounds)
         raw = self.to_gaussians(torch.cat([x, photo, features], 1))
-        # (B, V, H, W), (B, V, H, W), (B, V, 84, H, W)
         return (t.unflatten(0, (B, V)) for t in (depths[:, 0], density[:, 0].sigmoid(), raw))
 
 
@@ -861,17 +963,19 @@ def rotate_harmonics(harmonics, R):
     return torch.cat(out, -1)
 
 
-def to_gaussians(depths, opacities, raw, intrinsics, extrinsics):
-    """Depths and opacities [B, V, H, W], raw numbers [B, V, 84, H, W] and cameras -> Gaussians."""
+def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True):
+    """Depths and opacities [B, V, H, W], raw numbers [B, V, 9 + 3 * (degree + 1)^2, H, W], cameras -> Gaussians."""
     B, V, H, W = depths.shape
-    raw = raw.permute(0, 1, 3, 4, 2)  # (B, V, H, W, 84)
+    raw = raw.permute(0, 1, 3, 4, 2)
     offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
     size = raw.new_tensor([1 / W, 1 / H])
     y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
     centre = torch.stack([x, y], -1).to(raw) * size
     xy = centre + (offset.sigmoid() - 0.5) * size
     inverse = torch.linalg.inv(intrinsics)[:, :, None, None]
-    rays = F.normalize((inverse @ F.pad(xy, (0, 1), value=1.0)[..., None])[..., 0], dim=-1)
+    rays = (inverse @ F.pad(xy, (0, 1), value=1.0)[..., None])[..., 0]  # z = 1
+    if ray_depth:
+        rays = F.normalize(rays, dim=-1)
     R, t = extrinsics[:, :, None, None, :3, :3], extrinsics[:, :, None, None, :3, 3]
     means = (R @ (rays * depths[..., None])[..., None])[..., 0] + t
     pixel = 0.1 * (torch.linalg.inv(intrinsics[..., :2, :2]) @ size).sum(-1)  # (B, V)
@@ -893,10 +997,11 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics):
     ).unflatten(-1, (3, 3))
     L = R @ rotation * sigmas[..., None, :]
     covars = L @ L.mT
-    harmonics = harmonics.unflatten(-1, (3, -1))  # (B, V, H, W, 3, 25)
+    harmonics = harmonics.unflatten(-1, (3, -1))  # (B, V, H, W, 3, (degree + 1)^2)
     degrees = torch.arange(harmonics.shape[-1]).sqrt().floor()
     harmonics = (harmonics * torch.where(degrees > 0, 0.1 * 0.25**degrees, 1.0).to(raw)).flatten(0, 1)
     harmonics = rotate_harmonics(harmonics, extrinsics[..., :3, :3].flatten(0, 1)).unflatten(0, (B, V))
+    harmonics = F.pad(harmonics, (0, 25 - harmonics.shape[-1]))  # degrees that it has not are 0
     return Gaussians(means.flatten(1, 3), covars.flatten(1, 3), opacities.flatten(1), harmonics.flatten(1, 3))
 
 
@@ -908,44 +1013,103 @@ class MVSplat(nn.Module):
 
     def __init__(self, config=ReconstructorConfig()):
         super().__init__()
+        self.config = config
         self.backbone = nn.Module()
         self.backbone.backbone = Stem(config)
         self.backbone.transformer = MatchingTransformer(config)
         self.depth_predictor = DepthPredictor(config)
 
-    def forward(self, images, extrinsics, intrinsics, near, far):
+    def forward(self, images, extrinsics, intrinsics, near, far, coarse=False):
         """Images [B, V, 3, H, W] in 0..1, extrinsics [B, V, 4, 4] camera-to-world, intrinsics [B, V, 3, 3] normalised
-        by width and height, near and far [B, V] -> Gaussians with harmonics.
+        by width and height, near and far [B, V] in the cameras' unit -> Gaussians with harmonics [B, N, 3, 25].
+        With coarse=True it stops where views are matched: depths [B, V, H/4, W/4].
 
         Raises ValueError: V < 2, H or W no multiple of 16, not 0 < near < far, or a camera that is not rigid.
         """
         B, V, _, H, W = images.shape
-        R = extrinsics[..., :3, :3]
+        R, t = extrinsics[..., :3, :3], extrinsics[..., :3, 3:]
         if V < 2:
             raise ValueError(f"reconstruction compares views and needs at least 2, not {V}")
         if H % 16 or W % 16:
-            raise ValueError(f"images must be multiples of 16 pixels high and wide, not {H} x {W}")
+            fits = " x ".join(str(max(1, round(size / 16)) * 16) for size in (H, W))
+            raise ValueError(f"images must be multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}")
         if not ((0 < near) & (near < far)).all():
             raise ValueError("0 < near < far must hold for every view")
-        if (R @ R.mT - torch.eye(3, device=R.device)).abs().max() > 1e-3 or (torch.linalg.det(R) < 0).any():
-            raise ValueError("extrinsics must be rigid: the upper left 3 x 3 of one is no rotation")
+        last = extrinsics.new_tensor([0, 0, 0, 1])
+        straight = (R @ R.mT - torch.eye(3, device=R.device)).abs().max() <= 1e-3 and (torch.linalg.det(R) > 0).all()
+        if not straight or (extrinsics[..., 3, :] - last).abs().max() > 1e-3:
+            raise ValueError(
+                "extrinsics must be rigid: a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
+            )
         others = torch.tensor([[u for u in range(V) if u != v] for v in range(V)], device=images.device)
         mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+        unit = near[:, :1] if self.config.unit_near else torch.ones_like(near[:, :1])  # (B, 1)
+        extrinsics = torch.cat([torch.cat([R, t / unit[..., None, None]], -1), extrinsics[..., 3:, :]], -2)
+        near, far = near / unit, far / unit
         cnn = self.backbone.backbone(((images - mean) / std).flatten(0, 1)).unflatten(0, (B, V))
         matched = self.backbone.transformer(cnn, others)
-        depths, opacities, raw = self.depth_predictor(images, matched, cnn, intrinsics, extrinsics, near, far, others)
-        return to_gaussians(depths, opacities, raw, intrinsics, extrinsics)
+        inverse, confidence = self.depth_predictor.coarse(matched, intrinsics, extrinsics, near, far, others)
+        if coarse:
+            return unit[..., None, None] / inverse[:, 0].unflatten(0, (B, V))
+        depths, opacities, raw = self.depth_predictor.fine(images, matched, cnn, inverse, confidence, near, far)
+        gaussians = to_gaussians(depths, opacities, raw, intrinsics, extrinsics, self.config.ray_depth)
+        return gaussians._replace(
+            means=gaussians.means * unit[..., None], covars=gaussians.covars * unit[..., None, None] ** 2
+        )
 
 
-def load_reconstructor(path):
-    """An MVSplat in eval mode, frozen, from its published `re10k.ckpt`, or from a safetensors file whose metadata has a
-    "config": JSON of `ReconstructorConfig`'s fields.
+@torch.no_grad()
+def new_reconstructor(config=SMALL):
+    """An MVSplat to train, random but where something is known without learning. It starts as plain stereo: views are
+    matched by the CNN's features, depth is where 5 x 5 of them match best, and a Gaussian is opaque, half a pixel wide
+    and of its pixel's colour. (MVSplat itself starts from the weights of a trained matching network.)"""
+    reconstructor = MVSplat(config)
+    stem, predictor = reconstructor.backbone.backbone, reconstructor.depth_predictor
+    stem.conv2.weight.mul_(4.0)  # matching must not drown in the position embedding
+    stem.conv2.bias.zero_()
+    for block in reconstructor.backbone.transformer.layers:  # residual branches start at nothing
+        block.self_attn.norm1.weight.zero_()
+        block.cross_attn_ffn.norm2.weight.zero_()
+    residual, (first, _, second) = predictor.regressor_residual, predictor.depth_head_lowres
+    n = config.candidates
+    for layer in (residual, first, second, predictor.corr_refine_net[-1]):
+        layer.weight.mul_(0.1)
+        layer.bias.zero_()
+    candidates = torch.arange(n)
+    residual.weight[candidates, candidates] += 4.0
+    # gelu(x) - gelu(-x) = x: the head passes the matching cost on, twice averaged over 3 x 3 pixels
+    for layer, ins, outs in ((first, (0, 0), (0, n)), (second, (0, n), (0, 0))):
+        for sign, i, o in zip((1, -1), ins, outs):
+            layer.weight[o + candidates, i + candidates] += sign / 9
+    density = predictor.to_disparity[-1]
+    density.weight.zero_()
+    density.bias.copy_(torch.tensor([0.0, 2.0]))  # no correction of the depth; opacity 0.88
+    inside, _, outside = predictor.to_gaussians
+    outside.weight.mul_(0.1)
+    outside.bias.zero_()[2:5] = -2.0  # sigma is 0.45 pixels
+    for c in range(3):  # degree 0 of the harmonics becomes (photo - 0.5) / SH_C0, by the same trick
+        row = 9 + c * (config.sh_degree + 1) ** 2
+        inside.weight[[2 * c, 2 * c + 1]] = 0.0
+        inside.weight[2 * c, config.refine_dim + c, 1, 1] = 1.0
+        inside.weight[2 * c + 1, config.refine_dim + c, 1, 1] = -1.0
+        inside.bias[[2 * c, 2 * c + 1]] = 0.0
+        outside.weight[row] = 0.0
+        outside.weight[row, 2 * c, 1, 1] = 1 / SH_C0
+        outside.weight[row, 2 * c + 1, 1, 1] = -1 / SH_C0
+        outside.bias[row] = -0.5 / SH_C0
+    return reconstructor
+
+
+def load_reconstructor(path=None):
+    """An MVSplat in eval mode, frozen: None for the one in weights/, or a path to the published `re10k.ckpt`, or to a
+    safetensors file whose metadata has a "config": JSON of `ReconstructorConfig`'s fields.
 
     Raises ValueError: the file is missing, is no such file, or does not fit: which tensors, and nothing is half loaded.
     """
+    path = Path(path or SHIPPED)
     state = read_state(path)
     config = ReconstructorConfig()
-    if Path(path).suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("config")
         try:
@@ -964,18 +1128,72 @@ def load_reconstructor(path):
 
 class FeedForward(nn.Module):
     """Gaussians from photos alone, behind the same interface as `SensorDepth`: images [B, V, 3, H, W] in 0..1, Ks in
-    pixels, extrinsics; depths between near and far."""
+    pixels, extrinsics.
+
+    near and far are in baselines, the distance between the first and the last camera of a scene: photos alone tell no
+    other unit (pixelSplat's convention).
+    """
 
     def __init__(self, reconstructor, near, far):
         super().__init__()
+        if not 0 < near < far:
+            raise ValueError(f"0 < near < far must hold, not near {near} and far {far}")
         self.reconstructor, self.near, self.far = reconstructor, near, far
 
-    @torch.no_grad()
-    def forward(self, context):
-        images = context["images"]
+    def forward(self, context, coarse=False):
+        images, extrinsics = context["images"], context["extrinsics"]
         intrinsics = context["Ks"] / images.new_tensor([images.shape[-1], images.shape[-2], 1])[:, None]
-        near, far = (images.new_full(images.shape[:2], d) for d in (self.near, self.far))
-        return self.reconstructor(images, context["extrinsics"], intrinsics, near, far)
+        # A camera that only turned sees no depth: its Gaussians then land before the near plane, as holes
+        baseline = (extrinsics[:, 0, :3, 3] - extrinsics[:, -1, :3, 3]).norm(dim=-1).clamp(min=1e-6)
+        near, far = (d * baseline[:, None].expand(images.shape[:2]) for d in (self.near, self.far))
+        return self.reconstructor(images, extrinsics, intrinsics, near, far, coarse)
+
+
+class Reconstruction(nn.Module):
+    """One training step of a reconstructor (MVSplat, section 3.3): lift the context views, render the target view.
+
+    The loss is the mean squared error of the rendered photo, plus depth_weight times the mean absolute error of the
+    logarithm of depth, of every context pixel whose depth is known (MVSplat has no depth term, and LPIPS instead).
+    """
+
+    def __init__(self, reconstructor, near, far, depth_weight):
+        super().__init__()
+        self.reconstruct = FeedForward(reconstructor, near, far)
+        self.depth_weight = depth_weight
+
+    def forward(self, batch, coarse=False):
+        """A batch as `SplatAndDistill`'s. Returns the loss, metrics {name: scalar tensor} and what to draw: "photo"
+        [B, 3, H, W], "depth" [B, H, W], "alphas" [B, H, W] and "gaussians".
+
+        With coarse=True the loss is that of the depth where views are matched, at a quarter of the size: nothing is
+        rendered, nothing to draw. It needs depth.
+        """
+        context, target = batch["context"], batch["target"]
+        B, V, _, H, W = context["images"].shape
+        if coarse:
+            known = F.interpolate(context["depths"], (H // 4, W // 4), mode="nearest")
+            error = log_depth_error(self.reconstruct(context, coarse=True), known)
+            loss = self.depth_weight * error
+            return loss, {"loss": loss.detach(), "log_depth": error.detach()}, {}
+        gaussians = self.reconstruct(context)
+        photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
+        loss = F.mse_loss(photo, target["images"])
+        metrics = {"mse": loss.detach()}
+        if "depths" in context:
+            forwards = torch.linalg.inv(context["extrinsics"])[:, :, 2]  # (B, V, 4): world to depth along z
+            points = F.pad(gaussians.means, (0, 1), value=1.0).view(B, V, H, W, 4)
+            z = (points * forwards[:, :, None, None]).sum(-1)
+            metrics["log_depth"] = error = log_depth_error(z, context["depths"])
+            loss = loss + self.depth_weight * error
+        drawn = dict(photo=photo, depth=depth, alphas=alphas, gaussians=gaussians)
+        return loss, {"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()}, drawn
+
+
+def log_depth_error(depths, truth):
+    """Mean of |log(depths / truth)| where the truth is known, that is not 0."""
+    known = truth > 0
+    error = depths.clamp(min=1e-6).log() - truth.clamp(min=1e-6).log()
+    return torch.where(known, error, 0.0).abs().sum() / known.sum().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------- the method

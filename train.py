@@ -1,17 +1,21 @@
 """Train a student: python train.py --teacher dinov2_vits14 [--data FOLDER] [--SETTING VALUE ...]
+or the network that turns its photos into Gaussians: python train.py --stage reconstruct [...]
 
-Without --data on procedural rooms made on the fly, as a demo of minutes on a CPU; with --data on posed photos, with the
-paper's numbers. Everything is written to runs/NAME/:
+Without --data on procedural rooms made on the fly, sized for a CPU; with --data on posed photos, with the paper's
+numbers. Everything is written to runs/NAME/:
 
-    student.safetensors   the student under DINOv2's parameter names, LoRA merged; the settings in its metadata
-    checkpoint.pt         to go on from: python train.py --resume runs/NAME
-    metrics.jsonl         one line a step
-    preview_000100.png    target photo, splatted and student features (one PCA for both), alpha, depth
+    student.safetensors         the student under DINOv2's parameter names, LoRA merged; the settings in its metadata
+    or reconstructor.safetensors, which load_reconstructor reads and --geometry takes
+    checkpoint.pt               to go on from: python train.py --resume runs/NAME
+    metrics.jsonl               one line a step
+    preview_000100.png          target photo, splatted and student features (one PCA for both), alpha, depth
+                                or target photo, rendering, its error, depth
 
 Ctrl-C finishes the step, saves, and stops.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -30,84 +34,139 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 
 import data
-from kernels import rasterize
-from model import FeedForward, SensorDepth, SplatAndDistill, WeightsNotFound, load_reconstructor, load_vit, merge_lora
+from model import (
+    SMALL, FeedForward, Reconstruction, ReconstructorConfig, SensorDepth, SplatAndDistill, WeightsNotFound,
+    load_reconstructor, load_vit, merge_lora, new_reconstructor, render,
+)  # fmt: skip
 
-# Every setting: (demo, paper, why). The paper's are of its ScanNet++ run; the demo's are for minutes on two cores.
-SETTINGS = {
-    "height": (224, 576, "of the images, pixels; the ViT sees the multiple of 14 below"),
-    "width": (224, 880, "likewise"),
-    "context_views": (2, 2, "whose features are splatted"),
+# Every setting: (on rooms, on photos, why). On photos the numbers are the papers' (Splat and Distill on ScanNet++;
+# MVSplat on RealEstate10K); on rooms they are for two cores: minutes to distill, an hour or two to reconstruct.
+VIEWS = {
+    "context_views": (2, 2, "that are lifted to 3D"),
     "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
     "max_gap": (12, 12, "at most: overlap"),
-    "geometry": ("depth", "depth", "of the Gaussians: sensor depth, or a file of MVSplat's weights: photos alone"),
-    "near": (0.1, 1.0, "geometry nearer than this counts as unknown; metres, or the capture's unit"),
-    "far": (100.0, 100.0, "likewise farther"),
+    "near": (3.0, 1.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
+    "far": (50.0, 100.0, "likewise farthest"),
     "batch_size": (1, 1, "scenes a step"),
-    "steps": (100, 300_000, "of the optimiser"),
-    "lr": (5e-4, 2e-5, "peak learning rate; the demo has 3,000 times fewer steps to get anywhere"),
-    "warmup": (0.1, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-    "weight_decay": (0.0, 0.0, "0 makes AdamW the Adam of the paper"),
-    "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the head off"),
-    "lora_rank": (8, 8, "of the student's LoRA on qkv and proj"),
-    "lora_alpha": (8.0, 8.0, "its scale is alpha / rank"),
-    "lora_dropout": (0.1, 0.1, "on LoRA's input"),
-    "prototypes": (1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU"),
-    "head_dim": (512, 2048, "hidden width of the heads"),
-    "bottleneck_dim": (128, 256, "width before the prototypes"),
-    "blend": (0.5, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
-    "teacher_temperature": (1.0, 1.0, "that the teacher's logits are divided by"),
-    "student_temperature": (1.0, 1.0, "likewise the student's"),
-    "momentum": (0.999, 0.999, "of the teacher's exponential moving average"),
-    "ema_every": (10, 10, "steps between updates of the teacher"),
+    "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the network off"),
+    "weight_decay": (0.0, 0.0, "0 makes AdamW the Adam of the papers"),
     "seed": (0, 0, "of everything random"),
     "workers": (1, 4, "processes that load data"),
-    "preview_every": (50, 1000, "steps between previews"),
-    "checkpoint_every": (50, 1000, "steps between checkpoints"),
 }
+SETTINGS = {
+    "distill": VIEWS | {
+        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of 14 below"),
+        "width": (224, 880, "likewise"),
+        "geometry": ("shipped", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
+        "steps": (100, 300_000, "of the optimiser"),
+        "lr": (5e-4, 2e-5, "peak learning rate; the demo has 3,000 times fewer steps to get anywhere"),
+        "warmup": (0.1, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
+        "lora_rank": (8, 8, "of the student's LoRA on qkv and proj"),
+        "lora_alpha": (8.0, 8.0, "its scale is alpha / rank"),
+        "lora_dropout": (0.1, 0.1, "on LoRA's input"),
+        "prototypes": (1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU"),
+        "head_dim": (512, 2048, "hidden width of the heads"),
+        "bottleneck_dim": (128, 256, "width before the prototypes"),
+        "blend": (0.5, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
+        "teacher_temperature": (1.0, 1.0, "that the teacher's logits are divided by"),
+        "student_temperature": (1.0, 1.0, "likewise the student's"),
+        "momentum": (0.999, 0.999, "of the teacher's exponential moving average"),
+        "ema_every": (10, 10, "steps between updates of the teacher"),
+        "preview_every": (50, 1000, "steps between previews"),
+        "checkpoint_every": (50, 1000, "steps between checkpoints"),
+    },
+    "reconstruct": VIEWS | {
+        "height": (224, 256, "of the images, pixels; a multiple of 16"),
+        "width": (224, 256, "likewise"),
+        "start": ("small", "published", "network to begin with: small or published, both random, or a file of weights"),
+        "batch_size": (1, 14, "scenes a step"),
+        "steps": (2000, 300_000, "of the optimiser"),
+        "coarse": (3, 0, "steps that learn only to match views for every one that renders: they cost a quarter"),
+        "lr": (1e-3, 2e-4, "peak learning rate; the small network bears more"),
+        "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
+        "depth_weight": (0.2, 0.2, "of the depth error beside the photo's; without depth nothing is added"),
+        "preview_every": (250, 1000, "steps between previews"),
+        "checkpoint_every": (250, 1000, "steps between checkpoints"),
+    },
+}  # fmt: skip
 RANDOM = "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
 
 
 def parse_settings(arguments=None):
     """The command line as {setting: value}, or with {"resume": folder} the settings of that folder's run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    arguments = sys.argv[1:] if arguments is None else arguments
+    about = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    first = argparse.ArgumentParser(**about, add_help=False)
+    first.add_argument(
+        "--stage", choices=list(SETTINGS), default="distill", help="what to train; each has its settings"
     )
+    stage = first.parse_known_args(arguments)[0].stage
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[first], **about)
     add = parser.add_argument
-    add("--teacher", default="dinov2_vits14", help="dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
-    add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
+    if stage == "distill":
+        add("--teacher", default="dinov2_vits14", help="dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
+        add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
     add("--data", help="folder of posed photos (README, Data); nothing for procedural rooms")
     add("--preset", choices=["demo", "paper"], help="nothing is paper with --data and demo without")
-    add("--name", help="of the run; nothing is the preset's name and the next free number")
+    add("--name", help="of the run; nothing is the stage or preset and the next free number")
     add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
-    for name, (demo, paper, why) in SETTINGS.items():
-        flag = "--" + name.replace("_", "-")
-        add(flag, type=type(paper), default=argparse.SUPPRESS, help=f"{why} (demo {demo}, paper {paper})")
+    for name, (demo, paper, why) in SETTINGS[stage].items():
+        help = f"{why} (demo {demo}, paper {paper})"
+        add("--" + name.replace("_", "-"), type=type(paper), default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(arguments))
     if given["resume"]:
-        others = [a for a in (sys.argv[1:] if arguments is None else arguments) if a.startswith("--")]
-        if any(not a.startswith("--resume") for a in others):
+        if any(not a.startswith("--resume") for a in arguments if a.startswith("--")):
             raise SystemExit("--resume goes on with the run's own settings: no other flag goes with it")
         return {"resume": given["resume"]}
     preset = given["preset"] or ("paper" if given["data"] else "demo")
-    defaults = {name: values[preset == "paper"] for name, values in SETTINGS.items()}
-    settings = {**defaults, **given, "preset": preset}
+    settings = {**preset_of(stage, preset), **given, "preset": preset}
     del settings["resume"]
-    for name in ("context_views", "batch_size", "steps", "lora_rank", "prototypes", "head_dim",
-                 "bottleneck_dim", "teacher_temperature", "student_temperature", "ema_every", "preview_every",
-                 "checkpoint_every", "lr", "clip"):  # fmt: skip
-        if not settings[name] > 0:
-            raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
-    for name, least in (("height", 14), ("width", 14), ("workers", 0), ("seed", 0)):
-        if settings[name] < least:
-            raise SystemExit(f"--{name} must be at least {least}, not {settings[name]}")
-    for name in ("data", "teacher_weights", "geometry"):  # absolute, so that the run can be resumed from anywhere
-        if settings[name] not in (None, "random", "depth") and Path(settings[name]).exists():
+    check(settings)
+    if settings.get("geometry") == "depth" and {"near", "far"} & given.keys():
+        raise SystemExit("--near and --far bound what photos are taken to show: --geometry depth reads neither")
+    for name in {"data", "teacher_weights", "geometry", "start"} & settings.keys():  # to resume from anywhere
+        if settings[name] not in WORDS and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
-    for name in ("warmup", "lora_dropout", "blend", "momentum"):
-        if not 0 <= settings[name] <= 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
     return settings
+
+
+WORDS = (None, "random", "shipped", "depth", "small", "published")  # values that are no path
+
+
+def preset_of(stage, preset):
+    return {name: values[preset == "paper"] for name, values in SETTINGS[stage].items()}
+
+
+def check(settings):
+    """SystemExit for the first setting that is out of its range."""
+    for name in ("context_views", "near", "batch_size", "clip", "steps", "lr", "preview_every", "checkpoint_every",
+                 "lora_rank", "prototypes", "head_dim", "bottleneck_dim", "teacher_temperature", "student_temperature",
+                 "ema_every"):  # fmt: skip
+        if name in settings and not settings[name] > 0:
+            raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
+    for name, least in (("height", 14), ("width", 14), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("coarse", 0)):
+        if name in settings and not settings[name] >= least:
+            raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
+    for name in ("warmup", "lora_dropout", "blend", "momentum"):
+        if name in settings and not 0 <= settings[name] <= 1:
+            raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
+    if settings["far"] <= settings["near"]:
+        raise SystemExit(f"--far must be more than --near, not {settings['far']} with {settings['near']}")
+    if settings.get("geometry") != "depth":
+        for name in ("height", "width"):
+            if settings[name] % 16:
+                low = settings[name] // 16 * 16
+                fits = f"{low} and {low + 16} do" if low else "16 is the least"
+                raise SystemExit(f"--{name} {settings[name]} does not fit: multiples of 16 do; {fits}")
+
+
+def command(settings):
+    """What to type for these settings."""
+    preset = "paper" if settings["data"] else "demo"
+    usual = {"stage": "distill", "teacher": None, "teacher_weights": None, "data": None, "name": None, "preset": preset}
+    usual |= preset_of(settings["stage"], settings["preset"])
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k]]
+    return " ".join(["python train.py", *sorted(flags, key=lambda f: not f.startswith("--stage"))])
 
 
 # ----------------------------------------------------------------------------- what a run is made of
@@ -135,36 +194,48 @@ def load_views(settings):
 
     A single capture has nothing to hold out; its preview is of its own frames.
     """
-    options = {k: settings[k] for k in ("height", "width", "min_gap", "max_gap")} | {
-        "num_context": settings["context_views"]
-    }
+    options = {k: settings[k] for k in ("min_gap", "max_gap")} | {"num_context": settings["context_views"]}
+    size = settings["height"], settings["width"]
     scenes = data.open_scenes(settings["data"]) if settings["data"] else data.Rooms("train")
-    length = settings["steps"] * settings["batch_size"]
-    views = data.Views(scenes, **options, seed=settings["seed"], length=length)
+    steps, batch, seed = (settings[k] for k in ("steps", "batch_size", "seed"))
+    views = data.Views(scenes, *size, **options, seed=seed, length=steps * batch)
     if settings["data"]:
-        if settings["geometry"] == "depth" and "depths" not in views.keys:
+        without = sum(not scene.has_depth for scene in scenes)
+        if without and (settings.get("geometry") == "depth" or settings.get("coarse")):
+            need = "--coarse 0" if settings.get("coarse") else "another --geometry"
             raise ValueError(
-                f"{settings['data']}: no depth maps; without them, pass MVSplat's weights: --geometry FILE"
+                f"{settings['data']}: no depth maps in {without} of {len(scenes)} scenes; with {need} photos suffice"
             )
         without = sum(not scene.has_masks for scene in scenes)
-        if without:
+        if without and settings["stage"] == "distill":
             print(f"No segment masks in {without} of {len(scenes)} scenes: one segment per image there, blending off.")
     held_out = scenes if settings["data"] else data.Rooms("val")
-    shown = data.Views(held_out, **options, seed=settings["seed"] + 1, length=1)[0]
-    return views, torch.utils.data.default_collate([shown])
+    count = 1 if settings["stage"] == "distill" else 8  # one is looked at; errors of depth want a mean
+    shown = data.Views(held_out, *size, **options, seed=seed + 1, length=count)
+    return views, torch.utils.data.default_collate([shown[i] for i in range(count)])
+
+
+def geometry(settings):
+    near, far = settings["near"], settings["far"]
+    if settings["geometry"] == "depth":
+        return SensorDepth()
+    return FeedForward(
+        load_reconstructor(None if settings["geometry"] == "shipped" else settings["geometry"]), near, far
+    )
 
 
 def build(settings, vit, device):
-    """The method's module, its optimiser and its schedule."""
+    """The stage's module, its optimiser and its schedule. No ViT is needed to reconstruct."""
     torch.manual_seed(settings["seed"])
-    names = ("prototypes", "head_dim", "bottleneck_dim", "lora_rank", "lora_alpha", "lora_dropout", "blend",
-             "teacher_temperature", "student_temperature")  # fmt: skip
-    near, far = settings["near"], settings["far"]
-    if settings["geometry"] == "depth":
-        reconstruct = SensorDepth(near, far)
+    if settings["stage"] == "distill":
+        names = ("prototypes", "head_dim", "bottleneck_dim", "lora_rank", "lora_alpha", "lora_dropout", "blend",
+                 "teacher_temperature", "student_temperature")  # fmt: skip
+        model = SplatAndDistill(vit, geometry(settings), **{k: settings[k] for k in names})
     else:
-        reconstruct = FeedForward(load_reconstructor(settings["geometry"]), near, far)
-    model = SplatAndDistill(vit, reconstruct, **{k: settings[k] for k in names})
+        sizes = {"small": SMALL, "published": ReconstructorConfig()}
+        start = settings["start"]
+        network = new_reconstructor(sizes[start]) if start in sizes else load_reconstructor(start).requires_grad_(True)
+        model = Reconstruction(network, *(settings[k] for k in ("near", "far", "depth_weight")))
     model.to(device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     total = settings["steps"] + 1
@@ -177,9 +248,9 @@ def build(settings, vit, device):
 
 
 def trained(model):
-    """Names of what training changes, in the student and, by EMA, in the teacher. The rest is the teacher's file."""
+    """Names of what training changes: in the student and, by EMA, in the teacher. The rest is the teacher's file."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    return names + [name.replace("student", "teacher", 1) for name in names]
+    return names + [name.replace("student", "teacher", 1) for name in names if "student" in name]
 
 
 # ----------------------------------------------------------------------------- what a run writes
@@ -192,20 +263,30 @@ def replace_file(path, write):
     os.replace(temporary, path)
 
 
-def save(folder, step, settings, random_weights, model, optimizer, schedule):
+def save(folder, step, seconds, settings, random_weights, model, optimizer, schedule, measured):
     state = model.state_dict()
     checkpoint = dict(
-        step=step, settings=settings, random_weights=random_weights,
+        step=step, seconds=seconds, settings=settings, random_weights=random_weights,
         model={name: state[name] for name in trained(model)},
         optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
         rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
     )  # fmt: skip
-    metadata = {"settings": json.dumps(settings), "step": str(step), "random_weights": str(random_weights).lower()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    metadata = {
+        "command": command(settings), "settings": json.dumps(settings), "step": str(step), "device": device,
+        "hours": f"{seconds / 3600:.2f}", "measured": json.dumps(measured),
+    }  # fmt: skip
+    if settings["stage"] == "distill":
+        name, weights = "student.safetensors", merge_lora(model.student)
+        metadata["random_weights"] = str(random_weights).lower()
+    else:
+        name, network = "reconstructor.safetensors", model.reconstruct.reconstructor
+        weights = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
+        metadata["config"] = json.dumps(dataclasses.asdict(network.config))
     if random_weights:
         metadata["warning"] = RANDOM
-    student = merge_lora(model.student)
     replace_file(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-    replace_file(folder / "student.safetensors", lambda path: save_file(student, path, metadata))
+    replace_file(folder / name, lambda path: save_file(weights, path, metadata))
 
 
 def load_checkpoint(folder):
@@ -214,10 +295,13 @@ def load_checkpoint(folder):
         raise SystemExit(f"{path}: no such file; --resume takes the folder of a run, such as runs/demo-1")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = {"step", "settings", "random_weights", "model", "optimizer", "schedule", "rng", "cuda_rng"}
+        wanted = {"step", "seconds", "settings", "random_weights", "model", "optimizer", "schedule", "rng", "cuda_rng"}
         if not isinstance(checkpoint, dict) or checkpoint.keys() != wanted:
             raise ValueError("it has other contents")
-        if checkpoint["settings"].keys() != SETTINGS.keys() | {"teacher", "teacher_weights", "data", "preset", "name"}:
+        found, beside = checkpoint["settings"], {"stage", "data", "preset", "name"}
+        if found.get("stage") == "distill":
+            beside |= {"teacher", "teacher_weights"}
+        if found.keys() != SETTINGS.get(found.get("stage"), {}).keys() | beside:
             raise ValueError("its settings are those of another version")
     except Exception as error:  # torch.load raises a dozen kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -269,18 +353,13 @@ def depth_colours(depth, valid):
 
 
 @torch.no_grad()
-def preview(path, model, batch, step, random_weights):
-    """Draw the first scene of a batch to a PNG, and measure how well splatting aligns. Returns {name: number}."""
-    model.eval()
-    _, _, drawn = model(batch)
-    aligned = {name: number(value) for name, value in model.alignment(batch, drawn).items()}
+def draw_distillation(model, batch):
+    """Panels {title: (H, W, 3)} of a batch's first scene, and how well splatting aligns {name: number}."""
+    drawn = model(batch)[2]
     target, gaussians, alpha = batch["target"], drawn["gaussians"], drawn["alphas"][0].cpu()
     H, W = alpha.shape
-    viewmats = torch.linalg.inv(target["extrinsics"])
-    z = (gaussians.means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]  # (B, N, 1)
-    depth, _ = rasterize(*gaussians[:3], z, viewmats[:, None], target["Ks"][:, None], W, H)
-    model.train()
-
+    grey = torch.zeros(*gaussians.opacities.shape, 3, 1, device=gaussians.means.device)
+    depth = render(gaussians._replace(harmonics=grey), target["extrinsics"], target["Ks"], W, H)[1]
     seen, rendered, student = ~drawn["holes"][0], drawn["rendered"][0], drawn["student"][0]
     basis = shared_pca(torch.cat([drawn["splatted"][0][:, seen].T, student.flatten(1).T]))
     student = F.interpolate(to_rgb(student, basis).permute(2, 0, 1)[None], (H, W), mode="nearest")[0].permute(1, 2, 0)
@@ -289,21 +368,58 @@ def preview(path, model, batch, step, random_weights):
         "splatted teacher": to_rgb(rendered, basis) * (drawn["alphas"][0] > 0.5)[..., None],
         "student": student,
         "alpha": alpha[..., None].expand(-1, -1, 3),
-        "depth": depth_colours(depth[0, 0, ..., 0].cpu() / alpha.clamp(min=1e-6), alpha > 0.5),
+        "depth": depth_colours(depth[0].cpu(), alpha > 0.5),
     }
-    header, gap = 18 * (2 if random_weights else 1), 4
+    return panels, {name: number(value) for name, value in model.alignment(batch, drawn).items()}
+
+
+@torch.no_grad()
+def draw_reconstruction(model, batch):
+    """Panels of a batch's first scene, and errors over all its scenes, which are taken one at a time."""
+    target, scenes = batch["target"], []
+    for i in range(len(target["images"])):
+        one = {part: {k: v[i : i + 1] for k, v in batch[part].items()} for part in ("context", "target")}
+        scenes.append(model(one)[2])
+    photo, depth, alphas = (torch.cat([s[k] for s in scenes]) for k in ("photo", "depth", "alphas"))
+    error = (photo - target["images"]).abs()
+    panels = {
+        "target photo": target["images"][0].permute(1, 2, 0),
+        "rendering": photo[0].permute(1, 2, 0),
+        "error x 4": 4 * error[0].permute(1, 2, 0),
+        "depth": depth_colours(depth[0].cpu(), (alphas[0] > 0.5).cpu()),
+    }
+    measured = {"shown_psnr": number(-10 * (error**2).mean((1, 2, 3)).log10().mean())}
+    if "depths" in target:
+        known = (target["depths"] > 0) & (alphas > 0.5)
+        panels["true depth"] = depth_colours(target["depths"][0].cpu(), (target["depths"][0] > 0).cpu())
+        measured["shown_abs_rel"] = number(((depth / target["depths"] - 1).abs())[known].mean())
+    return panels, measured
+
+
+def preview(path, model, batch, step, random_weights):
+    """Draw a batch's first scene to a PNG, and measure. Returns {name: number}."""
+    model.eval()
+    panels, measured = (draw_distillation if isinstance(model, SplatAndDistill) else draw_reconstruction)(model, batch)
+    model.train()
+    write_sheet(path, {f"step {step}: {title}" if i == 0 else title: p for i, (title, p) in enumerate(panels.items())},
+                RANDOM if random_weights else None)  # fmt: skip
+    return measured
+
+
+def write_sheet(path, panels, warning=None):
+    """Panels {title: (H, W, 3) in 0..1} side by side as a PNG, a warning above them in red and in the file's text."""
+    H, W = next(iter(panels.values())).shape[:2]
+    header, gap = 18 * (2 if warning else 1), 4
     sheet = Image.new("RGB", (len(panels) * (W + gap) - gap, H + header), "white")
-    write = ImageDraw.Draw(sheet)
+    write, text = ImageDraw.Draw(sheet), PngInfo()
     for i, (title, panel) in enumerate(panels.items()):
         pixels = (panel.float().cpu().numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8)
         sheet.paste(Image.fromarray(pixels), (i * (W + gap), header))
-        write.text((i * (W + gap) + 2, header - 15), title + (f", step {step}" if i == 0 else ""), fill="black")
-    text = PngInfo()
-    if random_weights:
-        write.text((2, 2), RANDOM, fill=(200, 0, 0))
-        text.add_text("warning", RANDOM)
+        write.text((i * (W + gap) + 2, header - 15), title, fill="black")
+    if warning:
+        write.text((2, 2), warning, fill=(200, 0, 0))
+        text.add_text("warning", warning)
     replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=text))
-    return aligned
 
 
 def banner(text):
@@ -322,14 +438,18 @@ def move(batch, device):
 
 def train_step(model, batch, optimizer, schedule, step, settings):
     """Step number `step`, counted from 1. Returns {metric: scalar tensor}."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=batch["has_masks"].is_cuda):
-        loss, metrics = model(batch)[:2]
+    distill = settings["stage"] == "distill"  # to reconstruct is a matter of positions, which need float32
+    with torch.autocast("cuda", torch.bfloat16, enabled=distill and batch["has_masks"].is_cuda):
+        if distill:
+            loss, metrics, _ = model(batch)
+        else:
+            loss, metrics, _ = model(batch, coarse=step % (settings["coarse"] + 1) != 0)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings["clip"])
     optimizer.step()
     schedule.step()
-    if step % settings["ema_every"] == 0:
+    if distill and step % settings["ema_every"] == 0:
         model.update_teacher(settings["momentum"])
     return metrics
 
@@ -348,20 +468,25 @@ def saved_if_it_fails(loader, save):
         raise
 
 
-def free_name(preset):
-    taken = {p.name for p in Path("runs").glob(f"{preset}-*")}
-    return next(f"{preset}-{i}" for i in range(1, len(taken) + 2) if f"{preset}-{i}" not in taken)
+def free_name(settings):
+    kind = settings["preset"] if settings["stage"] == "distill" else settings["stage"]
+    taken = {p.name for p in Path("runs").glob(f"{kind}-*")}
+    return next(f"{kind}-{i}" for i in range(1, len(taken) + 2) if f"{kind}-{i}" not in taken)
 
 
 def progress(step, steps, first, started, recent):
     rate = (step - first) / (time.time() - started)
     left = (steps - step) / rate
     clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
-    means = {name: sum(m[name] for m in recent) / len(recent) for name in ("loss", "above_entropy")}
-    print(
-        f"step {step}/{steps}   loss {means['loss']:.4f}   above the teacher's entropy {means['above_entropy']:.6f}   "
-        f"{rate:.2f} steps/s   {clock} left", flush=True,
-    )  # fmt: skip
+    values = {title: [m[k] for m in recent if k in m] for k, title in TITLES.items()}
+    said = "   ".join(f"{title} {sum(v) / len(v):.6f}" for title, v in values.items() if v)
+    print(f"step {step}/{steps}   {said}   {rate:.2f} steps/s   {clock} left", flush=True)
+
+
+TITLES = {
+    "loss": "loss", "above_entropy": "above the teacher's entropy",
+    "mse": "photo", "log_depth": "log depth",
+}  # fmt: skip
 
 
 def main(arguments=None):
@@ -380,15 +505,15 @@ def run(settings):
         checkpoint = load_checkpoint(folder)
         settings = checkpoint["settings"]
     views, shown = load_views(settings)
-    vit, random_weights = load_teacher(settings)
+    vit, random_weights = load_teacher(settings) if settings["stage"] == "distill" else (None, False)
     model, optimizer, schedule = build(settings, vit, device)
 
-    step = 0
+    step, seconds = 0, 0.0
     if checkpoint:
         if checkpoint["random_weights"] != random_weights:
             began = "random" if checkpoint["random_weights"] else "real"
             raise SystemExit(f"{folder}: began with {began} teacher weights, which are not what is found now")
-        step = checkpoint["step"]
+        step, seconds = checkpoint["step"], checkpoint["seconds"]
         if checkpoint["model"].keys() != set(trained(model)):
             raise SystemExit(f"{folder}/checkpoint.pt: its parameters are not those that its settings train")
         model.load_state_dict(checkpoint["model"], strict=False)
@@ -398,7 +523,7 @@ def run(settings):
         if step >= settings["steps"]:
             raise SystemExit(f"{folder}: has all its {step} steps already")
     else:
-        folder = Path("runs") / (settings["name"] or free_name(settings["preset"]))
+        folder = Path("runs") / (settings["name"] or free_name(settings))
         if (folder / "checkpoint.pt").exists():
             raise SystemExit(
                 f"{folder}: there is a run of that name; go on with --resume {folder}, or choose another --name"
@@ -408,7 +533,10 @@ def run(settings):
     if random_weights:
         banner(RANDOM)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{folder}: {settings['teacher']} on {device}, {trainable / 1e6:.1f} M trainable, {settings['steps']} steps")
+    what = (
+        settings["teacher"] if settings["stage"] == "distill" else f"reconstructor, {settings['start']} to begin with,"
+    )
+    print(f"{folder}: {what} on {device}, {trainable / 1e6:.1f} M trainable, {settings['steps']} steps")
 
     shown = move(shown, device)
     samples = Subset(views, range(step * settings["batch_size"], len(views)))
@@ -426,13 +554,15 @@ def run(settings):
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
 
-    def checkpoint_now():
-        save(folder, step, settings, random_weights, model, optimizer, schedule)
+    first, started, recent, measured = step, time.time(), [], {}
 
-    first, started, recent = step, time.time(), []
+    def checkpoint_now():
+        spent = seconds + time.time() - started
+        save(folder, step, spent, settings, random_weights, model, optimizer, schedule, measured)
+
     with open(folder / "metrics.jsonl", "a") as log:
         if step == 0:
-            aligned = preview(folder / "preview_000000.png", model, shown, 0, random_weights)
+            measured = preview(folder / "preview_000000.png", model, shown, 0, random_weights)
         for batch in saved_if_it_fails(loader, checkpoint_now):
             metrics = train_step(model, move(batch, device), optimizer, schedule, step + 1, settings)
             step += 1
@@ -443,9 +573,9 @@ def run(settings):
                 )
             recent.append(dict(line))
             if step % settings["preview_every"] == 0 or step == settings["steps"]:
-                aligned = preview(folder / f"preview_{step:06d}.png", model, shown, step, random_weights)
-                line.update(aligned)
-            log.write(json.dumps({**line, "random_weights": random_weights}) + "\n")
+                measured = preview(folder / f"preview_{step:06d}.png", model, shown, step, random_weights)
+                line.update(measured)
+            log.write(json.dumps(line | ({"random_weights": random_weights} if vit else {})) + "\n")
             log.flush()
             if step % 10 == 0 or step == settings["steps"]:
                 progress(step, settings["steps"], first, started, recent)
@@ -455,29 +585,33 @@ def run(settings):
             if asked_to_stop and step < settings["steps"]:
                 print(f"Stopped after step {step}. To go on: python train.py --resume {folder}")
                 return
-    report(folder, aligned, settings, random_weights)
+    report(folder, measured, settings, random_weights)
 
 
-def report(folder, aligned, settings, random_weights):
+def report(folder, measured, settings, random_weights):
     """What came of it, and what to do next."""
+    distill = settings["stage"] == "distill"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tenth = max(1, len(lines) // 10)
-    early, late = (sum(m["above_entropy"] for m in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
+    name = "above_entropy" if distill else "loss"
+    early, late = (sum(m[name] for m in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
     change = f"{100 * (late / early - 1):+.0f} %" if early > 0 else "nothing was ever splatted into a target view"
-    splatted, unwarped = (
-        "none" if aligned[k] is None else f"{aligned[k]:.4f}" for k in ("cosine_splatted", "cosine_unwarped")
-    )
-    print(
-        f"\nLoss above the teacher's entropy: {early:.6f} in the first {tenth} steps, {late:.6f} in the last "
-        f"({change})\n"
-        f"Cosine with the teacher's own features of the target view: splatted {splatted}, "
-        f"context left unwarped {unwarped}\n"
-        f"Written to {folder}/: student.safetensors, checkpoint.pt, metrics.jsonl, preview_*.png"
-    )
+    title = TITLES["above_entropy"] if distill else "of photo and depth"
+    print(f"\nLoss {title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
+    said = {k: "none" if v is None else f"{v:.4f}" for k, v in measured.items()}
+    if distill:
+        print(f"Cosine with the teacher's own features of the target view: splatted {said['cosine_splatted']}, "
+              f"context left unwarped {said['cosine_unwarped']}")  # fmt: skip
+    else:
+        print(f"Views that were shown: {said['shown_psnr']} dB, depth abs rel {said.get('shown_abs_rel', 'unknown')}")
+    weights = folder / ("student.safetensors" if distill else "reconstructor.safetensors")
+    print(f"Written to {folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
     if random_weights:
         banner(RANDOM)
-    if settings["data"]:
-        print(f"Next, load it: model.load_vit('{settings['teacher']}', '{folder / 'student.safetensors'}')")
+    if not distill:
+        print(f"Next, distill with it: python train.py --geometry {weights}")
+    elif settings["data"]:
+        print(f"Next, load it: model.load_vit('{settings['teacher']}', '{weights}')")
     else:
         print(f"Next, on your own posed photos: python train.py --teacher {settings['teacher']} --data FOLDER")
 

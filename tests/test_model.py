@@ -338,28 +338,26 @@ def build(vit=None, **changes):
     options = dict(prototypes=32, head_dim=32, bottleneck_dim=16, lora_rank=2, lora_alpha=2, lora_dropout=0.1, blend=0.5,
                    teacher_temperature=1.0, student_temperature=1.0) | changes  # fmt: skip
     torch.manual_seed(0)
-    return M.SplatAndDistill(vit or tiny_vit(), M.SensorDepth(0.1, 100.0), **options)
+    return M.SplatAndDistill(vit or tiny_vit(), M.SensorDepth(), **options)
 
 
 def test_gaussians_from_depth_render_their_own_photo():
     batch = wall(V=1)
     view = batch["context"]
-    gaussians = M.SensorDepth(0.1, 100.0)(view)
-    colours = view["images"].permute(0, 1, 3, 4, 2).reshape(1, -1, 3)
-    viewmats = torch.linalg.inv(view["extrinsics"])
-    out, alphas = rasterize(*gaussians[:3], colours, viewmats, view["Ks"], 126, 70)
-    inner = (slice(None), slice(None), slice(3, -3), slice(3, -3))
+    gaussians = M.SensorDepth()(view)
+    photo, depth, alphas = M.render(gaussians, view["extrinsics"][:, 0], view["Ks"][:, 0], 126, 70)
+    inner = (..., slice(3, -3), slice(3, -3))
     assert alphas[inner].min() > 0.95
-    photo = view["images"].permute(0, 1, 3, 4, 2)
-    assert (out / alphas[..., None] - photo)[inner].abs().mean() < 0.01
+    assert (photo / alphas[:, None] - view["images"][:, 0])[inner].abs().mean() < 0.01
+    torch.testing.assert_close(depth[inner], view["depths"][:, 0][inner])
 
 
-def test_unknown_and_far_depth_is_transparent():
+def test_unknown_depth_is_transparent():
     view = wall(V=1)["context"]
-    view["depths"][0, 0, 0, :3] = torch.tensor([0.0, 0.05, 200.0])
-    gaussians = M.SensorDepth(0.1, 100.0)(view)
-    assert gaussians.opacities[0, :4].tolist() == [0, 0, 0, 1]
-    assert all(torch.isfinite(t).all() for t in gaussians[:3])
+    view["depths"][0, 0, 0, 0] = 0.0
+    gaussians = M.SensorDepth()(view)
+    assert gaussians.opacities[0, :2].tolist() == [0, 1]
+    assert all(torch.isfinite(t).all() for t in gaussians)
 
 
 def test_unprojection_inverts_projection():
@@ -433,7 +431,7 @@ def test_a_step_is_the_method_step_by_step():
     context, target = batch["context"], batch["target"]
     tokens = M.patch_tokens(method.teacher, context["images"][0])
     features = M.upsample_features(tokens, context["masks"][0]).permute(0, 2, 3, 1).reshape(1, -1, 3)
-    gaussians = M.SensorDepth(0.1, 100.0)(context)[:3]
+    gaussians = M.SensorDepth()(context)[:3]
     viewmats = torch.linalg.inv(target["extrinsics"])[:, None]
     out, alphas = rasterize(*gaussians, features, viewmats, target["Ks"][:, None], 126, 70)
     blended = M.blend_segments(out[:, 0].permute(0, 3, 1, 2), target["masks"], 0.3)
@@ -454,10 +452,10 @@ def test_geometry_stays_float32_under_autocast():
     context["extrinsics"][..., :3, :3] = torch.linalg.matrix_exp(
         torch.tensor([[0, -0.3, 0.1], [0.3, 0, -0.2], [-0.1, 0.2, 0]])
     )
-    plain = M.SensorDepth(0.1, 100.0)(context)
+    plain = M.SensorDepth()(context)
     method = build(PixelFeatures()).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = M.SensorDepth(0.1, 100.0)(context)
+        inside = M.SensorDepth()(context)
         drawn = method.splat(context, wall()["target"], torch.tensor([True]))
     for a, b, c in zip(plain[:3], inside, drawn["gaussians"]):
         assert torch.equal(a, b) and torch.equal(a, c)

@@ -3,13 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import data
 import model as M
 from reference import random_rotation
 from test_model import golden_state
@@ -147,12 +150,240 @@ def test_gaussians_lie_on_their_pixels_rays(small):
 
 
 def test_behind_the_methods_interface(small):
-    """Ks in pixels are normalised by width and height; near and far are the setting's."""
+    """Ks in pixels are normalised by width and height; near and far are in baselines."""
     images, extrinsics, intrinsics, near, far = INPUTS
     H, W = images.shape[-2:]
     context = {"images": images, "extrinsics": extrinsics, "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None]}
-    for a, b in zip(M.FeedForward(small, float(near[0, 0]), float(far[0, 0]))(context), small(*INPUTS)):
-        torch.testing.assert_close(a, b)
+    b = float((extrinsics[0, 0, :3, 3] - extrinsics[0, 1, :3, 3]).norm())
+    for ours, plain in zip(M.FeedForward(small, float(near[0, 0]) / b, float(far[0, 0]) / b)(context), small(*INPUTS)):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+    context["extrinsics"] = extrinsics[:, :1].expand(-1, 2, -1, -1)  # no parallax, no depth: nothing to see, no error
+    _, _, alphas = M.render(M.FeedForward(small, 1.0, 100.0)(context), extrinsics[:, 0], context["Ks"][:, 0], W, H)
+    assert not alphas.any()
+
+
+# --------------------------------------------------------------------------- our own configuration
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """The small configuration as shipped, in miniature, before training."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(M.SMALL, stem=(8, 8, 8), dim=16, candidates=8, cost_dim=16)
+    return M.new_reconstructor(config).eval()
+
+
+@torch.no_grad()
+def test_untrained_gaussians_show_their_pixels(ours):
+    """Depth is between the bounds, along z; colour the photo's; opacity and size what the last layers were given."""
+    images, extrinsics, intrinsics, near, far = INPUTS
+    H, W = images.shape[-2:]
+    gaussians = ours(*INPUTS)
+    assert gaussians.harmonics.shape == (1, 2 * H * W, 3, 25) and not gaussians.harmonics[..., 1:].any()
+    colours = (0.5 + 0.28209479177387814 * gaussians.harmonics[..., 0]).view(1, 2, H, W, 3).movedim(-1, 2)
+    torch.testing.assert_close(colours, images, rtol=0, atol=1e-4)
+    z = torch.linalg.inv(extrinsics)[:, :, None, 2] @ F.pad(gaussians.means, (0, 1), value=1.0).view(1, 2, -1, 4).mT
+    assert (z > near[..., None, None] * 0.999).all() and (z < far[..., None, None] * 1.001).all()
+    footprint = z.flatten() * 0.5 * (1 / (intrinsics[0, 0, 0, 0] * W) + 1 / (intrinsics[0, 0, 1, 1] * H))
+    sigmas = torch.linalg.det(gaussians.covars[0]) ** (1 / 6)
+    assert ((sigmas / footprint - 0.45).abs() < 0.2).all() and (gaussians.opacities - 0.88).abs().max() < 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0.01, 30.0])
+def test_the_unit_of_a_capture_does_not_matter(ours, scale):
+    """Metres or inches: cameras, near and far times s give means times s and covariances times s squared."""
+    images, extrinsics, intrinsics, near, far = INPUTS
+    scaled = extrinsics.clone()
+    scaled[..., :3, 3] *= scale
+    a, b = ours(*INPUTS), ours(images, scaled, intrinsics, near * scale, far * scale)
+    torch.testing.assert_close(b.means / scale, a.means, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(b.covars / scale**2, a.covars, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(b.opacities, a.opacities, rtol=1e-3, atol=1e-4)
+
+
+def test_a_training_step_reaches_every_parameter(ours):
+    images, extrinsics, intrinsics, near, far = INPUTS
+    H, W = images.shape[-2:]
+    context = {"images": images, "extrinsics": extrinsics, "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None]}
+    context["depths"] = torch.full((1, 2, H, W), 3.0)
+    target = {k: v[:, 0] for k, v in context.items()}
+    step = M.Reconstruction(ours, 1.0, 100.0, 0.2)
+    loss, metrics, drawn = step({"context": context, "target": target})
+    loss.backward()
+    dead = [n for n, p in ours.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not dead
+    # By hand: the photo's squared error, and the log depth of every context pixel's Gaussian
+    mse = (drawn["photo"] - target["images"]).square().mean()
+    z = (
+        torch.linalg.inv(extrinsics)[:, :, None, 2]
+        @ F.pad(drawn["gaussians"].means, (0, 1), value=1.0).view(1, 2, -1, 4).mT
+    )
+    torch.testing.assert_close(loss, mse + 0.2 * (z / 3).log().abs().mean(), rtol=1e-4, atol=1e-5)
+    context["depths"][:, :, : H // 2] = 0  # unknown depth counts nothing
+    half = step({"context": context, "target": target})[1]["log_depth"]
+    torch.testing.assert_close(half, (z.view(1, 2, H, W)[:, :, H // 2 :] / 3).log().abs().mean().detach())
+    del context["depths"]
+    torch.testing.assert_close(step({"context": context, "target": target})[0], mse)
+
+
+def test_a_coarse_step_trains_what_matches_and_nothing_else():
+    images, extrinsics, intrinsics, near, far = INPUTS
+    H, W = images.shape[-2:]
+    network = M.new_reconstructor(dataclasses.replace(M.SMALL, stem=(8, 8, 8), dim=16, candidates=8, cost_dim=16))
+    context = {"images": images, "extrinsics": extrinsics, "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None]}
+    context["depths"] = torch.full((1, 2, H, W), 3.0)
+    context["depths"][..., : W // 2] = 0
+    loss, metrics, _ = M.Reconstruction(network, 1.0, 100.0, 0.2)({"context": context, "target": {}}, coarse=True)
+    loss.backward()
+    b = (extrinsics[0, 0, :3, 3] - extrinsics[0, 1, :3, 3]).norm().expand(1, 2)
+    depths = network(images, extrinsics, intrinsics, b, 100 * b, coarse=True)
+    assert depths.shape == (1, 2, H // 4, W // 4)
+    torch.testing.assert_close(loss, 0.2 * (depths[..., W // 8 :] / 3).log().abs().mean())
+    moved = {n.split(".")[1] for n, p in network.named_parameters() if p.grad is not None}
+    assert moved == {"backbone", "transformer", "corr_refine_net", "regressor_residual", "depth_head_lowres"}
+
+
+def test_an_untrained_reconstructor_is_stereo_already():
+    """A textured wall at depth 4, seen from two places: matching alone, without learning, finds most of it."""
+    H, W, f, depth, baseline = 96, 128, 100.0, 4.0, 0.64
+    texture = F.interpolate(torch.rand(1, 3, 48, 72), scale_factor=2, mode="bilinear")[0]
+    images = torch.stack([texture[:, :, :W], texture[:, :, 16 : 16 + W]])[None]  # 16 pixels = f * baseline / depth
+    extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
+    extrinsics[0, 1, 0, 3] = baseline
+    intrinsics = torch.tensor([[f / W, 0, 0.5], [0, f / H, 0.5], [0, 0, 1]]).expand(1, 2, 3, 3)
+    near, far = torch.full((1, 2), 3 * baseline), torch.full((1, 2), 50 * baseline)
+    depths = M.new_reconstructor()(images, extrinsics, intrinsics, near, far, coarse=True).detach()
+    seen = depths[0, 0, 2:-2, 8:-2]  # what the second camera sees too
+    assert (seen / depth - 1).abs().median() < 0.15
+
+
+def test_shipped_weights_know_depth():
+    """A room that no training saw, at another size than it was trained at: far better than any one depth could do."""
+    assert M.SHIPPED.stat().st_size <= 8e6
+    with safe_open(M.SHIPPED, "pt") as file:
+        about = file.metadata()
+    assert {"config", "command", "step", "device", "hours", "measured"} <= about.keys()
+    errors, constant = [], []
+    views = data.Views(data.Rooms("val"), 160, 192, seed=7, length=4)
+    for sample in (views[i] for i in range(4)):
+        context = {k: v[None] for k, v in sample["context"].items()}
+        means = M.FeedForward(M.load_reconstructor(), 3.0, 50.0)(context).means
+        z = (
+            torch.linalg.inv(context["extrinsics"])[:, :, None, 2]
+            @ F.pad(means, (0, 1), value=1.0).view(1, 2, -1, 4).mT
+        )
+        truth = context["depths"].flatten()
+        errors.append((z.flatten() / truth - 1).abs().mean())
+        constant.append((truth.median() / truth - 1).abs().mean())
+    assert sum(errors) < 0.5 * sum(constant)
+
+
+# --------------------------------------------------------------------------- colours, .ply
+
+
+def test_harmonics_are_3d_gaussian_splattings():
+    """Its 16 functions as polynomials, written out from the textbook's real harmonics with the phase (-1)^m."""
+    d = F.normalize(torch.randn(50, 3, dtype=torch.float64), dim=-1)
+    x, y, z = d.unbind(-1)
+    s = math.sqrt
+    pi = math.pi
+    expected = [
+        0.5 * s(1 / pi) * torch.ones_like(x),
+        -s(3 / (4 * pi)) * y, s(3 / (4 * pi)) * z, -s(3 / (4 * pi)) * x,
+        0.5 * s(15 / pi) * x * y, -0.5 * s(15 / pi) * y * z, 0.25 * s(5 / pi) * (3 * z * z - 1),
+        -0.5 * s(15 / pi) * x * z, 0.25 * s(15 / pi) * (x * x - y * y),
+        -0.25 * s(35 / (2 * pi)) * y * (3 * x * x - y * y), 0.5 * s(105 / pi) * x * y * z,
+        -0.25 * s(21 / (2 * pi)) * y * (5 * z * z - 1), 0.25 * s(7 / pi) * (5 * z**3 - 3 * z),
+        -0.25 * s(21 / (2 * pi)) * x * (5 * z * z - 1), 0.25 * s(105 / pi) * (x * x - y * y) * z,
+        -0.25 * s(35 / (2 * pi)) * x * (x * x - 3 * y * y),
+    ]  # fmt: skip
+    torch.testing.assert_close(M.sh_basis(3, d), torch.stack(expected, -1))
+
+
+def one_gaussian(**changes):
+    harmonics = torch.zeros(1, 1, 3, 25)
+    harmonics[0, 0, :, 0] = torch.tensor([0.5, -0.5, 1.0])
+    harmonics[0, 0, 0, 3] = 0.7  # red grows towards -x
+    parts = dict(means=torch.tensor([[[0.5, 0.2, 2.0]]]), covars=0.04 * torch.eye(3)[None, None],
+                 opacities=torch.tensor([[0.9]]), harmonics=harmonics)  # fmt: skip
+    return M.Gaussians(**parts | changes)
+
+
+def test_colour_depends_on_where_it_is_seen_from():
+    """The rendered colour over alpha is 0.5 + the harmonics along the ray from the camera; depth is along z."""
+    gaussians = one_gaussian()
+    K = torch.tensor([[[20.0, 0, 16], [0, 20, 16], [0, 0, 1]]])
+    for position in ([0.0, 0.0, 0.0], [1.0, 0.3, 0.5]):
+        extrinsics = torch.eye(4)[None].clone()
+        extrinsics[0, :3, 3] = torch.tensor(position)
+        photo, depth, alphas = M.render(gaussians, extrinsics, K, 32, 32)
+        y, x = divmod(int(alphas[0].argmax()), 32)
+        direction = F.normalize(gaussians.means[0, 0] - torch.tensor(position), dim=0)
+        expected = 0.5 + 0.28209479 * torch.tensor([0.5, -0.5, 1.0])
+        expected[0] += -0.48860251 * 0.7 * direction[0]
+        torch.testing.assert_close(photo[0, :, y, x] / alphas[0, y, x], expected, rtol=1e-4, atol=1e-4)
+        assert depth[0, y, x] == pytest.approx(2.0 - position[2], rel=1e-5)
+        assert depth[0, 0, 31] == 0 and alphas[0, 0, 31] == 0
+    dark = one_gaussian(harmonics=torch.full((1, 1, 3, 1), -5.0))
+    assert (M.render(dark, torch.eye(4)[None], K, 32, 32)[0] == 0).all()  # colours are never below 0
+
+
+def read_ply(path):
+    header, body = path.read_bytes().split(b"end_header\n", 1)
+    lines = header.decode().splitlines()
+    assert lines[:2] == ["ply", "format binary_little_endian 1.0"] and lines[2].startswith("element vertex ")
+    names = [line.removeprefix("property float ") for line in lines[3:]]
+    values = torch.frombuffer(bytearray(body), dtype=torch.float32).view(int(lines[2].split()[2]), len(names))
+    return dict(zip(names, values.T))
+
+
+def test_ply_holds_the_gaussians(tmp_path):
+    """Read back by its header and put together as a viewer does, it is the same covariances, colours and opacities."""
+    g = torch.Generator().manual_seed(0)
+    N = 40
+    A = torch.randn(1, N, 3, 3, generator=g)
+    gaussians = M.Gaussians(
+        torch.randn(1, N, 3, generator=g),
+        A @ A.mT,
+        torch.rand(1, N, generator=g),
+        torch.randn(1, N, 3, 25, generator=g),
+    )
+    gaussians.opacities[0, 7] = 0.001  # never to be seen: left out
+    M.save_ply(tmp_path / "scene.ply", gaussians)
+    ply = read_ply(tmp_path / "scene.ply")
+    kept = [i for i in range(N) if gaussians.opacities[0, i] > 1 / 255]
+    assert 7 not in kept and len(ply) == 3 + 3 + 3 + 45 + 1 + 3 + 4
+    stack = lambda *names: torch.stack([ply[n] for n in names], -1)  # noqa: E731
+    torch.testing.assert_close(stack("x", "y", "z"), gaussians.means[0, kept])
+    torch.testing.assert_close(torch.sigmoid(ply["opacity"]), gaussians.opacities[0, kept])
+    torch.testing.assert_close(stack("f_dc_0", "f_dc_1", "f_dc_2"), gaussians.harmonics[0, kept, :, 0])
+    rest = stack(*(f"f_rest_{i}" for i in range(45)))
+    torch.testing.assert_close(rest[:, 15:30], gaussians.harmonics[0, kept, 1, 1:16])  # green's come together
+    scales = stack("scale_0", "scale_1", "scale_2").exp()
+    w, x, y, z = stack("rot_0", "rot_1", "rot_2", "rot_3").T
+    R = torch.stack([
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ], -1).view(-1, 3, 3)  # fmt: skip
+    covars = R @ torch.diag_embed(scales**2) @ R.mT
+    torch.testing.assert_close(covars, gaussians.covars[0, kept], rtol=1e-3, atol=1e-3)
+    two = M.Gaussians(*(t.expand(2, *t.shape[1:]) for t in gaussians))
+    with pytest.raises(ValueError, match="two.ply: a .ply holds one scene, not 2"):
+        M.save_ply(tmp_path / "two.ply", two)
+
+
+def test_quaternions_of_half_turns_too():
+    g = torch.Generator().manual_seed(1)
+    R = torch.stack([random_rotation(g) for _ in range(20)] + [torch.diag(torch.tensor(d)) for d in
+                    ([1.0, -1, -1], [-1.0, 1, -1], [-1.0, -1, 1], [1.0, 1, 1])])  # fmt: skip
+    w, x, y, z = M.quaternions(R).unbind(-1)
+    v = torch.randn(3, generator=g)
+    u = torch.stack([x, y, z], -1)
+    turned = v + 2 * w[:, None] * torch.linalg.cross(u, v.expand_as(u)) + 2 * torch.linalg.cross(
+        u, torch.linalg.cross(u, v.expand_as(u)))  # fmt: skip
+    torch.testing.assert_close(turned, R @ v, rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------- bad input
@@ -162,10 +393,11 @@ def test_behind_the_methods_interface(small):
     "index,change,message",
     [
         (0, lambda t: t[:, :1], "needs at least 2, not 1"),
-        (0, lambda t: t[..., :-8], "multiples of 16 pixels high and wide, not 96 x 56"),
+        (0, lambda t: t[..., :-8], "multiples of 16 pixels high and wide, such as 96 x 64, not 96 x 56"),
         (3, lambda t: t * 0, "0 < near < far must hold"),
         (4, lambda t: t * 0.01, "0 < near < far must hold"),
         (1, lambda t: t * 1.1, "extrinsics must be rigid"),
+        (1, lambda t: t.mT, "extrinsics must be rigid: .* 0 0 0 1 in the last row"),
     ],
 )
 def test_bad_views_get_one_sentence(small, index, change, message):

@@ -21,7 +21,7 @@ import train
 from test_reconstructor import save_small
 
 SMALL = (
-    "--teacher-weights random --height 42 --width 56 --steps 6 --workers 0 --prototypes 32 --head-dim 32 "
+    "--teacher-weights random --geometry depth --height 42 --width 56 --steps 6 --workers 0 --prototypes 32 --head-dim 32 "
     "--bottleneck-dim 16 --preview-every 4 --checkpoint-every 4 --ema-every 2"
 ).split()
 
@@ -106,7 +106,58 @@ def test_geometry_from_photos_alone(tmp_path):
     )
     assert not any("depth_predictor" in name for name in names)  # the reconstructor is neither trained nor saved
     with pytest.raises(SystemExit, match="nowhere.ckpt: no such file"):
-        train.main([*SMALL, "--geometry", "nowhere.ckpt"])
+        train.main([*SMALL, "--height", "48", "--width", "64", "--geometry", "nowhere.ckpt"])
+
+
+RECONSTRUCT = (
+    "--stage reconstruct --height 64 --width 64 --steps 6 --workers 0 --coarse 1 --preview-every 4 --checkpoint-every 4"
+).split()
+
+
+def test_a_reconstructor_is_trained_resumed_and_used(monkeypatch, capsys):
+    """Every second step whole; stopped and gone on with to the same bits; and what it wrote distills."""
+    train.main([*RECONSTRUCT, "--name", "whole"])
+    out = capsys.readouterr().out
+    assert "step 6/6   loss" in out and "Next, distill with it: python train.py --geometry runs/whole/recon" in out
+    go_on = stop_after(2, monkeypatch)
+    train.main([*RECONSTRUCT, "--name", "parts"])
+    go_on()
+    train.main(["--resume", "runs/parts"])
+    assert metrics("parts") == metrics("whole")
+    lines = metrics("whole")
+    assert all(m["loss"] == pytest.approx(m.get("mse", 0) + 0.2 * m["log_depth"], rel=1e-5) for m in lines)
+    assert ["mse" in m for m in lines] == [False, True] * 3
+    assert lines[-1]["shown_psnr"] > 10 and 0 < lines[-1]["shown_abs_rel"] < 2
+    whole, parts = (load_file(f"runs/{name}/reconstructor.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    with safe_open("runs/whole/reconstructor.safetensors", "pt") as file:
+        about = file.metadata()
+    assert sorted(about["command"].split()) == sorted(f"python train.py {' '.join(RECONSTRUCT)} --name whole".split())
+    assert json.loads(about["measured"])["shown_psnr"] == lines[-1]["shown_psnr"] and float(about["hours"]) >= 0
+    sheet = np.asarray(Image.open("runs/whole/preview_000006.png"))
+    assert sheet.shape == (64 + 18, 5 * 68 - 4, 3)  # photo, rendering, error, depth, true depth
+    photos = [*SMALL, "--height", "48", "--width", "64", "--steps", "1"]
+    train.main([*photos, "--geometry", "runs/whole/reconstructor.safetensors"])
+    assert len(metrics("demo-1")) == 1
+    train.main([*RECONSTRUCT, "--steps", "1", "--start", "runs/whole/reconstructor.safetensors", "--lr", "1e-9"])
+    again = load_file("runs/reconstruct-1/reconstructor.safetensors")
+    assert all((whole[k] - again[k]).abs().max() < 1e-6 for k in whole)
+
+
+def test_reconstruction_learns_from_photos_alone(tmp_path):
+    capture(tmp_path / "scan", depth=False)
+    train.main([*RECONSTRUCT, "--data", "scan", "--preset", "demo", "--steps", "2", "--coarse", "0"])
+    lines = metrics("reconstruct-1")
+    with pytest.raises(SystemExit, match="no depth maps in 1 of 1 scenes; with --coarse 0 photos suffice"):
+        train.main([*RECONSTRUCT, "--data", "scan", "--preset", "demo"])
+    assert all(m["loss"] == m["mse"] for m in lines) and "shown_abs_rel" not in lines[-1]
+
+
+@pytest.mark.parametrize("flag,stage", [("--prototypes", "reconstruct"), ("--depth-weight", "distill")])
+def test_a_stage_does_not_take_the_others_settings(flag, stage, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--stage", stage, flag, "1"])
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
 
 
 def test_resumed_run_is_the_run_that_never_stopped(monkeypatch, capsys):
@@ -209,10 +260,13 @@ class Recorded(dict):
         return super().__getitem__(key)
 
 
-def test_every_setting_is_read():
-    settings = Recorded(train.parse_settings([*SMALL, "--steps", "2"]))
-    train.run(settings)
-    assert set(train.SETTINGS) - settings.read == set()
+def test_every_setting_is_read(tmp_path):
+    save_small(tmp_path / "small.safetensors")
+    photos = ["--height", "48", "--width", "64", "--geometry", str(tmp_path / "small.safetensors")]
+    for stage, arguments in (("distill", [*SMALL, *photos]), ("reconstruct", RECONSTRUCT)):
+        settings = Recorded(train.parse_settings([*arguments, "--steps", "2"]))
+        train.run(settings)
+        assert set(train.SETTINGS[stage]) - settings.read == set()
 
 
 def test_the_learning_rate_climbs_and_falls():
@@ -274,7 +328,9 @@ def test_trains_on_a_capture_and_resumes_from_elsewhere(tmp_path, monkeypatch, c
 
 def test_capture_without_depth_is_refused_before_anything_is_written(tmp_path):
     capture(tmp_path / "scan", depth=False)
-    with pytest.raises(SystemExit, match="scan: no depth maps; without them, pass MVSplat's weights: --geometry FILE"):
+    with pytest.raises(
+        SystemExit, match="scan: no depth maps in 1 of 1 scenes; with another --geometry photos suffice"
+    ):
         train.main([*SMALL, "--data", "scan"])
     assert not Path("runs").exists()
 
@@ -298,8 +354,11 @@ def test_a_photo_that_breaks_stops_the_run_but_loses_nothing(tmp_path, monkeypat
     assert 1 <= step == len(metrics("demo-1"))
 
 
-def test_a_run_that_sees_only_holes_ends_and_says_so(capsys):
-    train.main([*SMALL, "--near", "50", "--far", "60"])
+def test_a_run_that_sees_only_holes_ends_and_says_so(tmp_path, capsys):
+    folder = Path(capture(tmp_path / "scan"))
+    for depth in folder.glob("*.npy"):
+        np.save(depth, np.zeros((42, 56), np.float32))
+    train.main([*SMALL, "--data", "scan", "--preset", "demo"])
     out = capsys.readouterr().out
     assert "nothing was ever splatted into a target view" in out and "splatted none" in out
     assert metrics("demo-1")[-1]["cosine_splatted"] is None
@@ -308,7 +367,7 @@ def test_a_run_that_sees_only_holes_ends_and_says_so(capsys):
 def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
     """A real process in a group of its own, real ViT-S; the signal goes to all of the group, as a terminal's does."""
     script = Path(train.__file__)
-    command = [sys.executable, str(script), "--teacher-weights", "random", "--steps", "50", "--workers", "1",
+    command = [sys.executable, str(script), "--teacher-weights", "random", "--geometry", "depth", "--steps", "50", "--workers", "1",
                "--height", "56", "--width", "56", "--name", "run"]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
     lines = tmp_path / "runs/run/metrics.jsonl"
@@ -324,6 +383,8 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
 @pytest.mark.parametrize(
     "arguments,message",
     [
+        (["--depth-weight", "-1", "--stage", "reconstruct"], "--depth-weight must be at least 0"),
+        (["--height", "40", "--stage", "reconstruct"], "--height 40 does not fit: multiples of 16 do; 32 and 48 do"),
         (["--blend", "2"], "--blend must be between 0 and 1, not 2.0"),
         (["--steps", "0"], "--steps must be more than 0"),
         (["--height", "10"], "--height must be at least 14, not 10"),
@@ -331,14 +392,17 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--teacher", "vit"], "unknown model 'vit'; known are"),
         (["--teacher-weights", "nothing.pth"], "nothing.pth: no such file"),
-        (["--near", "5", "--far", "2"], "0 < near < far must hold"),
+        (["--near", "5", "--far", "2"], "--far must be more than --near, not 2.0 with 5.0"),
+        (["--near", "1"], "--geometry depth reads neither"),
+        (["--geometry", "shipped"], "--height 42 does not fit: multiples of 16 do; 32 and 48 do"),
+        (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width 15 does not fit: .* 16 is the least"),
         (["--data", "nowhere"], "nowhere"),
         (["--resume", "nowhere"], "nowhere/checkpoint.pt: no such file; --resume takes the folder of a run"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, message):
-    rest = [] if "--resume" in arguments else SMALL
+    rest = [] if {"--resume", "--stage"} & set(arguments) else SMALL
     with pytest.raises(SystemExit, match=message) as error:
         train.main([*rest, *arguments])
     assert "\n" not in str(error.value)

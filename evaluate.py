@@ -1,0 +1,743 @@
+"""Does the student understand 3D better than its teacher? python evaluate.py --task correspondence
+
+    correspondence   the same point found in another view: no training (Probe3D's protocol)
+    depth            a linear layer from features to depth (DINOv2's)
+    normals          a linear layer from features to surface normals (Probe3D's)
+    segmentation     a linear layer from features to classes (DINOv2's)
+    all              the four
+    reconstruction   not of features: photos to 3D Gaussians, against sensor depth and simple ways
+
+With no other word: the newest run's student against its teacher, on procedural rooms that no training sees. A table is
+printed, and written to RUN/evaluation/TASK/results.json with pictures beside it (runs/evaluation/TASK/ without a run).
+
+Features are patch tokens, of the last block and without the final norm unless told otherwise. Probe3D takes those for
+correspondence and normals, for which the paper follows it; where DINOv2's probes apply the norm is a setting of theirs
+(--norm here). A student counts alone; --concat puts its teacher's features beside it, as FiT3D and others do.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import data
+from model import (
+    IMAGENET_MEAN, IMAGENET_STD, PATCH, FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit,
+    read_state, render, save_ply,
+)  # fmt: skip
+from train import RANDOM, banner, depth_colours, load_teacher, replace_file, write_sheet
+
+# Settings by task: (on rooms, on other data, why). The latter are the protocols' own.
+PROBE = {
+    "seeds": (3, 3, "repetitions: a difference within their spread is no difference"),
+    "seed": (0, 0, "of the first"),
+}
+LINEAR = PROBE | {
+    "train_frames": (160, 0, "to train the probe on; 0 is all"),
+    "test_frames": (48, 0, "to test it on; 0 is all"),
+    "epochs": (10, 10, "over the training frames"),
+    "batch_size": (8, 8, "frames a step"),
+}
+SETTINGS = {
+    "correspondence": PROBE | {
+        "pairs": (24, 1500, "of views, for each seed"),
+        "matches": (1000, 1000, "best of a pair by the ratio test"),
+    },
+    "depth": LINEAR | {"lr": (1e-3, 1e-4, "of AdamW; on rooms there are few steps")},
+    "normals": LINEAR | {"lr": (1e-3, 5e-4, "of AdamW")},
+    "segmentation": LINEAR | {"lr": (1e-3, 1e-3, "of AdamW")},
+    "all": PROBE,
+    "reconstruction": {
+        "scenes": (50, 50, "pairs of context views and a target between them"),
+        "near": (2.0, 2.0, "nearest that photos are taken to show, in baselines (as in train.py)"),
+        "far": (50.0, 50.0, "likewise farthest"),
+        "seed": (0, 0, "of the choice of views"),
+    },
+}  # fmt: skip
+PROBES = ("correspondence", "depth", "normals", "segmentation")
+BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
+
+
+def parse_settings(arguments=None):
+    """The command line as a namespace: the task's settings and what goes with every task."""
+    about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = argparse.ArgumentParser(**about, add_help=False)
+    first.add_argument("--task", choices=list(SETTINGS), required=True, help="what to measure; each has its settings")
+    task = next(iter(first.parse_known_args(arguments)[:1])).task
+    parser = argparse.ArgumentParser(description=__doc__, parents=[first], **about)
+    add = parser.add_argument
+    add("--data", help="folder of your data (README); nothing for procedural rooms")
+    add("--image-size", nargs=2, type=int, metavar=("H", "W"), help="pixels (224 224 on rooms, 480 640 on other data)")
+    if task == "reconstruction":
+        add("--weights", nargs="+", default=["shipped"], metavar="FILE", help="reconstructors; shipped: in weights/")
+    else:
+        add("--weights", nargs="+", metavar="FILE", help="DINOv2-shaped weights to compare, instead of a run's")
+        add("--run", help="folder of the run whose student and teacher to compare; nothing is the newest")
+        add("--teacher", help="alone, without a run: dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
+        add("--teacher-weights", help='of --teacher: a file; "random"; or nothing for the public weights')
+        add(
+            "--layers",
+            nargs="+",
+            type=int,
+            help="blocks whose tokens are put side by side, from 0; nothing is the last",
+        )
+        add("--norm", action="store_true", help="apply the final norm")
+        add("--concat", action="store_true", help="put the first model's features beside those of each other one")
+    for name, (rooms, other, why) in SETTINGS[task].items():
+        add("--" + name.replace("_", "-"), type=type(rooms), default=argparse.SUPPRESS,
+            help=f"{why} ({rooms} on rooms, {other} on other data)")  # fmt: skip
+    given = parser.parse_args(arguments)
+    given.image_size = given.image_size or ([480, 640] if given.data else [224, 224])
+    for name, values in SETTINGS[task].items():
+        value = getattr(given, name, values[bool(given.data)])
+        setattr(given, name, value)
+        if value < (0 if name in ("seed", "train_frames", "test_frames") else 1e-12):
+            raise SystemExit(f"--{name.replace('_', '-')} cannot be {value}")
+    unit = 16 if task == "reconstruction" else 4 if task in ("correspondence", "all") else 1
+    if any(size < PATCH or size % unit for size in given.image_size):
+        raise SystemExit(f"--image-size must be multiples of {unit} from {max(unit, PATCH)} on, not {given.image_size}")
+    if task == "all" and given.data:
+        raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
+    if task != "reconstruction" and sum(map(bool, (given.weights, given.run, given.teacher))) > 1:
+        raise SystemExit("--weights, --run and --teacher say each what to compare: choose one")
+    if task != "reconstruction" and given.teacher_weights and not given.teacher:
+        raise SystemExit("--teacher-weights goes with --teacher")
+    return given
+
+
+# ----------------------------------------------------------------------------- what is compared
+
+
+class Model(NamedTuple):
+    name: str
+    vits: list  # whose features are put side by side
+    random: bool  # is one of them random?
+
+
+def load_models(settings):
+    """The models to compare, the first being what the others are measured against, and where results go."""
+    if settings.weights:
+        models = []
+        for path in settings.weights:
+            vit = load_vit(architecture_of(read_state(path), path), path)
+            models.append(Model(str(path), [vit], metadata_of(path).get("random_weights") == "true"))
+        home = Path("runs")
+    elif settings.teacher or not (settings.run or newest_run()):
+        name = settings.teacher or "dinov2_vits14"
+        wanted = dict(teacher=name, teacher_weights=settings.teacher_weights, seed=0, data=settings.data)
+        vit, random = load_teacher(wanted)
+        models, home = [Model(name, [vit], random)], Path("runs")
+    else:
+        home = Path(settings.run or newest_run())
+        path = home / "student.safetensors"
+        about = metadata_of(path)
+        try:
+            trained = json.loads(about["settings"])
+            wanted = {k: trained[k] for k in ("teacher", "teacher_weights", "seed", "data")}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}: its metadata has no settings of a run of train.py; pass it by --weights"
+            ) from None
+        teacher, random = load_teacher(wanted)
+        if about.get("random_weights") != str(random).lower():
+            raise ValueError(f"{path}: its teacher's weights are not those found now, random or not; pass --weights")
+        student = load_vit(wanted["teacher"], path)
+        models = [Model(f"teacher {wanted['teacher']}", [teacher], random), Model(f"student {home}", [student], random)]
+    if settings.concat:
+        first = models[0]
+        models[1:] = [Model(m.name + " + first", m.vits + first.vits, m.random or first.random) for m in models[1:]]
+    depth = min(len(vit.blocks) for m in models for vit in m.vits)
+    if settings.layers and not all(0 <= i < depth for i in settings.layers):
+        raise ValueError(f"--layers {settings.layers}: there are {depth} blocks, counted from 0")
+    return models, home
+
+
+def newest_run():
+    """The folder of the student that was written last, or None."""
+    students = sorted(Path("runs").glob("*/student.safetensors"), key=lambda path: path.stat().st_mtime)
+    return students[-1].parent if students else None
+
+
+def metadata_of(path):
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file that can be read ({error})") from None
+
+
+@torch.no_grad()
+def extract(model, images, settings):
+    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C], half precision. Images are resized to
+    the multiples of 14 at or below their size."""
+    size = [s // PATCH * PATCH for s in images.shape[-2:]]
+    x = F.interpolate(images, size, mode="bilinear", align_corners=False)
+    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    parts = []
+    for vit in model.vits:
+        layers = settings.layers or [len(vit.blocks) - 1]
+        parts += vit.get_intermediate_layers((x - mean) / std, layers, True, True, settings.norm)
+    patches, classes = zip(*parts)
+    return torch.cat(patches, 1).half(), torch.cat(classes, 1).half()
+
+
+# ----------------------------------------------------------------------------- correspondence
+
+
+def nearest_two(queries, keys, block=2048):
+    """For unit vectors queries [P, C], the cosine of, and the index of, the two most similar of keys [Q, C]: [P, 2].
+    Exact, and never more than block x Q similarities at once."""
+    best = [(q @ keys.T).topk(2, dim=1) for q in queries.split(block)]
+    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+
+
+def find_matches(feat0, feat1, depth0, depth1, K, num_matches):
+    """Probe3D's matches: features sampled at every pixel with depth, for each of view 0 the most similar of view 1, and
+    of those the most distinct by the ratio test, 1 - d1 / d2 with cosine distances d.
+
+    Features [C, h, w], depths [H, W] (0 = none) and K [3, 3] at the size of the depths, or [2, 3, 3] where the views
+    differ. Returns points [M, 3] in camera 0, points [M, 3] in camera 1; M = 0 where a view has too few.
+    """
+    Ks = K.expand(2, 3, 3) if K.ndim == 2 else K
+    points, features = [], []
+    for feat, depth, K in zip((feat0, feat1), (depth0, depth1), Ks):
+        H, W = depth.shape
+        y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+        pixels = torch.stack([x, y, torch.ones_like(x)], -1)[depth > 0]  # (P, 3)
+        points.append(pixels * depth[depth > 0][:, None] @ torch.linalg.inv(K).T)
+        grid = 2 * pixels[:, :2] / torch.tensor([W, H]) - 1
+        sampled = F.grid_sample(feat[None].float(), grid[None, None], align_corners=False)[0, :, 0].T  # (P, C)
+        features.append(F.normalize(sampled, dim=-1))
+    if min(map(len, points)) < 2:
+        return points[0][:0], points[1][:0]
+    cosine, index = nearest_two(*features)
+    distance = (1 - cosine).clamp(min=1e-9)
+    best = (1 - distance[:, 0] / distance[:, 1]).topk(min(num_matches, len(distance))).indices
+    return points[0][best], points[1][index[best, 0]]
+
+
+def project(points, K):
+    seen = points @ K.T
+    return seen[:, :2] / seen[:, 2:].clamp(min=1e-9)
+
+
+def match_errors(feat0, feat1, depth0, depth1, K, Rt, num_matches):
+    """Errors [M] in pixels of the depth maps, M <= num_matches: view 0's point seen by camera 1, against its match.
+
+    Features [C, h, w], depths [H, W] (0 = none), K [3, 3] at the depths' size (or [2, 3, 3]), Rt [3, 4] or [4, 4] from
+    camera 0's coordinates to camera 1's. As Probe3D's evaluation of ScanNet pairs (github.com/mbanani/probe3d).
+    """
+    points0, points1 = find_matches(feat0, feat1, depth0, depth1, K, num_matches)
+    K1 = K if K.ndim == 2 else K[1]
+    return (project(points0 @ Rt[:3, :3].T + Rt[:3, 3], K1) - project(points1, K1)).norm(dim=-1)
+
+
+def rotation_angle(Rt):
+    """Degrees of the rotation in Rt [..., 3 or 4, 4]."""
+    trace = Rt[..., 0, 0] + Rt[..., 1, 1] + Rt[..., 2, 2]
+    return torch.rad2deg(torch.acos(((trace - 1) / 2).clamp(-1, 1)))
+
+
+def correspondence(models, settings, folder):
+    """{model: [one {metric: value} per seed]}: recall within 5, 10, 20 pixels, and within 10 by viewpoint change.
+
+    Pixels are those of depth at a quarter of --image-size, as in Probe3D, where that is 120 x 160.
+    """
+    H, W = settings.image_size
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    chosen = {seed: data.pairs(settings.data, settings.pairs, H, W, seed) for seed in seeds}
+    results, progress = {m.name: [] for m in models}, Progress(sum(map(len, chosen.values())), "pair")
+    for seed, pairs in chosen.items():
+        recalls = {m.name: [] for m in models}  # per pair, (within 5, 10, 20)
+        angles = []
+        for n, (view0, view1) in enumerate(loaded(pairs)):
+            Rt = torch.linalg.inv(view1["extrinsics"]) @ view0["extrinsics"]
+            K = torch.stack([view0["Ks"], view1["Ks"]]) / torch.tensor([4.0, 4.0, 1.0])[:, None]
+            depths = [view["depths"][::4, ::4] for view in (view0, view1)]
+            images = torch.stack([view0["images"], view1["images"]])
+            angles.append(float(rotation_angle(Rt)))
+            drawn = []
+            for model in models:
+                features = extract(model, images, settings)[0]
+                errors = match_errors(*features, *depths, K, Rt, settings.matches)
+                recalls[model.name].append(
+                    [float((errors < r).float().mean()) if len(errors) else None for r in (5, 10, 20)]
+                )
+                if seed == settings.seed and n < 4:
+                    drawn.append((model, find_matches(*features, *depths, K, 30)))
+            if drawn:
+                draw_matches(folder / f"matches_{n}.png", images, drawn, K, Rt)
+            progress.step()
+        for model in models:
+            row = {f"recall_{r}px": mean([p[k] for p in recalls[model.name]]) for k, r in enumerate((5, 10, 20))}
+            for low, high in zip(BINS, BINS[1:]):
+                inside = [p[1] for p, angle in zip(recalls[model.name], angles) if low <= angle < high]
+                row[f"recall_10px_{low}_{high}deg"] = mean(inside)
+            results[model.name].append(row)
+    return results
+
+
+def draw_matches(path, images, drawn, K, Rt):
+    """The two photos side by side for each model, its best matches as lines: green within 10 pixels, else red."""
+    H, W = images.shape[-2:]
+    sheet = Image.new("RGB", (2 * W, (H + 18) * len(drawn)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (model, (points0, points1)) in enumerate(drawn):
+        top = row * (H + 18)
+        pen.text((2, top + 3), model.name + (", RANDOM TEACHER WEIGHTS" if model.random else ""), fill="black")
+        for i, image in enumerate(images):
+            pixels = (image.permute(1, 2, 0).numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8)
+            sheet.paste(Image.fromarray(pixels), (i * W, top + 18))
+        truth = project(points0 @ Rt[:3, :3].T + Rt[:3, 3], K[1])
+        start, end = project(points0, K[0]), project(points1, K[1])
+        for a, b, error in zip(start.tolist(), end.tolist(), (truth - end).norm(dim=-1).tolist()):
+            (x0, y0), (x1, y1) = ((4 * c for c in p) for p in (a, b))
+            pen.line((x0, top + 18 + y0, W + x1, top + 18 + y1), fill=(0, 170, 0) if error < 10 else (220, 0, 0))
+    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG"))
+
+
+# ----------------------------------------------------------------------------- linear probes
+
+
+class DepthProbe(nn.Module):
+    """DINOv2's linear depth head: cls beside every patch token, a 1 x 1 convolution to 256 uniform bins at four times
+    the resolution, depth as their mean weighted by relu + 0.1."""
+
+    def __init__(self, channels, near=0.001, far=10.0):
+        super().__init__()
+        self.conv = nn.Conv2d(2 * channels, 256, 1)
+        self.register_buffer("bins", torch.linspace(near, far, 256))
+
+    def forward(self, features, classes, size):  # (B, C, h, w), (B, C) -> (B, H, W)
+        x = torch.cat([features, classes[:, :, None, None].expand_as(features)], 1)
+        # A 1 x 1 convolution and bilinear upsampling commute: convolving the fewer pixels is the same, and faster
+        x = F.interpolate(self.conv(x), scale_factor=4, mode="bilinear", align_corners=False)
+        p = F.relu(x) + 0.1
+        depth = torch.einsum("bnhw,n->bhw", p / p.sum(1, keepdim=True), self.bins)
+        return F.interpolate(depth[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+    def loss(self, prediction, frame):
+        truth = torch.where(frame["depths"] <= self.bins[-1], frame["depths"], 0.0)
+        return sig_loss(prediction, truth) + 0.5 * gradient_loss(prediction, truth)
+
+    def measure(self, prediction, frame):
+        return depth_metrics(prediction, torch.where(frame["depths"] <= self.bins[-1], frame["depths"], 0.0))
+
+    def draw(self, prediction, frame):
+        known = frame["depths"] > 0
+        return {"truth": depth_colours(frame["depths"], known), "predicted": depth_colours(prediction, known)}
+
+
+def sig_loss(pred, gt):
+    """AdaBins' scale-invariant loss (arXiv 2011.14141), as in DINOv2: depths [..., H, W], gt 0 = none."""
+    known = gt > 0
+    g = torch.log(pred[known] + 1e-3) - torch.log(gt[known] + 1e-3)
+    return (g.square().mean() - 0.85 * g.mean().square()).clamp(min=1e-12).sqrt()
+
+
+def gradient_loss(pred, gt):
+    """MegaDepth's loss on differences of log depth two pixels apart (arXiv 1804.00607), as in DINOv2: at full size and
+    at every second, fourth and sixth pixel. Depths [..., H, W], gt 0 = none."""
+    total = 0.0
+    for step in (1, 2, 4, 6):
+        p, t = pred[..., ::step, ::step], gt[..., ::step, ::step]
+        known = (t > 0).float()
+        difference = (torch.log(p + 1e-3) - torch.log(t + 1e-3)) * known
+        down = (difference[..., 2:, :] - difference[..., :-2, :]).abs() * known[..., 2:, :] * known[..., :-2, :]
+        across = (difference[..., 2:] - difference[..., :-2]).abs() * known[..., 2:] * known[..., :-2]
+        total = total + (down.sum() + across.sum()) / known.sum().clamp(min=1)
+    return total
+
+
+def depth_metrics(pred, gt):
+    """Depths [B, H, W], gt 0 = none -> {d1, d2, d3: share of pixels within a factor of 1.25, 1.25^2, 1.25^3; rmse in
+    the unit of depth; abs_rel}, each [B]. As Probe3D and DINOv2. Without known pixels they are 0."""
+    known = gt > 0
+    count = known.sum((1, 2)).clamp(min=1)
+
+    def average(x):
+        return torch.where(known, x, 0.0).sum((1, 2)) / count
+
+    ratio = torch.maximum(gt / pred.clamp(min=1e-9), pred / gt.clamp(min=1e-9))
+    metrics = {f"d{k}": average((ratio < 1.25**k).float()) for k in (1, 2, 3)}
+    relative = (pred - gt).abs() / gt.clamp(min=1e-9)
+    return metrics | {"rmse": average((pred - gt).square()).sqrt(), "abs_rel": average(relative)}
+
+
+class NormalsProbe(nn.Module):
+    """Probe3D's linear head: a 1 x 1 convolution to a direction and its certainty, at four times the resolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4, 1)
+
+    def forward(self, features, classes, size):  # (B, C, h, w) -> (B, 4, H, W)
+        x = F.interpolate(self.conv(features), scale_factor=4, mode="bilinear", align_corners=True)
+        return F.interpolate(x, size, mode="bicubic", align_corners=True)
+
+    def loss(self, prediction, frame):
+        return angular_loss(prediction, frame["normals"], known_normals(frame["normals"]))
+
+    def measure(self, prediction, frame):
+        return normal_metrics(prediction[:, :3], frame["normals"], known_normals(frame["normals"]))
+
+    def draw(self, prediction, frame):
+        known = known_normals(frame["normals"][None])[0]
+        truth, ours = (
+            ((F.normalize(n, dim=0) + 1) / 2 * known).permute(1, 2, 0) for n in (frame["normals"], prediction[:3])
+        )
+        return {"truth": truth, "predicted": ours}
+
+
+def known_normals(normals):  # (B, 3, H, W) -> (B, H, W); unknown ones are 0
+    return normals.square().sum(1) > 0.25
+
+
+def angular_loss(pred, gt, valid):
+    """Uncertainty-aware angular loss (Bae et al., arXiv 2109.09881), as in Probe3D: pred [B, 4, H, W] a direction and a
+    raw certainty, gt [B, 3, H, W], valid [B, H, W]."""
+    angle = F.cosine_similarity(pred[:, :3], gt, dim=1).clamp(-1 + 1e-4, 1 - 1e-4).acos()
+    kappa = F.elu(pred[:, 3]) + 1.01
+    loss = torch.log1p(torch.exp(-kappa * math.pi)) - torch.log(kappa.square() + 1) + kappa * angle
+    return loss[valid].mean()
+
+
+def normal_metrics(pred, gt, valid):
+    """Normals [B, 3, H, W] of any length, valid [B, H, W] -> {d1, d2, d3: share of pixels within 11.25, 22.5, 30
+    degrees; rmse in degrees}, each [B]. As Probe3D. Without valid pixels they are 0."""
+    valid = valid.bool()
+    count = valid.sum((1, 2)).clamp(min=1)
+    error = torch.rad2deg(F.cosine_similarity(pred, gt, dim=1).clamp(-1, 1).acos())
+
+    def average(x):
+        return torch.where(valid, x, 0.0).sum((1, 2)) / count
+
+    metrics = {f"d{k}": average((error < limit).float()) for k, limit in ((1, 11.25), (2, 22.5), (3, 30))}
+    return metrics | {"rmse": average(error.square()).sqrt()}
+
+
+class SegmentationProbe(nn.Module):
+    """DINOv2's linear head: batch normalisation and a 1 x 1 convolution."""
+
+    def __init__(self, channels, names):
+        super().__init__()
+        self.names = names
+        self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, len(names), 1))
+
+    def forward(self, features, classes, size):  # (B, C, h, w) -> logits (B, classes, H, W)
+        return F.interpolate(self.head(features), size, mode="bilinear", align_corners=False)
+
+    def loss(self, prediction, frame):
+        if not (frame["classes"] >= 0).any():
+            return prediction.sum() * 0
+        return F.cross_entropy(prediction, frame["classes"], ignore_index=-1)
+
+    def measure(self, prediction, frame):
+        return {"confusion": confusion(prediction.argmax(1), frame["classes"], len(self.names))[None]}
+
+    def draw(self, prediction, frame):
+        colours = torch.rand(len(self.names) + 1, 3, generator=torch.Generator().manual_seed(1))
+        return {"truth": colours[frame["classes"] + 1], "predicted": colours[prediction.argmax(0) + 1]}
+
+
+def confusion(pred, gt, count):
+    """Pixels [count, count] of true class (row) and predicted class (column); gt -1 = none."""
+    known = gt >= 0
+    return torch.bincount(gt[known] * count + pred[known], minlength=count * count).view(count, count)
+
+
+def mean_iou(confusion, names):
+    """{miou, iou_NAME...} of the classes that are there, in truth or in prediction."""
+    both = confusion.diagonal().double()
+    either = confusion.sum(0) + confusion.sum(1) - both
+    iou = {f"iou_{name}": float(b / e) for name, b, e in zip(names, both, either) if e > 0}
+    return {"miou": mean(list(iou.values())), **iou}
+
+
+def linear(task, models, settings, folder):
+    """{model: [one {metric: value} per seed]} of a linear probe, trained on cached features."""
+    size = settings.image_size
+    train, test, names = data.labelled(task, settings.data, size, settings.train_frames, settings.test_frames)
+    parts = {}
+    for part, frames in (("train", train), ("test", test)):
+        progress, kept = Progress(len(frames), f"{part} frame"), []
+        features = {m.name: [] for m in models}
+        for frame in loaded(frames):
+            for model in models:
+                features[model.name].append(extract(model, frame["images"][None], settings))
+            kept.append({k: v for k, v in frame.items() if k in LABELS[task] + ("images",) * (part == "test")})
+            progress.step()
+        cached = {name: [torch.cat(f) for f in zip(*pairs)] for name, pairs in features.items()}
+        parts[part] = cached, kept
+    results, panels = {m.name: [] for m in models}, {}
+    for model in models:
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            probe = fit(task, names, parts["train"][0][model.name], parts["train"][1], settings, seed)
+            measured, predictions = apply(probe, parts["test"][0][model.name], parts["test"][1], size)
+            if task == "segmentation":
+                results[model.name].append(mean_iou(measured["confusion"].sum(0), names))
+            else:
+                results[model.name].append({k: float(v.mean()) for k, v in measured.items()})
+            if seed == settings.seed:
+                panels[model] = predictions
+            print(
+                f"{model.name}, seed {seed}: "
+                + "   ".join(f"{k} {v:.4f}" for k, v in list(results[model.name][-1].items())[:5])
+            )
+    for n in range(min(4, len(test))):
+        frame = parts["test"][1][n]
+        drawn = {"photo": frame["images"].permute(1, 2, 0)}
+        for k, (model, predictions) in enumerate(panels.items()):
+            two = probe.draw(predictions[n], frame)
+            drawn |= ({"truth": two["truth"]} if k == 0 else {}) | {model.name: two["predicted"]}
+        write_sheet(folder / f"{task}_{n}.png", drawn, RANDOM if any(m.random for m in models) else None)
+    return results
+
+
+LABELS = {"depth": ("depths",), "normals": ("normals",), "segmentation": ("classes",)}
+
+
+def fit(task, names, cached, frames, settings, seed):
+    """A probe trained on cached (features [N, C, h, w], cls tokens [N, C]) and their frames: AdamW, a linear warm-up
+    over 1.5 epochs, then a cosine, as in Probe3D."""
+    torch.manual_seed(seed)
+    channels = cached[0].shape[1]
+    probe = (
+        SegmentationProbe(channels, names) if names else {"depth": DepthProbe, "normals": NormalsProbe}[task](channels)
+    )
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=0.01)
+    steps = settings.epochs * math.ceil(len(frames) / settings.batch_size)
+    warmup = max(1, round(1.5 * steps / settings.epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: i / warmup if i < warmup else 0.5 + 0.5 * math.cos(math.pi * (i - warmup) / max(1, steps - warmup)),
+    )
+    for _ in range(settings.epochs):
+        for batch in torch.randperm(len(frames)).split(settings.batch_size):
+            frame = {k: torch.stack([frames[i][k] for i in batch]) for k in LABELS[task]}
+            prediction = probe(*(c[batch].float() for c in cached), settings.image_size)
+            loss = probe.loss(prediction, frame)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return probe.eval()
+
+
+@torch.no_grad()
+def apply(probe, cached, frames, size):
+    """Metrics {name: [N, ...]} of a probe over the frames, and its predictions of the first four."""
+    measured, predictions = [], []
+    for i, frame in enumerate(frames):
+        prediction = probe(*(c[i : i + 1].float() for c in cached), size)
+        measured.append(probe.measure(prediction, {k: v[None] for k, v in frame.items()}))
+        predictions += [prediction[0]] * (i < 4)
+    return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}, predictions
+
+
+# ----------------------------------------------------------------------------- reconstruction
+
+
+def psnr(photo, truth):
+    """Of photos [3, H, W] in 0..1, in dB."""
+    return float(-10 * (photo - truth).square().mean().clamp(min=1e-10).log10())
+
+
+def depth_errors(depth, truth, seen):
+    """Mean of |depth / truth - 1| where depth is known and seen, as it is and after scaling by the median of
+    truth / depth. All [H, W]; None where nothing is known."""
+    known = (truth > 0) & seen & (depth > 0)
+    if not known.any():
+        return {"abs_rel": None, "abs_rel_scaled": None}
+    ratio = depth[known] / truth[known]
+    scaled = ratio * (1 / ratio).median()
+    return {"abs_rel": float((ratio - 1).abs().mean()), "abs_rel_scaled": float((scaled - 1).abs().mean())}
+
+
+def constant_depth(context):
+    """Sensor depth's Gaussians if all was at the median of what the sensor saw: the best that one number can do."""
+    median = context["depths"][context["depths"] > 0].median()
+    return SensorDepth()(context | {"depths": torch.full_like(context["depths"], float(median))})
+
+
+@torch.no_grad()
+def reconstruction(settings, folder):
+    """PSNR of the target view and abs rel of its depth, for every way to come by them: means over the scenes.
+
+    Beside the table: how much of the way from one constant depth to sensor depth (in PSNR) photos come, and seconds.
+    """
+    H, W = settings.image_size
+    scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
+    views = data.Views(scenes, H, W, seed=settings.seed, length=settings.scenes)
+    ways = {}
+    for name in settings.weights:
+        reconstructor = load_reconstructor(None if name == "shipped" else name)
+        ways[f"photos alone, {name}"] = FeedForward(reconstructor, settings.near, settings.far)
+    ours = list(ways)
+    if "depths" in views.keys:
+        ways = {"one constant depth": constant_depth} | ways | {"sensor depth": SensorDepth()}
+    rows = {name: [] for name in ("nearest context photo", *ways)}
+    seconds, progress = [], Progress(settings.scenes, "scene")
+    for i in range(settings.scenes):
+        sample = views[i]
+        target, context = sample["target"], {k: v[None] for k, v in sample["context"].items()}
+        away = (context["extrinsics"][0, :, :3, 3] - target["extrinsics"][:3, 3]).norm(dim=-1)
+        nearest = {k: v[0, away.argmin()] for k, v in context.items()}
+        unknown = torch.zeros(H, W)
+        drawn = {"nearest context photo": (nearest["images"], nearest.get("depths", unknown), unknown == 0)}
+        for name, way in ways.items():
+            started = time.time()
+            gaussians = way(context)
+            if name in ours:
+                seconds.append(time.time() - started)
+            if i == 0 and name == ours[0]:
+                save_ply(folder / "scene.ply", gaussians)
+            photo, depth, alphas = render(gaussians, target["extrinsics"][None], target["Ks"][None], W, H)
+            drawn[name] = (photo[0], depth[0], alphas[0] > 0.5)
+        for name, (photo, depth, seen) in drawn.items():
+            row = {"psnr": psnr(photo, target["images"]), "holes": float((~seen).float().mean())}
+            rows[name].append(row | depth_errors(depth, target.get("depths", unknown), seen))
+        if i < 4:
+            panels = {"target photo": target["images"].permute(1, 2, 0)}
+            for name, (photo, depth, seen) in drawn.items():
+                panels |= {
+                    name: photo.permute(1, 2, 0),
+                    " " * len(panels) + "depth": depth_colours(depth, seen & (depth > 0)),
+                }
+            write_sheet(folder / f"scene_{i}.png", panels)
+        progress.step()
+    table = {name: [{k: mean([row[k] for row in of]) for k in of[0]}] for name, of in rows.items()}
+    if "depths" in views.keys:
+        low, high = (table[name][0]["psnr"] for name in ("one constant depth", "sensor depth"))
+        for name in ours:
+            table[name][0]["closed"] = (table[name][0]["psnr"] - low) / (high - low)
+    print(f"Two photos of {H} x {W} to Gaussians: {np.median(seconds):.2f} s")
+    return table
+
+
+# ----------------------------------------------------------------------------- running, printing, writing
+
+
+def mean(values):
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def loaded(dataset):
+    """A dataset's items, prepared one ahead by another process."""
+    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
+
+
+class Progress:
+    """A line now and then: how many, how fast, how long yet."""
+
+    def __init__(self, total, what):
+        self.total, self.what, self.done, self.started = total, what, 0, time.time()
+
+    def step(self):
+        self.done += 1
+        if self.done == self.total or self.done % max(1, self.total // 5) == 0:
+            rate = self.done / (time.time() - self.started)
+            left = (self.total - self.done) / rate
+            print(f"{self.what} {self.done}/{self.total}   {rate:.2f} a second   {left:.0f} s left", flush=True)
+
+
+def summarise(results):
+    """{model: [{metric: value} per seed]} -> {model: {metric: (mean, spread)}}: spread is the standard deviation over
+    seeds, None for a single one."""
+    summary = {}
+    for name, rows in results.items():
+        summary[name] = {}
+        for key in {k: None for row in rows for k in row}:
+            values = [row[key] for row in rows if row.get(key) is not None]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            summary[name][key] = (mean(values), spread)
+    return summary
+
+
+def differences(results):
+    """Each further model minus the first, seed by seed: what both saw alike cancels."""
+    first, *others = results
+    rows = {}
+    for other in others:
+        rows[f"{other} - {first}"] = [
+            {k: b[k] - a[k] for k in a if a[k] is not None and b.get(k) is not None}
+            for a, b in zip(results[first], results[other])
+        ]
+    return rows
+
+
+def print_table(summary):
+    keys = [k for k in next(iter(summary.values())) if not k.startswith("iou_")]
+    keys += [k for row in summary.values() for k in row if k not in keys and not k.startswith("iou_")]
+    width = max(map(len, summary))
+    print("\n" + " " * width + "".join(f"  {k:>22}" for k in keys))
+    for name, row in summary.items():
+        cells = []
+        for k in keys:
+            value, spread = row.get(k, (None, None))
+            cells.append("-" if value is None else f"{value:.4f}" + (f" +- {spread:.4f}" if spread is not None else ""))
+        print(f"{name:<{width}}" + "".join(f"  {c:>22}" for c in cells))
+
+
+def measure(task, settings, models, home):
+    """One task: run, print, write."""
+    folder = home / "evaluation" / task
+    folder.mkdir(parents=True, exist_ok=True)
+    random = any(m.random for m in models)
+    started = time.time()
+    if task == "reconstruction":
+        results = compared = reconstruction(settings, folder)
+    else:
+        results = (
+            correspondence(models, settings, folder)
+            if task == "correspondence"
+            else linear(task, models, settings, folder)
+        )
+        compared = results | differences(results)
+    summary = summarise(compared)
+    print_table(summary)
+    report = {
+        "task": task, "random_weights": random, "settings": vars(settings), "seconds": round(time.time() - started, 1),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "summary": {name: {k: {"mean": m, "spread": s} for k, (m, s) in row.items()} for name, row in summary.items()},
+        "per_seed": results,
+    }  # fmt: skip
+    if random:
+        report["warning"] = RANDOM
+        banner(RANDOM)
+    replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(report, indent=1)))
+    print(f"Written to {folder}/ in {report['seconds']:.0f} s")
+
+
+def main(arguments=None):
+    settings = parse_settings(arguments)
+    warnings.showwarning = lambda message, *_: print(f"Note: {message}")
+    try:
+        models, home = ([], Path("runs")) if settings.task == "reconstruction" else load_models(settings)
+        if any(m.random for m in models):
+            banner(RANDOM)
+        for task in PROBES if settings.task == "all" else [settings.task]:
+            each = settings
+            if settings.task == "all":
+                each = argparse.Namespace(**{k: v[0] for k, v in SETTINGS[task].items()} | vars(settings))
+            measure(task, each, models, home)
+    except ValueError as error:  # bad input, named in one sentence; a data worker puts its traceback before that
+        raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+
+
+if __name__ == "__main__":
+    main()
