@@ -492,7 +492,7 @@ def linear(task, models, settings, folder):
             else:
                 results[model.name].append({k: float(v.mean()) for k, v in measured.items()})
             if seed == settings.seed:
-                panels[model] = predictions
+                panels[model.name] = predictions
             print(
                 f"{model.name}, seed {seed}: "
                 + "   ".join(f"{k} {v:.4f}" for k, v in list(results[model.name][-1].items())[:5])
@@ -500,9 +500,9 @@ def linear(task, models, settings, folder):
     for n in range(min(4, len(test))):
         frame = parts["test"][1][n]
         drawn = {"photo": frame["images"].permute(1, 2, 0)}
-        for k, (model, predictions) in enumerate(panels.items()):
+        for name, predictions in panels.items():
             two = probe.draw(predictions[n], frame)
-            drawn |= ({"truth": two["truth"]} if k == 0 else {}) | {model.name: two["predicted"]}
+            drawn |= {"truth": two["truth"], name: two["predicted"]}
         write_sheet(folder / f"{task}_{n}.png", drawn, RANDOM if any(m.random for m in models) else None)
     return results
 

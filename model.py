@@ -1204,25 +1204,30 @@ class SplatAndDistill(nn.Module):
 
     Args:
         vit: a DINOv2 (`load_vit`). It becomes the student, with LoRA; the teacher starts as a copy of the student.
-        reconstruct: context views -> Gaussians (`SensorDepth`).
+        reconstruct: context views -> Gaussians (`SensorDepth`, `FeedForward`).
         prototypes, head_dim, bottleneck_dim: of the heads.
         lora_rank, lora_alpha, lora_dropout: of the student's LoRA.
+        upsampling: "mask-aware", or "bilinear" across segments.
         blend: how much of its own a splatted feature keeps against its segment's mean; 1 is no blending.
+        centring: momentum of the running mean that is taken off the teacher's logits (DINO); 1 keeps it at 0.
         teacher_temperature, student_temperature: that logits are divided by.
     """
 
     def __init__(
-        self, vit, reconstruct, *, prototypes, head_dim, bottleneck_dim, lora_rank, lora_alpha, lora_dropout, blend,
-        teacher_temperature, student_temperature,
+        self, vit, reconstruct, *, prototypes, head_dim, bottleneck_dim, lora_rank, lora_alpha, lora_dropout,
+        upsampling, blend, centring, teacher_temperature, student_temperature,
     ):  # fmt: skip
         super().__init__()
+        if upsampling not in ("mask-aware", "bilinear"):
+            raise ValueError(f"upsampling is mask-aware or bilinear, not {upsampling!r}")
         self.reconstruct = reconstruct
-        self.blend = blend
+        self.upsampling, self.blend, self.centring = upsampling, blend, centring
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
         self.student = add_lora(vit, lora_rank, lora_alpha, lora_dropout)
         self.student_head = DINOHead(vit.embed_dim, prototypes, head_dim, bottleneck_dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
+        self.register_buffer("centre", torch.zeros(prototypes))  # of the teacher's logits
 
     def train(self, mode=True):
         super().train(mode)
@@ -1247,7 +1252,10 @@ class SplatAndDistill(nn.Module):
         if torch.is_autocast_enabled(tokens.device.type):  # the last norm gives float32: twice the memory to lift
             tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
         # 3. Mask-aware upsampling to pixels
-        features = upsample_features(tokens, context["masks"].flatten(0, 1))  # (B*V, C, H, W)
+        masks = context["masks"].flatten(0, 1)
+        if self.upsampling == "bilinear":
+            masks = torch.zeros_like(masks)  # one segment
+        features = upsample_features(tokens, masks)  # (B*V, C, H, W)
         # 4. Lift: a pixel's feature is its Gaussian's
         features = features.permute(0, 2, 3, 1).reshape(B, V * H * W, -1)  # (B, N, C)
         # 5. Splat into the target camera
@@ -1279,9 +1287,12 @@ class SplatAndDistill(nn.Module):
         # 9. Cross-entropy between the two heads' distributions over prototypes, at every location that is no hole
         with torch.no_grad():
             teacher_logits = self.teacher_head(splatted.permute(0, 2, 3, 1)[~holes]).float()  # (locations, prototypes)
+            centre = self.centre.clone()
+            if self.training and len(teacher_logits):
+                self.centre.lerp_(teacher_logits.mean(0), 1 - self.centring)
         student_logits = self.student_head(student.permute(0, 2, 3, 1)[~holes]).float()
         loss, entropy = distillation_loss(
-            teacher_logits / self.teacher_temperature, student_logits / self.student_temperature
+            (teacher_logits - centre) / self.teacher_temperature, student_logits / self.student_temperature
         )
         # The loss cannot fall below the teacher's entropy; what is above it is the distance to the teacher
         metrics = {"loss": loss.detach(), "above_entropy": loss.detach() - entropy, "holes": holes.float().mean()}

@@ -67,7 +67,9 @@ SETTINGS = {
         "prototypes": (1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU"),
         "head_dim": (512, 2048, "hidden width of the heads"),
         "bottleneck_dim": (128, 256, "width before the prototypes"),
+        "upsampling": ("mask-aware", "mask-aware", "of the teacher's features to pixels, or bilinear across segments"),
         "blend": (0.5, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
+        "centring": (1.0, 1.0, "momentum of the mean that is taken off the teacher's logits; 1 keeps it 0: none"),
         "teacher_temperature": (1.0, 1.0, "that the teacher's logits are divided by"),
         "student_temperature": (1.0, 1.0, "likewise the student's"),
         "momentum": (0.999, 0.999, "of the teacher's exponential moving average"),
@@ -147,7 +149,7 @@ def check(settings):
     for name, least in (("height", 14), ("width", 14), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("coarse", 0)):
         if name in settings and not settings[name] >= least:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
-    for name in ("warmup", "lora_dropout", "blend", "momentum"):
+    for name in ("warmup", "lora_dropout", "blend", "centring", "momentum"):
         if name in settings and not 0 <= settings[name] <= 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
     if settings["far"] <= settings["near"]:
@@ -228,8 +230,8 @@ def build(settings, vit, device):
     """The stage's module, its optimiser and its schedule. No ViT is needed to reconstruct."""
     torch.manual_seed(settings["seed"])
     if settings["stage"] == "distill":
-        names = ("prototypes", "head_dim", "bottleneck_dim", "lora_rank", "lora_alpha", "lora_dropout", "blend",
-                 "teacher_temperature", "student_temperature")  # fmt: skip
+        names = ("prototypes", "head_dim", "bottleneck_dim", "lora_rank", "lora_alpha", "lora_dropout", "upsampling",
+                 "blend", "centring", "teacher_temperature", "student_temperature")  # fmt: skip
         model = SplatAndDistill(vit, geometry(settings), **{k: settings[k] for k in names})
     else:
         sizes = {"small": SMALL, "published": ReconstructorConfig()}
@@ -249,8 +251,9 @@ def build(settings, vit, device):
 
 def trained(model):
     """Names of what training changes: in the student and, by EMA, in the teacher. The rest is the teacher's file."""
+    buffers = [name for name, _ in model.named_buffers() if name == "centre"]
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    return names + [name.replace("student", "teacher", 1) for name in names if "student" in name]
+    return names + [name.replace("student", "teacher", 1) for name in names if "student" in name] + buffers
 
 
 # ----------------------------------------------------------------------------- what a run writes

@@ -71,9 +71,9 @@ def test_vit_equals_the_public_model(name, tmp_path):
         ((last, cls),) = vit.get_intermediate_layers(images, n=1, reshape=True, return_class_token=True)
     close = dict(rtol=0, atol=1e-3)
     torch.testing.assert_close(features["x_norm_clstoken"], GOLDEN[f"{name}.cls"], **close)
-    torch.testing.assert_close(features["x_norm_patchtokens"][:, ::8], GOLDEN[f"{name}.patches"], **close)
-    torch.testing.assert_close(block5[:, ::8], GOLDEN[f"{name}.block5"], **close)
-    torch.testing.assert_close(last.flatten(2).transpose(1, 2)[:, ::8], GOLDEN[f"{name}.patches"], **close)
+    torch.testing.assert_close(features["x_norm_patchtokens"][:, ::16], GOLDEN[f"{name}.patches"], **close)
+    torch.testing.assert_close(block5[:, ::16], GOLDEN[f"{name}.block5"], **close)
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2)[:, ::16], GOLDEN[f"{name}.patches"], **close)
     torch.testing.assert_close(cls, GOLDEN[f"{name}.cls"], **close)
     assert last.shape[-2:] == (252 // 14, 196 // 14)
 
@@ -336,7 +336,7 @@ def wall(B=1, V=2, H=70, W=126, seed=0):
 
 def build(vit=None, **changes):
     options = dict(prototypes=32, head_dim=32, bottleneck_dim=16, lora_rank=2, lora_alpha=2, lora_dropout=0.1, blend=0.5,
-                   teacher_temperature=1.0, student_temperature=1.0) | changes  # fmt: skip
+                   upsampling="mask-aware", centring=1.0, teacher_temperature=1.0, student_temperature=1.0) | changes  # fmt: skip
     torch.manual_seed(0)
     return M.SplatAndDistill(vit or tiny_vit(), M.SensorDepth(), **options)
 
@@ -515,3 +515,28 @@ def test_no_depth_is_said():
     del batch["context"]["depths"]
     with pytest.raises(ValueError, match="needs data with depth"):
         build()(batch)
+
+
+def test_centring_takes_the_running_mean_off_the_teachers_logits():
+    batch, method = wall(), build(PixelFeatures(), centring=0.5)
+    _, _, drawn = method(batch)
+    logits = method.teacher_head(drawn["splatted"].permute(0, 2, 3, 1)[~drawn["holes"]])
+    torch.testing.assert_close(method.centre, 0.5 * logits.mean(0))
+    before = method.centre.clone()
+    loss, _, _ = method.eval()(batch)
+    student = method.student_head(drawn["student"].permute(0, 2, 3, 1)[~drawn["holes"]])
+    torch.testing.assert_close(loss, M.distillation_loss(logits - before, student)[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(method.centre, before)  # evaluation changes nothing
+    plain = build(PixelFeatures())
+    plain(batch)
+    assert not plain.centre.any()
+
+
+def test_bilinear_upsampling_ignores_segments():
+    batch = wall()
+    aware, plain = (build(PixelFeatures(), upsampling=u, blend=1.0).eval() for u in ("mask-aware", "bilinear"))
+    whole = {**batch, "context": batch["context"] | {"masks": torch.zeros_like(batch["context"]["masks"])}}
+    a, b, c = (m(x)[2]["splatted"] for m, x in ((aware, batch), (plain, batch), (aware, whole)))
+    assert torch.equal(b, c) and not torch.allclose(a, b)
+    with pytest.raises(ValueError, match="upsampling is mask-aware or bilinear, not 'nearest'"):
+        build(upsampling="nearest")

@@ -1,0 +1,522 @@
+"""evaluate.py: metrics equal to the public code's, probes against plain loops, every layout of data in miniature, and
+the command line on a tiny transformer."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import data
+import evaluate as E
+import model as M
+import train
+from test_reconstructor import save_small
+from test_train import SMALL as TRAIN
+from test_train import capture
+
+GOLDEN = load_file(Path(__file__).parent / "golden.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(M.ARCHITECTURES, "dinov2_vits14", dict(dim=24, depth=2, heads=2))
+
+
+# --------------------------------------------------------------------------- parity with the public code
+
+
+def test_depth_metrics_and_losses_equal_the_public_code():
+    pred, gt = GOLDEN["depth_pred"], GOLDEN["depth_gt"]
+    metrics = E.depth_metrics(pred[:, 0], gt[:, 0])
+    for name in ("d1", "d2", "d3", "rmse"):
+        torch.testing.assert_close(metrics[name], GOLDEN[f"depth_{name}"])
+    known = gt[0, 0] > 0
+    expected = ((pred[0, 0] - gt[0, 0]).abs() / gt[0, 0])[known].mean()
+    torch.testing.assert_close(metrics["abs_rel"][0], expected)
+    torch.testing.assert_close(E.sig_loss(pred, gt), GOLDEN["depth_sigloss"][0])
+    torch.testing.assert_close(E.gradient_loss(pred, gt), GOLDEN["depth_gradloss"][0])
+
+
+def test_normal_metrics_equal_the_public_code():
+    pred, gt, valid = (GOLDEN[f"snorm_{k}"] for k in ("pred", "gt", "valid"))  # the first of its three images
+    metrics = E.normal_metrics(pred[:, :3], gt, valid[:, 0])
+    for name in ("d1", "d2", "d3", "rmse"):
+        torch.testing.assert_close(metrics[name], GOLDEN[f"snorm_{name}"][:1])
+
+
+def test_match_errors_equal_the_public_code():
+    feat0, feat1, depth0, depth1, K, Rt = (
+        GOLDEN[f"corr_{k}"] for k in ("feat0", "feat1", "depth0", "depth1", "K", "Rt")
+    )
+    errors = E.match_errors(feat0, feat1, depth0[0], depth1[0], K, Rt, 200)
+    torch.testing.assert_close(errors.sort().values, GOLDEN["corr_err"], rtol=0, atol=1e-4)
+    recalls = torch.stack([(errors < r).float().mean() for r in (5, 10, 20)])
+    torch.testing.assert_close(recalls, GOLDEN["corr_recall"])
+
+
+# --------------------------------------------------------------------------- correspondence
+
+
+@pytest.mark.parametrize("P,Q,block", [(1, 2, 4), (7, 13, 3), (17, 5, 17), (40, 31, 64)])
+def test_blocked_neighbours_are_the_dense_ones(P, Q, block):
+    a, b = F.normalize(torch.randn(P, 6), dim=-1), F.normalize(torch.randn(Q, 6), dim=-1)
+    cosine, index = E.nearest_two(a, b, block)
+    expected = (a[:, None] * b).sum(-1).sort(dim=1, descending=True)
+    torch.testing.assert_close(cosine, expected.values[:, :2])
+    assert torch.equal(index, expected.indices[:, :2])
+
+
+def test_features_that_tell_the_place_match_without_error():
+    """Features that are a smooth code of the world point, on a slanted plane; with the wrong pose errors are large."""
+    H, W, K = 48, 64, torch.tensor([[60.0, 0, 32], [0, 60, 24], [0, 0, 1]])
+    Rt = torch.eye(4)[:3].clone()
+    Rt[0, 3] = -0.4
+    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    rays = torch.stack([(x - 32) / 60, (y - 24) / 60, torch.ones_like(x)], -1)
+    depths, features = [], []
+    for t in (torch.zeros(3), -Rt[:, 3]):  # plane z = 2 + 0.3 x in camera 0's axes
+        depth = (2 + 0.3 * t[0]) / (rays[..., 2] - 0.3 * rays[..., 0])
+        point = rays * depth[..., None] + t
+        angles = point[..., :2].flatten(0, 1) @ (3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
+        depths.append(depth)
+        features.append(torch.cat([angles.sin(), angles.cos()], -1).view(H, W, 32).permute(2, 0, 1))
+    errors = E.match_errors(*features, *depths, K, Rt, 500)
+    assert len(errors) == 500 and errors.median() < 1 and errors.max() < 3
+    wrong = Rt.clone()
+    wrong[0, 3] = 0.4
+    assert E.match_errors(*features, *depths, K, wrong, 500).median() > 10
+    Ks = torch.stack([K, K * torch.tensor([[2.0, 2, 2], [2, 2, 2], [1, 1, 1]])])  # the second view at twice the size
+    twice = [F.interpolate(t[None, None] if t.ndim == 2 else t[None], (2 * H, 2 * W), mode="nearest")[0] for t in
+             (depths[1], features[1])]  # fmt: skip
+    assert E.match_errors(features[0], twice[1], depths[0], twice[0][0], Ks, Rt, 500).median() < 2.5
+
+
+def test_views_without_depth_have_no_matches():
+    features, nothing = torch.randn(8, 3, 4), torch.zeros(6, 8)
+    K = torch.tensor([[5.0, 0, 4], [0, 5, 3], [0, 0, 1]])
+    assert E.match_errors(features, features, nothing, nothing + 1, K, torch.eye(4), 10).shape == (0,)
+    few = E.match_errors(features, features, nothing + 1, nothing + 1, K, torch.eye(4), 1000)
+    assert few.shape == (48,) and few.max() < 1e-3  # a view against itself: each pixel is its own match
+
+
+@pytest.mark.parametrize("degrees", [0.0, 1.0, 14.9, 90.0, 179.0])
+def test_rotation_angle(degrees):
+    a = math.radians(degrees)
+    R = torch.tensor([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]], dtype=torch.float64)
+    Rt = torch.cat([R, torch.ones(3, 1)], 1)
+    assert float(E.rotation_angle(Rt)) == pytest.approx(degrees, abs=0.01)
+
+
+def test_pairs_of_rooms_fill_every_range_of_viewpoints():
+    pairs = data.pairs(None, 8, 28, 28, seed=3)
+    for n, (a, b) in enumerate(pairs[i] for i in range(8)):
+        to_b = torch.linalg.inv(b["extrinsics"]) @ a["extrinsics"]
+        assert E.BINS[n % 4] <= float(E.rotation_angle(to_b)) < E.BINS[n % 4 + 1]
+        assert data.overlap(a, b, to_b) > 0.2
+    again, other = data.pairs(None, 8, 28, 28, seed=3), data.pairs(None, 8, 28, 28, seed=4)
+    key = lambda p: [(room.name, i, j) for room, i, j in p.entries]  # noqa: E731
+    assert key(again) == key(pairs) != key(other)
+    assert all(int(name[4:]) in data.SPLITS["probe"] for name, _, _ in key(pairs))
+
+
+# --------------------------------------------------------------------------- linear probes
+
+
+def test_convolving_before_upsampling_is_the_protocols_order():
+    """DINOv2 upsamples the tokens, puts cls beside them and convolves; the probe convolves first."""
+    probe = E.DepthProbe(6)
+    features, classes = torch.randn(2, 6, 3, 5), torch.randn(2, 6)
+    x = torch.cat([features, classes[:, :, None, None].expand(-1, -1, 3, 5)], 1)
+    p = F.relu(probe.conv(F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False))) + 0.1
+    depth = (p / p.sum(1, keepdim=True) * torch.linspace(0.001, 10, 256)[:, None, None]).sum(1)
+    torch.testing.assert_close(probe(features, classes, (12, 20)), depth, rtol=1e-4, atol=1e-4)
+    probe = E.NormalsProbe(6)
+    x = probe.conv(F.interpolate(features, scale_factor=4, mode="bilinear", align_corners=True))
+    torch.testing.assert_close(probe(features, classes, (12, 20)), x, rtol=1e-4, atol=1e-4)
+
+
+def test_angular_loss_is_the_formula():
+    pred, gt = torch.randn(2, 4, 3, 5), F.normalize(torch.randn(2, 3, 3, 5), dim=1)
+    valid = torch.rand(2, 3, 5) > 0.3
+    total = []
+    for b, y, x in valid.nonzero().tolist():
+        n = pred[b, :3, y, x]
+        angle = math.acos(float(n @ gt[b, :, y, x] / n.norm()))
+        k = float(F.elu(pred[b, 3, y, x])) + 1.01
+        total.append(math.log(1 + math.exp(-k * math.pi)) - math.log(k * k + 1) + k * angle)
+    assert float(E.angular_loss(pred, gt, valid)) == pytest.approx(sum(total) / len(total), rel=1e-4)
+
+
+def test_nothing_known_measures_nothing():
+    nothing = torch.zeros(2, 4, 4)
+    assert all((v == 0).all() for v in E.depth_metrics(nothing + 1, nothing).values())
+    normals = torch.randn(2, 3, 4, 4)
+    assert all((v == 0).all() for v in E.normal_metrics(normals, normals, nothing).values())
+
+
+def test_iou_is_the_loop():
+    pred, gt = torch.randint(0, 4, (1, 9, 11)), torch.randint(-1, 3, (1, 9, 11))
+    result = E.mean_iou(E.confusion(pred, gt, 5), "abcde")
+    expected = {}
+    for c, name in enumerate("abcde"):
+        known = gt >= 0
+        both, either = ((pred == c) & (gt == c)).sum(), (((pred == c) | (gt == c)) & known).sum()
+        if either:
+            expected[f"iou_{name}"] = float(both / either)
+    assert "iou_e" not in expected and result.pop("miou") == pytest.approx(sum(expected.values()) / 4)
+    assert result == pytest.approx(expected)
+
+
+def test_a_probe_learns_what_features_tell():
+    """Features that hold the answer, against features of noise."""
+    g = torch.Generator().manual_seed(0)
+    settings = E.parse_settings(["--task", "depth", "--image-size", "28", "28", "--epochs", "80", "--lr", "0.1"])
+    frames, features = [], []
+    for _ in range(24):
+        depth = 1 + 4 * torch.rand(1, 1, 2, 2, generator=g)
+        features.append(torch.cat([depth, 1 / depth, torch.ones_like(depth)], 1)[0])
+        frames.append({"depths": F.interpolate(depth, (28, 28), mode="bilinear", align_corners=False)[0, 0]})
+    features = torch.stack(features)
+    errors = {}
+    for name, f in (("telling", features), ("noise", torch.randn(features.shape, generator=g))):
+        cached = f[:16].half(), torch.zeros(16, 3).half()
+        probe = E.fit("depth", None, cached, frames[:16], settings, 0)
+        measured, _ = E.apply(probe, (f[16:].half(), torch.zeros(8, 3).half()), frames[16:], (28, 28))
+        errors[name] = float(measured["abs_rel"].mean())
+    assert errors["telling"] < 0.6 * errors["noise"]
+
+
+def test_spread_and_differences_are_over_seeds():
+    results = {"a": [{"x": 1.0}, {"x": 2.0}, {"x": 6.0}], "b": [{"x": 2.0}, {"x": 3.0}, {"x": 7.0}]}
+    summary = E.summarise(results | E.differences(results))
+    assert summary["a"]["x"] == (3.0, pytest.approx(math.sqrt(7)))
+    assert summary["b - a"]["x"] == (1.0, 0.0)  # what both saw alike cancels
+    assert E.summarise({"a": [{"x": 1.0, "y": None}]})["a"] == {"x": (1.0, None), "y": (None, None)}
+
+
+# --------------------------------------------------------------------------- layouts
+
+
+def photo(path, size=(64, 48), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def grey(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values)).save(path)
+
+
+def scannet(root):
+    poses = {}
+    for i in (0, 15, 30):
+        photo(root / f"scene0707_00/color/{i}.jpg", (1296, 968), i)
+        grey(root / f"scene0707_00/depth/{i}.png", np.full((480, 640), 2000 + i, np.uint16))
+        pose = np.eye(4)
+        pose[0, 3] = i / 10
+        poses[i] = pose
+        path = root / f"scene0707_00/pose/{i}.txt"
+        path.parent.mkdir(exist_ok=True)
+        np.savetxt(path, pose)
+    np.savez(root / "test.npz", name=np.array([[707, 0, 15, 30], [707, 0, 30, 0]]))
+    np.savez(root / "intrinsics.npz", scene0707_00=np.array([[577.0, 0, 319], [0, 578, 239], [0, 0, 1]]))
+    return root
+
+
+def test_scannet_pairs(tmp_path):
+    pairs = data.pairs(str(scannet(tmp_path / "scannet_test_1500")), 1500, 240, 320, seed=0)
+    assert len(pairs) == 2
+    a, b = pairs[1]
+    assert a["images"].shape == (3, 240, 320) and float(a["depths"].unique()) == pytest.approx(2.03)
+    assert float(a["extrinsics"][0, 3]) == 3.0 and float(b["extrinsics"][0, 3]) == 0.0
+    # 1296 x 968 is a hair narrower than 4 : 3, and K is that of 640 x 480
+    torch.testing.assert_close(a["Ks"], torch.tensor([[288.5, 0, 159.5], [0, 289, 119.5], [0, 0, 1]]), atol=1.5, rtol=0)
+
+
+def test_posed_captures_give_all_their_pairs(tmp_path):
+    folder = capture(tmp_path / "scan", frames=4)
+    pairs = data.pairs(folder, 1500, 40, 56, seed=0)
+    assert sorted((i, j) for _, i, j in pairs.entries) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    assert len(data.pairs(folder, 3, 40, 56, seed=0)) == 3
+    train_, test, names = data.labelled("depth", folder, (42, 56))
+    assert (len(train_), len(test), names) == (3, 1, None) and float(test[0]["depths"].unique()) == 2.0
+    with pytest.warns(UserWarning, match="normals are derived from depth"):
+        _, test, _ = data.labelled("normals", folder, (42, 56))
+    torch.testing.assert_close(test[0]["normals"][:, 20, 20], torch.tensor([0.0, 0, -1]))
+
+
+def test_nyu_split_files(tmp_path):
+    for part in ("train", "test"):
+        photo(tmp_path / f"{part}/rgb_0.jpg", (640, 480))
+        grey(tmp_path / f"{part}/depth_0.png", np.full((480, 640), 1500, np.uint16))
+        (tmp_path / f"nyu_{part}.txt").write_text(f"/{part}/rgb_0.jpg /{part}/depth_0.png 518.8579\n")
+    train_, test, _ = data.labelled("depth", str(tmp_path), (240, 320))
+    assert float(train_[0]["depths"].min()) == pytest.approx(1.5)
+    inside = test[0]["depths"] > 0  # Eigen's crop, at half the size
+    rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
+    assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == (22, 235, 20, 299)
+    (tmp_path / "nyu_test.txt").unlink()
+    with pytest.raises(ValueError, match="nyu_test.txt: expected, beside nyu_train.txt"):
+        data.labelled("depth", str(tmp_path), (240, 320))
+
+
+def test_normal_folders(tmp_path):
+    for i in range(5):
+        photo(tmp_path / f"image/{i}.png")
+        normals = np.zeros((48, 64, 3), np.float32)
+        normals[:, 32:] = (0.6, 0, -0.8)
+        (tmp_path / "normal").mkdir(exist_ok=True)
+        if i == 4:
+            np.save(tmp_path / "normal/4.npy", normals * 0.9)
+        else:
+            encoded = np.where(normals.any(-1, keepdims=True), normals, 0) * 127.5 + 127.5
+            Image.fromarray(encoded.round().astype(np.uint8)).save(tmp_path / f"normal/{i}.png")
+    train_, test, _ = data.labelled("normals", str(tmp_path), (48, 64))
+    assert (len(train_), len(test)) == (4, 1)
+    for frame in (train_[0], test[0]):
+        assert not frame["normals"][:, :, :32].any()
+        torch.testing.assert_close(frame["normals"][:, 5, 40], torch.tensor([0.6, 0, -0.8]), atol=0.01, rtol=0)
+    (tmp_path / "normal/2.png").unlink()
+    with pytest.raises(ValueError, match="normal/2.png: no such file, which 2.png goes with"):
+        data.labelled("normals", str(tmp_path), (48, 64))
+
+
+def test_ade20k(tmp_path):
+    for part in ("training", "validation"):
+        photo(tmp_path / f"images/{part}/a.jpg")
+        grey(tmp_path / f"annotations/{part}/a.png", np.repeat([[0, 1, 150, 7]], 48, 0).repeat(16, 1).astype(np.uint8))
+    train_, test, names = data.labelled("segmentation", str(tmp_path), (48, 64))
+    assert test[0]["classes"][0, ::16].tolist() == [-1, 0, 149, 6] and len(names) == 150 and len(train_) == 1
+    (tmp_path / "annotations/validation/a.png").unlink()
+    with pytest.raises(ValueError, match="annotations/validation/a.png: no such file"):
+        data.labelled("segmentation", str(tmp_path), (48, 64))
+
+
+def test_voc2012(tmp_path):
+    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
+    photo(tmp_path / "JPEGImages/2007_1.jpg")
+    mask = Image.fromarray(np.repeat([[0, 20, 255, 3]], 48, 0).repeat(16, 1).astype(np.uint8), "L").convert("P")
+    mask.putdata([v for _ in range(48) for v in np.repeat([0, 20, 255, 3], 16).tolist()])
+    (tmp_path / "SegmentationClass").mkdir()
+    mask.save(tmp_path / "SegmentationClass/2007_1.png")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_1\n")
+    with pytest.raises(ValueError, match="ImageSets/Segmentation/val.txt: no such file"):
+        data.labelled("segmentation", str(tmp_path), (48, 64))
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_1\n")
+    _, test, names = data.labelled("segmentation", str(tmp_path), (48, 64))
+    assert test[0]["classes"][0, ::16].tolist() == [0, 20, -1, 3] and names[20] == "tvmonitor"
+
+
+def test_normals_from_depth_are_a_rooms_normals():
+    frame = data.Room(5).frame(3, 112, 112)
+    derived = data.normals_from_depth(frame["depths"], frame["Ks"])
+    known = derived.square().sum(0) > 0
+    angles = torch.rad2deg((derived * frame["normals"]).sum(0).clamp(-1, 1).acos())[known]
+    assert known.float().mean() > 0.8 and angles.median() < 1 and (angles < 5).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "task,message",
+    [
+        ("correspondence", "found no transforms.json"),
+        ("depth", "found no transforms.json"),
+        ("normals", "found no transforms.json"),
+        ("segmentation", "expected images/ and annotations/ .ADE20K., or JPEGImages/ and ImageSets/ .VOC2012."),
+    ],
+)
+def test_an_empty_folder_is_told_what_was_expected(task, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=f"empty.*{message}"):
+        E.main(["--task", task, "--data", "empty", "--teacher", "dinov2_vits14", "--teacher-weights", "random"])
+
+
+def test_scannet_says_what_is_missing(tmp_path):
+    root = scannet(tmp_path / "s")
+    (root / "scene0707_00/pose/15.txt").unlink()
+    with pytest.raises(ValueError, match="pose/15.txt: not a pose that can be read"):
+        data.pairs(str(root), 10, 240, 320, 0)
+    (root / "intrinsics.npz").unlink()
+    with pytest.raises(ValueError, match="test.npz and intrinsics.npz of ScanNet-1500 were expected"):
+        data.pairs(str(root), 10, 240, 320, 0)
+
+
+# --------------------------------------------------------------------------- the command line
+
+QUICK = {
+    "correspondence": "--pairs 2 --matches 50 --image-size 56 56",
+    "depth": "--train-frames 8 --test-frames 4 --epochs 2 --image-size 42 56",
+    "normals": "--train-frames 8 --test-frames 4 --epochs 2 --image-size 42 56",
+    "segmentation": "--train-frames 8 --test-frames 4 --epochs 2 --image-size 42 56",
+}
+
+
+def results(folder, task):
+    return json.loads(Path(folder, "evaluation", task, "results.json").read_text())
+
+
+@pytest.mark.parametrize("task,pictures", [(task, 2 if task == "correspondence" else 4) for task in QUICK])
+def test_the_newest_runs_student_against_its_teacher(task, pictures, capsys):
+    train.main([*TRAIN, "--steps", "2", "--name", "old"])
+    train.main([*TRAIN, "--steps", "3", "--name", "new"])
+    capsys.readouterr()
+    E.main(["--task", task, *QUICK[task].split()])
+    out = capsys.readouterr().out
+    report = results("runs/new", task)
+    names = ["teacher dinov2_vits14", "student runs/new"]
+    assert list(report["per_seed"]) == names and f"{names[1]} - {names[0]}" in report["summary"]
+    assert all(len(rows) == 3 for rows in report["per_seed"].values())
+    assert out.count(E.RANDOM) == 2 and report["warning"] == E.RANDOM and report["random_weights"] is True
+    assert len(list(Path("runs/new/evaluation", task).glob("*.png"))) == pictures
+    key = {"correspondence": "recall_10px", "depth": "abs_rel", "normals": "rmse", "segmentation": "miou"}[task]
+    value = report["summary"][names[0]][key]
+    assert f"{value['mean']:.4f} +- {value['spread']:.4f}" in out
+    assert report["per_seed"][names[0]] != report["per_seed"][names[1]]
+    E.main(["--task", task, *QUICK[task].split(), "--run", "runs/new"])  # a second run prints the same
+    assert results("runs/new", task)["per_seed"] == report["per_seed"]
+
+
+def test_weights_are_compared_whatever_their_size(monkeypatch, capsys):
+    monkeypatch.setitem(M.ARCHITECTURES, "dinov2_vitb14", dict(dim=36, depth=3, heads=2))
+    small, large = M.load_vit("dinov2_vits14", "random", 1), M.load_vit("dinov2_vitb14_reg", "random", 1)
+    save_file(small.state_dict(), "small.safetensors")
+    torch.save(large.state_dict(), "large.pth")
+    E.main(["--task", "correspondence", *QUICK["correspondence"].split(), "--weights", "small.safetensors", "large.pth",
+            "--layers", "0", "1", "--norm", "--seeds", "1"])  # fmt: skip
+    report = results("runs", "correspondence")
+    assert list(report["per_seed"]) == ["small.safetensors", "large.pth"] and not report["random_weights"]
+    assert report["summary"]["small.safetensors"]["recall_10px"]["spread"] is None
+    with pytest.raises(SystemExit, match="--layers .0, 2.: there are 2 blocks, counted from 0"):
+        E.main(["--task", "depth", "--weights", "small.safetensors", "large.pth", "--layers", "0", "2"])
+
+
+def test_features_are_of_the_layers_asked_for_and_concatenated():
+    vits = [M.load_vit("dinov2_vits14", "random", seed) for seed in (1, 2)]
+    images = torch.rand(2, 3, 30, 45)
+    settings = E.parse_settings(["--task", "depth", "--layers", "0", "1", "--norm"])
+    features, classes = E.extract(E.Model("both", vits, False), images, settings)
+    resized = F.interpolate(images, (28, 42), mode="bilinear")
+    normalised = (resized - torch.tensor(M.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(M.IMAGENET_STD).view(3, 1, 1)
+    expected = [f for vit in vits for f in vit.get_intermediate_layers(normalised, [0, 1], True, True, True)]
+    torch.testing.assert_close(features, torch.cat([f for f, _ in expected], 1).half())
+    torch.testing.assert_close(classes, torch.cat([c for _, c in expected], 1).half())
+    last = E.extract(E.Model("one", vits[:1], False), images, E.parse_settings(["--task", "depth"]))[0]
+    torch.testing.assert_close(last, vits[0].get_intermediate_layers(normalised, 1, True, norm=False)[0].half())
+
+
+def test_concat_puts_the_teacher_beside_the_student():
+    train.main([*TRAIN, "--steps", "1", "--name", "x"])
+    settings = E.parse_settings(["--task", "depth", "--concat"])
+    (teacher, student), _ = E.load_models(settings)
+    assert len(teacher.vits) == 1 and student.vits[1] is teacher.vits[0] and student.name.endswith("+ first")
+
+
+def test_without_a_run_the_teacher_alone(capsys):
+    E.main(["--task", "correspondence", *QUICK["correspondence"].split(), "--teacher", "dinov2_vits14",
+            "--teacher-weights", "random"])  # fmt: skip
+    assert list(results("runs", "correspondence")["summary"]) == ["dinov2_vits14"]
+    assert capsys.readouterr().out.count(E.RANDOM) == 2
+
+
+def test_all_does_the_four(monkeypatch):
+    done = []
+    monkeypatch.setattr(E, "measure", lambda task, settings, models, home: done.append((task, vars(settings))))
+    E.main(["--task", "all", "--teacher", "dinov2_vits14", "--teacher-weights", "random", "--seeds", "2"])
+    assert [task for task, _ in done] == list(E.PROBES) and all(s["seeds"] == 2 for _, s in done)
+    assert [s.get("lr") for _, s in done[1:]] == [E.SETTINGS[t]["lr"][0] for t in E.PROBES[1:]]
+
+
+def test_reconstruction_measures_what_it_says(tmp_path, capsys):
+    save_small(tmp_path / "small.safetensors")
+    E.main(["--task", "reconstruction", "--weights", "small.safetensors", "--scenes", "2", "--image-size", "64", "64"])
+    table = {k: v for k, v in results("runs", "reconstruction")["summary"].items()}
+    assert list(table) == [
+        "nearest context photo",
+        "one constant depth",
+        "photos alone, small.safetensors",
+        "sensor depth",
+    ]
+    value = lambda row, key: table[row][key]["mean"]  # noqa: E731
+    assert value("sensor depth", "psnr") > value("one constant depth", "psnr") > 5
+    assert value("sensor depth", "abs_rel") < 0.05 < value("one constant depth", "abs_rel")
+    low, high = value("one constant depth", "psnr"), value("sensor depth", "psnr")
+    ours = value("photos alone, small.safetensors", "psnr")
+    assert value("photos alone, small.safetensors", "closed") == pytest.approx((ours - low) / (high - low))
+    folder = Path("runs/evaluation/reconstruction")
+    assert (folder / "scene.ply").read_bytes()[:3] == b"ply" and len(list(folder.glob("scene_*.png"))) == 2
+    # The nearest photo's error by hand
+    view = data.Views(data.Rooms("probe"), 64, 64, seed=0, length=2)
+    expected = []
+    for sample in (view[0], view[1]):
+        where, target = sample["context"]["extrinsics"][:, :3, 3], sample["target"]["extrinsics"][:3, 3]
+        nearest = (where - target).norm(dim=1).argmin()
+        mse = (sample["context"]["images"][nearest] - sample["target"]["images"]).square().mean()
+        expected.append(-10 * math.log10(float(mse)))
+    assert value("nearest context photo", "psnr") == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_reconstruction_of_a_capture_without_depth(tmp_path, capsys):
+    capture(tmp_path / "scan", depth=False)
+    save_small(tmp_path / "small.safetensors")
+    E.main(["--task", "reconstruction", "--weights", "small.safetensors", "--scenes", "1", "--image-size", "32", "48",
+            "--data", "scan"])  # fmt: skip
+    assert list(results("runs", "reconstruction")["summary"]) == [
+        "nearest context photo",
+        "photos alone, small.safetensors",
+    ]
+    assert "None" not in capsys.readouterr().out
+
+
+def test_depth_errors_by_hand():
+    depth, truth = torch.tensor([[2.0, 4.0, 6.0, 1.0]]), torch.tensor([[1.0, 2.0, 4.0, 0.0]])
+    errors = E.depth_errors(depth, truth, torch.tensor([[True, True, True, True]]))
+    assert errors["abs_rel"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert errors["abs_rel_scaled"] == pytest.approx((0 + 0 + 0.25) / 3)
+    unseen = E.depth_errors(depth, truth, torch.zeros(1, 4, dtype=torch.bool))
+    assert unseen == {"abs_rel": None, "abs_rel_scaled": None}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--task", "correspondence", "--image-size", "57", "56"], "--image-size must be multiples of 4 from 14 on"),
+        (["--task", "reconstruction", "--image-size", "40", "56"], "--image-size must be multiples of 16"),
+        (["--task", "depth", "--epochs", "0"], "--epochs cannot be 0"),
+        (["--task", "depth", "--weights", "nothing.pth"], "nothing.pth: no such file"),
+        (["--task", "depth", "--run", "runs/none"], "runs/none/student.safetensors"),
+        (["--task", "depth", "--run", "x", "--weights", "y"], "choose one"),
+        (["--task", "depth", "--teacher-weights", "random"], "--teacher-weights goes with --teacher"),
+        (["--task", "all", "--data", "x"], "every task wants data of its own"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(arguments, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        E.main(arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "task,flag", [("correspondence", "--epochs"), ("depth", "--matches"), ("reconstruction", "--norm")]
+)
+def test_a_task_does_not_take_the_others_settings(task, flag, capsys):
+    with pytest.raises(SystemExit):
+        E.main(["--task", task, flag, "1"])
+    assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def test_weights_that_are_no_dinov2_are_named(tmp_path):
+    save_file({"a": torch.zeros(2)}, "other.safetensors")
+    with pytest.raises(SystemExit, match="other.safetensors: not a DINOv2"):
+        E.main(["--task", "depth", "--weights", "other.safetensors"])
+    save_file(M.load_vit("dinov2_vits14", "random").state_dict(), "runs-x.safetensors")
+    Path("runs/x").mkdir(parents=True)
+    Path("runs-x.safetensors").rename("runs/x/student.safetensors")
+    with pytest.raises(SystemExit, match="runs/x/student.safetensors: its metadata has no settings"):
+        E.main(["--task", "depth"])
