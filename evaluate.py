@@ -60,7 +60,7 @@ SETTINGS = {
     "all": PROBE,
     "reconstruction": {
         "scenes": (50, 50, "pairs of context views and a target between them"),
-        "near": (2.0, 2.0, "nearest that photos are taken to show, in baselines (as in train.py)"),
+        "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines (as in train.py)"),
         "far": (50.0, 50.0, "likewise farthest"),
         "seed": (0, 0, "of the choice of views"),
     },

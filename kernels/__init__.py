@@ -8,14 +8,27 @@ the same in plain PyTorch, for machines without a GPU and as the oracle in the t
 """
 
 import os
+from typing import NamedTuple
 
 import torch
 
 from . import torch_backend
 
-__all__ = ["rasterize"]
+__all__ = ["Mixture", "rasterize"]
 
 TILE = 8  # pixels; results do not depend on it. Small, as pixel-sized Gaussians touch few pixels of a large one
+
+
+class Mixture(NamedTuple):
+    """Features in factored form: that of Gaussian n is sum_j weights[n, j] * tokens[indices[n, j]].
+
+    In distillation a pixel's feature mixes four patch tokens at most. Splatting the mixture gives the same as splatting
+    the features [B, N, C] that it stands for, which then never exist: 1.5 GB at the paper's size.
+    """
+
+    tokens: torch.Tensor  # [B, M, C]; differentiable
+    indices: torch.Tensor  # [B, N, J] integers, 0..M-1
+    weights: torch.Tensor  # [B, N, J] as means; data
 
 
 def _interpreted():
@@ -26,7 +39,7 @@ def rasterize(
     means,  # [B, N, 3] world
     covars,  # [B, N, 3, 3] world, symmetric, positive semi-definite
     opacities,  # [B, N] 0..1
-    features,  # [B, N, C]
+    features,  # [B, N, C], or a Mixture
     viewmats,  # [B, V, 4, 4] world to camera
     Ks,  # [B, V, 3, 3] pixels
     width,
@@ -36,6 +49,7 @@ def rasterize(
     far_plane=1e10,
     eps2d=0.3,
     backend=None,
+    precision="tf32",
 ):
     """Splat B scenes of N Gaussians with C channels each into V cameras per scene.
 
@@ -51,6 +65,8 @@ def rasterize(
         eps2d: variance in pixels^2 added to both axes of every image covariance.
         backend: "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1), "torch" (any device), or None:
             triton for CUDA tensors, torch for others.
+        precision: of the triton backend's products of float32 features: "tf32" (10 bits of mantissa, on tensor cores),
+            "tf32x3" (three such products, nearly exact) or "ieee". The torch backend is always exact.
 
     Returns:
         features [B, V, height, width, C] in the features' dtype, and alphas [B, V, height, width].
@@ -60,6 +76,8 @@ def rasterize(
             gradients, or the backend does not run on these tensors.
     """
     _check(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d)
+    if precision not in ("tf32", "tf32x3", "ieee"):
+        raise ValueError(f'precision is {precision!r}; it must be "tf32", "tf32x3" or "ieee"')
     if backend is None:
         backend = "triton" if means.is_cuda else "torch"
     if backend == "torch":
@@ -74,59 +92,76 @@ def rasterize(
             'backend "triton" needs CUDA tensors (or TRITON_INTERPRET=1 in the environment before the start); '
             f'these are on {means.device}: use backend="torch" or None'
         )
-    if means.dtype != torch.float32 or features.dtype == torch.float64:
+    tokens = features.tokens if isinstance(features, Mixture) else features
+    if means.dtype != torch.float32 or tokens.dtype == torch.float64:
         raise ValueError('backend "triton" takes float32 Gaussians; for float64 use backend="torch"')
-    with torch.cuda.device_of(means):  # triton launches on the current device, which need not be theirs
-        return _rasterize_triton(
-            means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d
-        )
+    return _rasterize_triton(
+        means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d, precision
+    )
 
 
 def _rasterize_triton(
-    means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d, tile=TILE
+    means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d, precision, tile=TILE
 ):
-    from .blend import Blend  # here, so that the torch backend works where triton cannot be imported
-    from .projection import Project
+    from .blend import blend  # here, so that the torch backend works where triton cannot be imported
+    from .projection import project
     from .tiles import list_tiles
 
-    (B, _, C), V = features.shape, viewmats.shape[1]
-    means, covars, opacities, features, viewmats, Ks = (
-        t.contiguous() for t in (means, covars, opacities, features, viewmats, Ks)
+    tokens, indices, mix = features if isinstance(features, Mixture) else (features, None, None)
+    if indices is not None:
+        indices, mix = indices.int().contiguous(), mix.contiguous()
+    B, V, C = len(means), viewmats.shape[1], tokens.shape[-1]
+    means, covars, opacities, tokens, viewmats, Ks = (
+        t.contiguous() for t in (means, covars, opacities, tokens, viewmats, Ks)
     )
-    means2d, conics, depths, radii = Project.apply(
+    means2d, conics, depths, radii = project(
         means, covars, opacities, viewmats, Ks, width, height, float(near_plane), float(far_plane), float(eps2d)
     )
     means2d, conics, depths, radii = (t.flatten(0, 1) for t in (means2d, conics, depths, radii))  # (I, N, ...)
-    gaussians, ranges = list_tiles(means2d, depths, radii, width, height, tile)
-    out, alphas = Blend.apply(
-        means2d, conics, opacities, features, gaussians, ranges, V, width, height, tile, _interpreted()
-    )
+    gaussians, ranges = list_tiles(means2d.detach(), depths, radii, width, height, tile)
+    out, alphas, _, _ = blend(
+        means2d, conics, opacities, tokens, indices, mix, gaussians, ranges, V, width, height, tile, precision,
+        _interpreted(),
+    )  # fmt: skip
     return out.view(B, V, height, width, C), alphas.view(B, V, height, width)
 
 
 def _check(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
-    if means.ndim != 3 or features.ndim != 3 or viewmats.ndim != 4:
+    mixed, compiling = isinstance(features, Mixture), torch.compiler.is_compiling()  # values are not to be had then
+    tokens = features.tokens if mixed else features
+    if means.ndim != 3 or tokens.ndim != 3 or viewmats.ndim != 4:
         raise ValueError(
             f"means must be [B, N, 3], features [B, N, C] and viewmats [B, V, 4, 4]; they are "
-            f"{list(means.shape)}, {list(features.shape)} and {list(viewmats.shape)}"
+            f"{list(means.shape)}, {list(tokens.shape)} and {list(viewmats.shape)}"
         )
     B, N = means.shape[:2]
-    C, V = features.shape[2], viewmats.shape[1]
+    C, V = tokens.shape[2], viewmats.shape[1]
     arguments = {  # name: (tensor, shape)
         "means": (means, (B, N, 3)),
         "covars": (covars, (B, N, 3, 3)),
         "opacities": (opacities, (B, N)),
-        "features": (features, (B, N, C)),
+        "features": (tokens, (B, tokens.shape[1] if mixed else N, C)),
         "viewmats": (viewmats, (B, V, 4, 4)),
         "Ks": (Ks, (B, V, 3, 3)),
     }
+    if mixed:
+        J = features.weights.shape[-1] if features.weights.ndim == 3 else 1
+        arguments["weights"] = (features.weights, (B, N, J))
+        arguments["indices"] = (features.indices, (B, N, J))
     for name, (tensor, shape) in arguments.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)} to go with means and features, not {list(tensor.shape)}")
         if tensor.device != means.device:
             raise ValueError(f"{name} is on {tensor.device}, means on {means.device}")
-        if name != "features" and tensor.dtype != means.dtype:
+        if name not in ("features", "indices") and tensor.dtype != means.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, means {means.dtype}")
+    if mixed:
+        indices = arguments.pop("indices")[0]
+        if indices.dtype not in (torch.int32, torch.int64) or features.weights.requires_grad:
+            raise ValueError("a mixture's indices must be int32 or int64, and its weights data without gradient")
+        if not compiling and indices.numel() and not 0 <= indices.min() <= indices.max() < tokens.shape[1]:
+            raise ValueError(f"a mixture's indices must lie in 0..{tokens.shape[1] - 1}, where its tokens are")
+    features = tokens
     if means.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"means must be float32 or float64, not {means.dtype}")
     if features.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -135,8 +170,10 @@ def _check(means, covars, opacities, features, viewmats, Ks, width, height, near
         raise ValueError(f"at least one channel and one whole pixel are needed, not C={C}, {width} x {height}")
     # Sums read each tensor once and make no copy, and one look at all six waits for the device once; only if they are
     # off (or so large that they overflow) look for the culprit
-    sums = torch.stack([tensor.detach().sum().float() for tensor, _ in arguments.values()])
-    if not torch.isfinite(sums).all():
+    if (
+        not compiling
+        and not torch.isfinite(torch.stack([tensor.detach().sum().float() for tensor, _ in arguments.values()])).all()
+    ):
         for name, (tensor, _) in arguments.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has values that are NaN or infinite")

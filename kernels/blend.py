@@ -13,6 +13,9 @@ A program owns one tile of P pixels and one block of channels. It takes its Gaus
 w [P, K] of a chunk cost a scan along K and no memory, and then out [P, channels] += w @ f [K, channels] is what
 tensor cores are for. So a channel more costs a column of a matrix product, not another pass.
 
+Features may come factored: f_k = sum_j mix_kj token_(index_kj), a mixture of J rows of a table [M, channels]. The
+mixtures of a chunk are made where they are used, [K, channels] at a time, and features [N, channels] never exist.
+
 R is a running product, not the exponential of a sum of logs: two Gaussians of alpha 0.99 leave R = 1e-4 within
 2e-6 of itself, and the stopping rule has to decide as the reference does.
 """
@@ -60,17 +63,37 @@ def pair_alpha(px, py, mx, my, A, B, C, opacity):
 
 
 @triton.jit
+def load_features(
+    features_ptr, indices_ptr, mix_ptr, scene, gaussian, n, used, c, C, M, DTYPE: tl.constexpr, J: tl.constexpr
+):  # fmt: skip
+    """Features [K, channels c] of a chunk: rows n of the scene's M, or mixtures of J of them by Gaussian factors."""
+    column = (c < C)[None, :]
+    if J == 0:
+        return tl.load(features_ptr + (scene * M + n)[:, None] * C + c[None, :], used[:, None] & column, 0.0).to(DTYPE)
+    f = tl.zeros([n.shape[0], c.shape[0]], tl.float32)
+    for j in tl.static_range(J):
+        row = scene * M + tl.load(indices_ptr + gaussian * J + j, used, 0)
+        mix = tl.load(mix_ptr + gaussian * J + j, used, 0.0)
+        token = tl.load(features_ptr + row[:, None] * C + c[None, :], used[:, None] & column, 0.0)
+        f += mix[:, None] * token.to(tl.float32)
+    return f.to(DTYPE)
+
+
+@triton.jit
 def blend_forward_kernel(
     means2d_ptr,  # [I, N, 2] pixels
     conics_ptr,  # [I, N, 3]
     opacities_ptr,  # [B, N]
-    features_ptr,  # [B, N, C]
+    features_ptr,  # [B, M, C]; M = N unless factored
+    indices_ptr,  # [B, N, J] int32, of a scene's features; read if J
+    mix_ptr,  # [B, N, J] float32; read if J
     gaussians_ptr,  # [pairs] int32
     ranges_ptr,  # [I * tiles, 2] int64
     out_ptr,  # out [I, H, W, C]
     transmittance_ptr,  # out [I, H, W]: T
     last_ptr,  # out [I, H, W] int32: one past the last pair that was blended, counted within the tile
     N,
+    M,
     C,
     V,
     width,
@@ -82,6 +105,7 @@ def blend_forward_kernel(
     BLOCK_C: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    J: tl.constexpr,
 ):
     image = (tl.program_id(0) // tiles).to(tl.int64)
     px, py = pixel_centres(tl.program_id(0) % tiles, tiles_x, TILE)
@@ -105,8 +129,10 @@ def blend_forward_kernel(
         # A skipped Gaussian's R is not to be asked: a parallel scan may round it above the R of the one that stopped
         blended = (R > MIN_TRANSMITTANCE) & (alpha > 0)
         w = tl.where(blended, alpha * R / (1 - alpha), 0.0)
-        f = tl.load(features_ptr + (first_3d + n)[:, None] * C + c[None, :], (k < end)[:, None] & (c < C)[None, :], 0.0)
-        acc = tl.dot(w.to(DOT_DTYPE), f.to(DOT_DTYPE), acc, input_precision=PRECISION)
+        f = load_features(
+            features_ptr, indices_ptr, mix_ptr, image // V, first_3d + n, n, k < end, c, C, M, DOT_DTYPE, J
+        )
+        acc = tl.dot(w.to(DOT_DTYPE), f, acc, input_precision=PRECISION)
         T = tl.minimum(T, tl.min(tl.where(blended, R, 1.0), 1))
         number = (k - start + 1).to(tl.int32)
         last = tl.maximum(last, tl.max(tl.where(blended, number[None, :], 0), 1))
@@ -146,7 +172,9 @@ def blend_backward_kernel(
     means2d_ptr,  # [I, N, 2] pixels
     conics_ptr,  # [I, N, 3]
     opacities_ptr,  # [B, N]
-    features_ptr,  # [B, N, C]
+    features_ptr,  # [B, M, C]; M = N unless factored
+    indices_ptr,  # [B, N, J] int32, of a scene's features; read if J
+    mix_ptr,  # [B, N, J] float32; read if J
     gaussians_ptr,  # [pairs] int32
     ranges_ptr,  # [I * tiles, 2] int64
     transmittance_ptr,  # [I, H, W]
@@ -156,8 +184,9 @@ def blend_backward_kernel(
     v_means2d_ptr,  # out [I, N, 2], added to atomically, as are the next three
     v_conics_ptr,  # out [I, N, 3]
     v_opacities_ptr,  # out [B, N]
-    v_features_ptr,  # out [B, N, C] float32
+    v_features_ptr,  # out [B, M, C] float32
     N,
+    M,
     C,
     V,
     width,
@@ -169,6 +198,7 @@ def blend_backward_kernel(
     BLOCK_C: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    J: tl.constexpr,
 ):
     image = (tl.program_id(0) // tiles).to(tl.int64)
     px, py = pixel_centres(tl.program_id(0) % tiles, tiles_x, TILE)
@@ -199,14 +229,22 @@ def blend_backward_kernel(
         g = tl.zeros([TILE * TILE, K], tl.float32) + v_alpha_out[:, None]
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
-            feature = (first_3d + n)[:, None] * C + c[None, :]
-            used = (k < end)[:, None] & (c < C)[None, :]
-            f = tl.load(features_ptr + feature, used, 0.0).to(DOT_DTYPE)
+            f = load_features(
+                features_ptr, indices_ptr, mix_ptr, image // V, first_3d + n, n, k < end, c, C, M, DOT_DTYPE, J
+            )
             v_out = tl.load(v_out_ptr + pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0)
             v_out = v_out.to(DOT_DTYPE)
             g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
             v_f = tl.dot(tl.trans(w.to(DOT_DTYPE)), v_out, input_precision=PRECISION)
-            tl.atomic_add(v_features_ptr + feature, v_f, used, sem="relaxed")
+            used = (k < end)[:, None] & (c < C)[None, :]
+            if J == 0:
+                row = image // V * M + n
+                tl.atomic_add(v_features_ptr + row[:, None] * C + c[None, :], v_f, used, sem="relaxed")
+            for j in tl.static_range(J):
+                row = image // V * M + tl.load(indices_ptr + (first_3d + n) * J + j, k < end, 0)
+                mix = tl.load(mix_ptr + (first_3d + n) * J + j, k < end, 0.0)
+                at = row[:, None] * C + c[None, :]
+                tl.atomic_add(v_features_ptr + at, mix[:, None] * v_f, used, sem="relaxed")
 
         wg = w * g
         total = tl.sum(wg, 1)
@@ -230,60 +268,128 @@ def blend_backward_kernel(
 
 
 # Chosen by what compiles for sm_80 and sm_90 without spilling registers (the backward spills 400 bytes on sm_80 all the
-# same); `python tests/aot.py 80 90` shows it. Nothing here has been timed yet.
+# same); `python -m kernels.bench` shows it. Nothing here has been timed yet.
 FORWARD = dict(K=32, BLOCK_C=64, num_warps=4)
 BACKWARD = dict(K=16, BLOCK_C=32, num_warps=4)
 
 
-def launch_options(block, C, dtype, tile, interpret):
-    """Keyword arguments for a kernel, from FORWARD or BACKWARD, the channels and dtype of the features, and the tile.
+def launch_options(block, C, dtype, tile, precision, J, interpret):
+    """Keyword arguments for a kernel: from FORWARD or BACKWARD, the channels and dtype of the features, the tile, the
+    precision of float32 products ("tf32", "tf32x3" or "ieee") and how many tokens a feature mixes (0 = not factored).
 
-    Products are of float32 in full precision, or of half-precision features by weights rounded to the same type;
-    sums are float32 always. Triton's interpreter multiplies bfloat16 wrongly, so there all is float32.
+    Half-precision features are multiplied by weights rounded to the same type; sums are float32 always. Triton's
+    interpreter multiplies bfloat16 wrongly and float32 exactly, so there all is float32.
     """
     triton_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
     return dict(
         block,
-        BLOCK_C=min(block["BLOCK_C"], max(16, triton.next_power_of_2(C))),  # tl.dot wants 16 at least
+        # tl.dot wants 16 channels at least; mixing tokens takes registers of its own
+        BLOCK_C=min(block["BLOCK_C"] // (2 if J else 1), max(16, triton.next_power_of_2(C))),
         TILE=tile,
         DOT_DTYPE=tl.float32 if interpret else triton_dtype,
-        PRECISION="ieee",
+        PRECISION="ieee" if interpret else precision,
+        J=J,
     )
 
 
-class Blend(torch.autograd.Function):
-    """(means2d, conics, opacities, features, gaussians, ranges, V, width, height, tile, interpret), shapes as the
-    kernel's, contiguous, float32 but for features -> features [I, H, W, C] in their dtype, alphas [I, H, W].
-    """
+def _sizes(means2d, features, V, width, height, tile):
+    tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
+    return means2d.shape[1], *features.shape[1:], V, width, height, tiles_x, tiles_x * tiles_y
 
-    @staticmethod
-    def forward(ctx, means2d, conics, opacities, features, gaussians, ranges, V, width, height, tile, interpret):
-        I, N, _ = means2d.shape
-        C = features.shape[-1]
-        tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
-        out = features.new_empty(I, height, width, C)
-        transmittance = means2d.new_empty(I, height, width)
-        last = means2d.new_empty(I, height, width, dtype=torch.int32)
-        ctx.sizes = N, C, V, width, height, tiles_x, tiles_x * tiles_y
-        ctx.options = launch_options(BACKWARD, C, features.dtype, tile, interpret)
-        if I:
-            options = launch_options(FORWARD, C, features.dtype, tile, interpret)
-            blend_forward_kernel[(I * tiles_x * tiles_y, triton.cdiv(C, options["BLOCK_C"]))](
-                means2d, conics, opacities, features, gaussians, ranges, out, transmittance, last,
-                *ctx.sizes, **options,
-            )  # fmt: skip
-        ctx.save_for_backward(means2d, conics, opacities, features, gaussians, ranges, transmittance, last)
-        return out, 1 - transmittance
 
-    @staticmethod
-    def backward(ctx, v_out, v_alphas):
-        means2d, conics, opacities, features, *_ = ctx.saved_tensors
-        v_means2d, v_conics, v_opacities = (torch.zeros_like(t) for t in (means2d, conics, opacities))
-        v_features = torch.zeros_like(features, dtype=torch.float32)  # half-precision atomics lose and are slow
-        if len(means2d):
-            tiles = ctx.sizes[-1]
-            blend_backward_kernel[(len(means2d) * tiles,)](
-                *ctx.saved_tensors, v_out.contiguous(), v_alphas.contiguous(),
-                v_means2d, v_conics, v_opacities, v_features, *ctx.sizes, **ctx.options,
+@torch.library.custom_op("splat::blend", mutates_args=())
+def blend(
+    means2d: torch.Tensor,
+    conics: torch.Tensor,
+    opacities: torch.Tensor,
+    features: torch.Tensor,
+    indices: torch.Tensor | None,
+    mix: torch.Tensor | None,
+    gaussians: torch.Tensor,
+    ranges: torch.Tensor,
+    V: int,
+    width: int,
+    height: int,
+    tile: int,
+    precision: str,
+    interpret: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tensors shaped as the kernel's, contiguous, float32 but for features -> features [I, H, W, C] in their dtype,
+    alphas [I, H, W], and for the backward transmittance and last [I, H, W]."""
+    out, alphas, transmittance, last = _blend_outputs(means2d, features, width, height)
+    sizes = _sizes(means2d, features, V, width, height, tile)
+    J = 0 if indices is None else indices.shape[-1]
+    if len(means2d):
+        options = launch_options(FORWARD, features.shape[-1], features.dtype, tile, precision, J, interpret)
+        with torch.cuda.device_of(means2d):  # triton launches on the current device, which need not be theirs
+            blend_forward_kernel[(len(means2d) * sizes[-1], triton.cdiv(features.shape[-1], options["BLOCK_C"]))](
+                means2d, conics, opacities, features, indices, mix, gaussians, ranges, out, transmittance, last,
+                *sizes, **options,
             )  # fmt: skip
-        return v_means2d, v_conics, v_opacities, v_features.to(features.dtype), *[None] * 7
+        torch.sub(1, transmittance, out=alphas)
+    return out, alphas, transmittance, last
+
+
+def _blend_outputs(means2d, features, width, height):
+    I = means2d.shape[0]
+    image = means2d.new_empty(I, height, width)
+    out = features.new_empty(I, height, width, features.shape[-1])
+    return out, image, torch.empty_like(image), torch.empty_like(image, dtype=torch.int32)
+
+
+@blend.register_fake
+def _(means2d, conics, opacities, features, indices, mix, gaussians, ranges, V, width, height, tile, *_):
+    return _blend_outputs(means2d, features, width, height)
+
+
+@torch.library.custom_op("splat::blend_backward", mutates_args=())
+def blend_backward(
+    means2d: torch.Tensor,
+    conics: torch.Tensor,
+    opacities: torch.Tensor,
+    features: torch.Tensor,
+    indices: torch.Tensor | None,
+    mix: torch.Tensor | None,
+    gaussians: torch.Tensor,
+    ranges: torch.Tensor,
+    transmittance: torch.Tensor,
+    last: torch.Tensor,
+    v_out: torch.Tensor,
+    v_alphas: torch.Tensor,
+    V: int,
+    width: int,
+    height: int,
+    tile: int,
+    precision: str,
+    interpret: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients by means2d, conics, opacities and features (float32 sums: half-precision atomics lose and are slow)."""
+    v = [torch.zeros_like(t, dtype=torch.float32) for t in (means2d, conics, opacities, features)]
+    sizes = _sizes(means2d, features, V, width, height, tile)
+    J = 0 if indices is None else indices.shape[-1]
+    if len(means2d):
+        with torch.cuda.device_of(means2d):
+            blend_backward_kernel[(len(means2d) * sizes[-1],)](
+                means2d, conics, opacities, features, indices, mix, gaussians, ranges, transmittance, last,
+                v_out.contiguous(), v_alphas.contiguous(), *v, *sizes,
+                **launch_options(BACKWARD, features.shape[-1], features.dtype, tile, precision, J, interpret),
+            )  # fmt: skip
+    return tuple(v)
+
+
+@blend_backward.register_fake
+def _(means2d, conics, opacities, features, *_):
+    return tuple(torch.empty_like(t, dtype=torch.float32) for t in (means2d, conics, opacities, features))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:8], *output[2:])
+    ctx.rest = inputs[8:]
+
+
+def _backward(ctx, v_out, v_alphas, _transmittance, _last):
+    *v, v_features = blend_backward(*ctx.saved_tensors, v_out, v_alphas, *ctx.rest)
+    return *v, v_features.to(ctx.saved_tensors[3].dtype), *[None] * 10
+
+
+blend.register_autograd(_backward, setup_context=_save)

@@ -254,34 +254,82 @@ def project_backward_kernel(
     tl.store(p + 8, v_zz, valid)
 
 
-class Project(torch.autograd.Function):
-    """(means, covars, opacities, viewmats, Ks, width, height, near_plane, far_plane, eps2d), shapes as the kernel's,
-    contiguous float32 -> means2d, conics, depths, radii. Differentiable: means and covars by means2d and conics.
-    """
-
-    @staticmethod
-    def forward(ctx, means, covars, opacities, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
-        (B, N, _), V = means.shape, viewmats.shape[1]
-        means2d, conics = means.new_empty(B, V, N, 2), means.new_empty(B, V, N, 3)
-        depths, radii = means.new_empty(B, V, N), means.new_empty(B, V, N, 2)
-        if B * V * N:
+@torch.library.custom_op("splat::project", mutates_args=())
+def project(
+    means: torch.Tensor,
+    covars: torch.Tensor,
+    opacities: torch.Tensor,
+    viewmats: torch.Tensor,
+    Ks: torch.Tensor,
+    width: int,
+    height: int,
+    near_plane: float,
+    far_plane: float,
+    eps2d: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tensors shaped as the kernel's, contiguous float32 -> means2d, conics, depths, radii. Differentiable: means and
+    covars by means2d and conics."""
+    means2d, conics, depths, radii = _project_outputs(means, viewmats)
+    if depths.numel():
+        B, V, N = depths.shape
+        with torch.cuda.device_of(means):  # triton launches on the current device, which need not be theirs
             project_forward_kernel[(triton.cdiv(N, BLOCK), B * V)](
                 means, covars, opacities, viewmats, Ks, means2d, conics, depths, radii,
                 N, V, float(width), float(height), near_plane, far_plane, eps2d, BLOCK=BLOCK,
             )  # fmt: skip
-        ctx.save_for_backward(means, covars, viewmats, Ks, conics, radii)
-        ctx.size = width, height
-        ctx.mark_non_differentiable(depths, radii)
-        return means2d, conics, depths, radii
+    return means2d, conics, depths, radii
 
-    @staticmethod
-    def backward(ctx, v_means2d, v_conics, _v_depths, _v_radii):
-        means, covars, viewmats, Ks, conics, radii = ctx.saved_tensors
-        (B, N, _), V = means.shape, viewmats.shape[1]
-        v_means, v_covars = torch.zeros_like(means), torch.zeros_like(covars)
-        if B * V * N:
+
+def _project_outputs(means, viewmats):
+    B, N, V = *means.shape[:2], viewmats.shape[1]
+    return tuple(means.new_empty(B, V, N, *last) for last in ((2,), (3,), (), (2,)))
+
+
+@project.register_fake
+def _(means, covars, opacities, viewmats, *_):
+    return _project_outputs(means, viewmats)
+
+
+@torch.library.custom_op("splat::project_backward", mutates_args=())
+def project_backward(
+    means: torch.Tensor,
+    covars: torch.Tensor,
+    viewmats: torch.Tensor,
+    Ks: torch.Tensor,
+    conics: torch.Tensor,
+    radii: torch.Tensor,
+    v_means2d: torch.Tensor,
+    v_conics: torch.Tensor,
+    width: int,
+    height: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by means and covars."""
+    v_means, v_covars = torch.zeros_like(means), torch.zeros_like(covars)
+    if conics.numel():
+        B, V, N, _ = conics.shape
+        with torch.cuda.device_of(means):
             project_backward_kernel[(triton.cdiv(N, BLOCK), B)](
                 means, covars, viewmats, Ks, conics, radii, v_means2d.contiguous(), v_conics.contiguous(),
-                v_means, v_covars, N, V, float(ctx.size[0]), float(ctx.size[1]), BLOCK=BLOCK,
+                v_means, v_covars, N, V, float(width), float(height), BLOCK=BLOCK,
             )  # fmt: skip
-        return v_means, v_covars, None, None, None, None, None, None, None, None
+    return v_means, v_covars
+
+
+@project_backward.register_fake
+def _(means, covars, *_):
+    return torch.empty_like(means), torch.empty_like(covars)
+
+
+def _save(ctx, inputs, output):
+    means, covars, _, viewmats, Ks, *ctx.rest = inputs
+    _, conics, depths, radii = output
+    ctx.save_for_backward(means, covars, viewmats, Ks, conics, radii)
+    ctx.mark_non_differentiable(depths, radii)
+
+
+def _backward(ctx, v_means2d, v_conics, _depths, _radii):
+    v_means, v_covars = project_backward(*ctx.saved_tensors, v_means2d, v_conics, *ctx.rest[:2])
+    return v_means, v_covars, *[None] * 8
+
+
+project.register_autograd(_backward, setup_context=_save)

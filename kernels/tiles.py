@@ -1,21 +1,25 @@
 """Which Gaussians touch which tile, front to back.
 
-A Gaussian's box (mean -+ radius) covers a rectangle of tiles, and makes one pair with each of them. Three steps:
+A Gaussian's box (mean -+ radius) covers a rectangle of tiles, and makes one pair with each of them. Four steps:
 
-    count   each (image, Gaussian)'s tiles; an exclusive sum of the counts gives each its place in the list
-    emit    into that place, one key per pair:  key = (image and tile) << 32 | bits of the depth
-    sort    the keys, stably; then each tile's pairs are a range of the list, found where the key's upper half changes
+    count   how many pairs each tile has; an exclusive sum of the counts gives each tile its range of the list
+    place   each pair somewhere in its tile's range, as one key:  depth bits << 32 | index of the Gaussian
+    sort    runs of RUN keys within each range, a program each: a key's place is how many of its run are smaller
+    merge   neighbouring runs, twice as long every pass, until the longest tile's is one: a key's place is its place in
+            its own run and how many of the other are smaller, which a binary search tells
 
-Depths are positive, and the bits of positive floats sort as the floats do. Pairs are emitted in order of index and
-the sort is stable, so that ties in depth go by index and the result is the same, bit for bit, on every run.
-Nothing here is differentiable: which Gaussians to blend is a choice, not a value.
+Depths are positive, and the bits of positive floats sort as the floats do. Where a pair is placed depends on who comes
+first, but no two keys of a tile are equal, so that the sorted list is the same, bit for bit, on every run, and ties in
+depth go by index. Nothing here is differentiable: which Gaussians to blend is a choice, not a value.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128  # Gaussians, or pairs, per program
+BLOCK = 128  # Gaussians per program
+RUN = 256  # keys that a program sorts, at most, in RUN^2 comparisons; not timed yet
+NEVER = tl.constexpr(2**63 - 1)  # sorts behind every key
 
 
 @triton.jit
@@ -39,27 +43,7 @@ def tile_rectangle(means2d_ptr, radii_ptr, at, valid, width, height, TILE: tl.co
 def count_kernel(
     means2d_ptr,  # [I, N, 2]
     radii_ptr,  # [I, N, 2]
-    counts_ptr,  # out [I, N] int32: tiles that the Gaussian touches
-    size,  # I * N
-    width,
-    height,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = at < size
-    left, top, right, bottom = tile_rectangle(means2d_ptr, radii_ptr, at, valid, width, height, TILE)
-    tl.store(counts_ptr + at, (right - left) * (bottom - top), valid)
-
-
-@triton.jit
-def emit_kernel(
-    means2d_ptr,  # [I, N, 2]
-    radii_ptr,  # [I, N, 2]
-    depths_ptr,  # [I, N]
-    ends_ptr,  # [I, N] int64: inclusive sum of the counts
-    keys_ptr,  # out [P] int64: (image * tiles + tile) << 32 | depth bits
-    gaussians_ptr,  # out [P] int32: index in 0..N-1
+    counts_ptr,  # out [I * tiles] int32: pairs of each tile, added to
     size,  # I * N
     N,
     width,
@@ -72,59 +56,132 @@ def emit_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < size
     left, top, right, bottom = tile_rectangle(means2d_ptr, radii_ptr, at, valid, width, height, TILE)
-    across = right - left
-    count = across * (bottom - top)
-    start = tl.load(ends_ptr + at, valid, 0) - count
-    depth = tl.load(depths_ptr + at, valid, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
-    image = at // N
+    across = tl.maximum(right - left, 1)
+    count = (right - left) * (bottom - top)
     for i in range(tl.max(count, 0)):  # lanes whose Gaussian is done sit idle
-        tile = (image * tiles_y + top + i // tl.maximum(across, 1)) * tiles_x + left + i % tl.maximum(across, 1)
-        tl.store(keys_ptr + start + i, (tile << 32) | depth, i < count)
-        tl.store(gaussians_ptr + start + i, (at % N).to(tl.int32), i < count)
+        tile = (at // N * tiles_y + top + i // across) * tiles_x + left + i % across
+        tl.atomic_add(counts_ptr + tile, 1, i < count, sem="relaxed")
 
 
 @triton.jit
-def range_kernel(
-    keys_ptr,  # [P] int64, sorted
-    ranges_ptr,  # out [I * tiles, 2] int64: a tile's first pair and the one past its last; zeros where it has none
-    P,
+def place_kernel(
+    means2d_ptr,  # [I, N, 2]
+    radii_ptr,  # [I, N, 2]
+    depths_ptr,  # [I, N]
+    next_ptr,  # [I * tiles] int64: each tile's next free place, moved on
+    keys_ptr,  # out [P] int64: depth bits << 32 | index in 0..N-1
+    size,  # I * N
+    N,
+    width,
+    height,
+    tiles_x,
+    tiles_y,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = i < P
-    tile = tl.load(keys_ptr + i, valid, 0) >> 32
-    before = tl.load(keys_ptr + i - 1, valid & (i > 0), -1) >> 32  # -1 >> 32 is -1: no tile
-    after = tl.load(keys_ptr + i + 1, i + 1 < P, -1) >> 32
-    tl.store(ranges_ptr + tile * 2, i, valid & (tile != before))
-    tl.store(ranges_ptr + tile * 2 + 1, i + 1, valid & (tile != after))
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < size
+    left, top, right, bottom = tile_rectangle(means2d_ptr, radii_ptr, at, valid, width, height, TILE)
+    across = tl.maximum(right - left, 1)
+    count = (right - left) * (bottom - top)
+    depth = tl.load(depths_ptr + at, valid, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+    for i in range(tl.max(count, 0)):
+        tile = (at // N * tiles_y + top + i // across) * tiles_x + left + i % across
+        place = tl.atomic_add(next_ptr + tile, 1, i < count, sem="relaxed")
+        tl.store(keys_ptr + place, (depth << 32) | (at % N), i < count)
 
 
-@torch.no_grad()
-def list_tiles(means2d, depths, radii, width, height, tile):
+@triton.jit
+def sort_kernel(
+    keys_ptr,  # [P] int64
+    sorted_ptr,  # out [P] int64: in each tile's range runs of RUN keys, sorted
+    ranges_ptr,  # [I * tiles, 2] int64
+    RUN: tl.constexpr,
+):
+    start = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2)
+    end = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2 + 1)
+    first = start + tl.program_id(1).to(tl.int64) * RUN
+    end = tl.minimum(end, first + RUN)
+    i = first + tl.arange(0, RUN)
+    key = tl.load(keys_ptr + i, i < end, NEVER)
+    place = tl.zeros([RUN], tl.int32)
+    for j in range(first, end, 16):
+        other = tl.load(keys_ptr + j + tl.arange(0, 16), j + tl.arange(0, 16) < end, NEVER)
+        place += tl.sum((other[None, :] < key[:, None]).to(tl.int32), 1)
+    tl.store(sorted_ptr + first + place, key, i < end)
+
+
+@triton.jit
+def merge_kernel(
+    keys_ptr,  # [P] int64: in each tile's range runs of `length` keys, sorted
+    merged_ptr,  # out [P] int64: runs of 2 * length
+    ranges_ptr,  # [I * tiles, 2] int64
+    length,
+    steps,  # of the binary search: bits of length
+    RUN: tl.constexpr,
+):
+    start = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2)
+    end = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2 + 1)
+    i = tl.program_id(1).to(tl.int64) * RUN + tl.arange(0, RUN)  # within the range
+    valid = start + i < end
+    if start + tl.program_id(1).to(tl.int64) * RUN < end:
+        key = tl.load(keys_ptr + start + i, valid, 0)
+        run = i // length
+        low = start + (run ^ 1) * length  # the other run of the pair, which may be cut short, or not be there
+        first, high = low, tl.minimum(low + length, end)
+        for _ in range(steps):
+            middle = (low + high) // 2
+            open = valid & (low < high)
+            smaller = open & (tl.load(keys_ptr + middle, open, NEVER) < key)
+            low, high = tl.where(smaller, middle + 1, low), tl.where(open & (smaller == 0), middle, high)
+        tl.store(merged_ptr + start + (i - run % 2 * length) + (low - first), key, valid)
+
+
+@torch.library.custom_op("splat::list_tiles", mutates_args=())
+def list_tiles(
+    means2d: torch.Tensor, depths: torch.Tensor, radii: torch.Tensor, width: int, height: int, tile: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Means2d [I, N, 2], depths [I, N] and radii [I, N, 2] (-1 = not visible) of I images, contiguous float32.
 
     Returns gaussians [P] int32, every tile's Gaussians (0..N-1) front to back, and ranges [I * tiles_y * tiles_x, 2]
     int64, where each tile's lie; tiles are square, `tile` pixels wide, counted row by row. Waits for the device
-    once, to learn P.
+    once, to learn P and the longest list.
     """
     I, N = depths.shape
     tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
-    device = depths.device
-    ranges = torch.zeros(I * tiles_y * tiles_x, 2, dtype=torch.int64, device=device)
-    counts = torch.empty(I * N, dtype=torch.int32, device=device)
+    counts = torch.zeros(I * tiles_y * tiles_x, dtype=torch.int32, device=depths.device)
+    box = I * N, N, float(width), float(height), tiles_x, tiles_y
     grid = (triton.cdiv(I * N, BLOCK),)
-    if I * N:
-        count_kernel[grid](means2d, radii, counts, I * N, float(width), float(height), TILE=tile, BLOCK=BLOCK)
-    ends = torch.cumsum(counts, 0, dtype=torch.int64)
-    P = int(ends[-1]) if I * N else 0
-    keys = torch.empty(P, dtype=torch.int64, device=device)
-    gaussians = torch.empty(P, dtype=torch.int32, device=device)
-    if P == 0:
-        return gaussians, ranges
-    emit_kernel[grid](
-        means2d, radii, depths, ends, keys, gaussians,
-        I * N, N, float(width), float(height), tiles_x, tiles_y, TILE=tile, BLOCK=BLOCK,
-    )  # fmt: skip
-    keys, order = torch.sort(keys, stable=True)
-    range_kernel[(triton.cdiv(P, BLOCK),)](keys, ranges, P, BLOCK=BLOCK)
-    return gaussians[order], ranges
+    with torch.cuda.device_of(depths):  # triton launches on the current device, which need not be theirs
+        if I * N:
+            count_kernel[grid](means2d, radii, counts, *box, TILE=tile, BLOCK=BLOCK)
+        ends = torch.cumsum(counts, 0, dtype=torch.int64)
+        ranges = torch.stack([ends - counts, ends], 1)
+        P, longest = torch.stack([ends[-1], counts.max().long()]).tolist() if I * N else (0, 0)
+        keys = torch.empty(P, dtype=torch.int64, device=depths.device)
+        if P:
+            place_kernel[grid](means2d, radii, depths, ends - counts, keys, *box, TILE=tile, BLOCK=BLOCK)
+            keys = sort_ranges(keys, ranges, longest)
+    return keys.int(), ranges  # the lower half of a key is the Gaussian
+
+
+@list_tiles.register_fake
+def _(means2d, depths, radii, width, height, tile):
+    P = torch.library.get_ctx().new_dynamic_size()
+    tiles = depths.shape[0] * triton.cdiv(width, tile) * triton.cdiv(height, tile)
+    return depths.new_empty(P, dtype=torch.int32), depths.new_empty(tiles, 2, dtype=torch.int64)
+
+
+def sort_ranges(keys, ranges, longest):
+    """Keys [P] int64, no two of a range equal, sorted within every range of ranges [R, 2], the longest of which has
+    `longest`. Returns [P]; overwrites the keys."""
+    run = min(RUN, max(16, triton.next_power_of_2(longest)))
+    grid = (len(ranges), triton.cdiv(longest, run))
+    done = torch.empty_like(keys)
+    sort_kernel[grid](keys, done, ranges, RUN=run)
+    length = run
+    while length < longest:
+        keys, done = done, keys
+        merge_kernel[grid](keys, done, ranges, length, length.bit_length(), RUN=run)
+        length *= 2
+    return done

@@ -138,11 +138,14 @@ def list_pairs(image_gaussians, radii, depths, width, height):
 
 
 def blend(image_gaussians, features, owner, pixel, V, width, height):
-    """Blend the pairs of `list_pairs` into V images per scene, given image_gaussians [B*V*N, 6], features [B, N, C].
+    """Blend the pairs of `list_pairs` into V images per scene, given image_gaussians [B*V*N, 6] and features [B, N, C]
+    or their factors (tokens [B, M, C], indices [B, N, J], weights [B, N, J]).
 
     Returns features [B, V, H, W, C] and alphas [B, V, H, W], differentiable in everything but the pairs.
     """
-    B, N, C = features.shape
+    tokens, indices, mix = features if isinstance(features, tuple) else (features, None, None)
+    B, M, C = tokens.shape
+    N = len(image_gaussians) // max(1, B * V)
     pixels = B * V * height * width
     alpha = _pair_alpha(image_gaussians, owner, pixel % width, pixel // width % height)
     # Transmittance before each pair: the sum of logs since its pixel's first pair. One sum runs over all pixels,
@@ -156,11 +159,17 @@ def blend(image_gaussians, features, owner, pixel, V, width, height):
     weights, owner, pixel = weights[blended], owner[blended], pixel[blended]
 
     first = torch.searchsorted(pixel, torch.arange(pixels + 1, device=pixel.device))
-    gaussian = owner // N // V * N + owner % N  # (image, n) -> (scene, n)
-    out = F.embedding_bag(  # the sparse product: one "bag" of Gaussians per pixel
-        gaussian, features.reshape(B * N, C), first, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
     alphas = weights.new_zeros(pixels).index_add(0, pixel, weights)
+    scene = owner // N // V
+    row = scene * N + owner % N
+    if indices is not None:  # a pair becomes J
+        J = indices.shape[-1]
+        weights = (weights[:, None] * mix.reshape(B * N, J)[row]).flatten()
+        row = (indices.reshape(B * N, J)[row] + scene[:, None] * M).flatten()
+        first = first * J
+    out = F.embedding_bag(  # the sparse product: one "bag" of rows per pixel
+        row, tokens.reshape(B * M, C), first, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
     return out.view(B, V, height, width, C), alphas.view(B, V, height, width)
 
 
@@ -175,5 +184,7 @@ def rasterize(means, covars, opacities, features, viewmats, Ks, width, height, n
     opacities = opacities[:, None, :, None].expand(B, V, N, 1)
     image_gaussians = torch.cat([means2d, conics, opacities], -1).view(B * V * N, 6)
     owner, pixel = list_pairs(image_gaussians, radii.flatten(0, 1), depths.flatten(0, 1), width, height)
-    out, alphas = blend(image_gaussians, features.to(means.dtype), owner, pixel, V, width, height)
-    return out.to(features.dtype), alphas
+    tokens, *factors = features if isinstance(features, tuple) else (features,)
+    features = (tokens.to(means.dtype), *factors) if factors else tokens.to(means.dtype)
+    out, alphas = blend(image_gaussians, features, owner, pixel, V, width, height)
+    return out.to(tokens.dtype), alphas

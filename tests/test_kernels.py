@@ -3,6 +3,7 @@
 The Triton kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -15,9 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import rasterize
+from kernels import Mixture
 from reference import DEVICE, make_scene, random_rotation, rasterize_dense
 
+# Values and gradients are compared at full precision; what TF32 costs has a test of its own
+rasterize = functools.partial(kernels.rasterize, precision="ieee")
 NAMES = ("means", "covars", "opacities", "features")
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
@@ -292,9 +295,7 @@ def test_feature_gradient_is_the_adjoint(backend):
 
 def test_independent_of_tile_size():
     scene = make_scene(8, N=40, C=4, width=37, height=21)
-    small, large = (
-        kernels._rasterize_triton(*scene, near_plane=0.01, far_plane=1e10, eps2d=0.3, tile=tile) for tile in (8, 16)
-    )
+    small, large = (kernels._rasterize_triton(*scene, 0.01, 1e10, 0.3, "ieee", tile=tile) for tile in (8, 16))
     for a, b in zip(small, large):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -323,6 +324,98 @@ def test_half_precision_features(backend, dtype):
     (expected,) = torch.autograd.grad((expected * g).sum(), scene[3])
     assert gradient.dtype == dtype
     close("gradient of features", gradient, expected, tolerance, tolerance)
+
+
+# --------------------------------------------------------------------------- factored features
+
+
+def mixture_for(scene, M, J=4):
+    """Four of M random tokens for each Gaussian of a scene, some with weight 0, some twice."""
+    (B, N, C), device = scene[3].shape, scene[3].device
+    g = torch.Generator().manual_seed(N + M)
+    weights = torch.rand(B, N, J, generator=g) * (torch.rand(B, N, J, generator=g) > 0.3)
+    indices = torch.randint(0, M, (B, N, J), generator=g)
+    return Mixture(torch.randn(B, M, C, generator=g).to(device), indices.to(device), weights.to(device))
+
+
+@both_backends
+@pytest.mark.parametrize(
+    "B,V,N,M,C,J", [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4)]
+)
+def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J):
+    """Values, and the gradients of tokens, means, covars and opacities, against the float64 loop on dense features."""
+    scene = make_scene(21, B, V, N, C, width=19, height=11)
+    mixture = mixture_for(scene, M, J)
+    tokens = mixture.tokens.requires_grad_()
+    inputs = [t.requires_grad_() for t in scene[:3]]
+    out, alphas = rasterize(*inputs, mixture._replace(tokens=tokens), *scene[4:], backend=backend)
+    wide = [t.detach().double().requires_grad_() for t in (*inputs, tokens)]
+    each = torch.arange(B, device=tokens.device)[:, None, None]
+    dense = (wide[3][each, mixture.indices] * mixture.weights[..., None]).sum(2)
+    expected, expected_alphas, certain = rasterize_dense(*wide[:3], dense, *scene[4:])
+    close("features", out[certain], expected[certain], 1e-3, 2e-5)
+    close("alphas", alphas[certain], expected_alphas[certain], 1e-3, 2e-5)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out) * certain[..., None]
+    h = torch.randn(alphas.shape, generator=torch.Generator().manual_seed(1)).to(alphas) * certain
+    got = torch.autograd.grad((out * g).sum() + (alphas * h).sum(), (*inputs, tokens))
+    if N == 0:  # the loop has done nothing, and knows no gradient
+        assert not any(t.any() for t in got)
+        return
+    wanted = torch.autograd.grad((expected * g).sum() + (expected_alphas * h).sum(), wide)
+    for name, a, b in zip(("means", "covars", "opacities", "tokens"), got, wanted):
+        close(f"gradient of {name}", a, b, 1e-3, 1e-3)
+
+
+# --------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_compiles_into_one_graph_without_a_break(mixed):
+    """Forward and backward, values and gradients as without the compiler; fullgraph raises at a break."""
+    scene = make_scene(22, B=2, V=2, N=23, C=5)
+    if mixed:
+        scene[3] = mixture_for(scene, M=6)
+
+    def loss(means, covars, opacities, tokens):
+        features = scene[3]._replace(tokens=tokens) if mixed else tokens
+        out, alphas = rasterize(means * 1.01, covars, opacities, features, *scene[4:], backend="triton")
+        return (out.sin().sum() + alphas.square().sum()) * 2
+
+    inputs = [t.detach().requires_grad_() for t in (*scene[:3], scene[3].tokens if mixed else scene[3])]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    a, b = loss(*inputs), compiled(*inputs)
+    torch.testing.assert_close(a, b)
+    for name, p, q in zip(NAMES, torch.autograd.grad(b, inputs), torch.autograd.grad(a, inputs)):
+        close(f"gradient of {name}", p, q, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("op", ["project", "list_tiles", "blend"])
+def test_operators_keep_torchs_rules(op):
+    """torch.library.opcheck: schema, fake implementation and autograd registration of each."""
+    from kernels.blend import blend
+    from kernels.projection import project
+    from kernels.tiles import list_tiles
+
+    means, covars, opacities, features, viewmats, Ks, width, height = make_scene(23, B=1, V=2, N=9, C=3)
+    arguments = (
+        means.requires_grad_(),
+        covars.requires_grad_(),
+        opacities,
+        viewmats,
+        Ks,
+        width,
+        height,
+        0.01,
+        1e10,
+        0.3,
+    )
+    means2d, conics, depths, radii = (t.detach().flatten(0, 1).contiguous() for t in project(*arguments))
+    lists = (means2d, depths, radii, width, height, 8)
+    gaussians, ranges = list_tiles(*lists)
+    blending = (*(t.requires_grad_() for t in (means2d.clone(), conics, opacities, features)), None, None, gaussians,
+                ranges, 2, width, height, 8, "ieee", not torch.cuda.is_available())  # fmt: skip
+    chosen = {"project": (project, arguments), "list_tiles": (list_tiles, lists), "blend": (blend, blending)}[op]
+    torch.library.opcheck(*chosen)
 
 
 # --------------------------------------------------------------------------- edges
@@ -419,6 +512,14 @@ def _poison(t):
     return t
 
 
+def _mixed(**changes):
+    scene = make_scene(15)
+    mixture = mixture_for(scene, M=11)._asdict()
+    mixture["indices"][0, 0, 0] = 10
+    scene[3] = Mixture(**{k: changes[k](v) if k in changes else v for k, v in mixture.items()})
+    return scene
+
+
 @both_backends
 @pytest.mark.parametrize("index,name", list(enumerate(("means", "covars", "opacities", "features", "viewmats", "Ks"))))
 def test_nan_is_named(backend, index, name):
@@ -441,6 +542,12 @@ def test_nan_is_named(backend, index, name):
         (make_scene(), dict(near_plane=2.0, far_plane=1.0), "near_plane < far_plane must hold"),
         (make_scene(), dict(eps2d=-1.0), "eps2d is a variance"),
         (make_scene(), dict(backend="cuda"), "backend is 'cuda'"),
+        (make_scene(), dict(precision="fp32"), "precision is 'fp32'"),
+        (_mixed(indices=lambda t: t + 1), {}, r"indices must lie in 0\.\.10, where its tokens are"),
+        (_mixed(indices=lambda t: t[:, :-1]), {}, r"indices must be \[1, 20, 4\]"),
+        (_mixed(indices=lambda t: t.float()), {}, "indices must be int32 or int64"),
+        (_mixed(weights=lambda t: t.requires_grad_()), {}, "weights data without gradient"),
+        (_mixed(weights=_poison), {}, "weights has values that are NaN"),
         (make_scene(dtype=torch.float64), dict(backend="triton"), "takes float32 Gaussians"),
     ],
 )

@@ -540,3 +540,16 @@ def test_bilinear_upsampling_ignores_segments():
     assert torch.equal(b, c) and not torch.allclose(a, b)
     with pytest.raises(ValueError, match="upsampling is mask-aware or bilinear, not 'nearest'"):
         build(upsampling="nearest")
+
+
+@pytest.mark.parametrize("B,V", [(1, 2), (2, 1), (3, 2)])
+def test_factored_lifting_is_lifting(B, V):
+    """What a GPU splats instead of features: the same numbers, scene by scene."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randn(B * V, 5, 3, 4, generator=g)
+    masks = torch.randint(0, 3, (B * V, 17, 23), generator=g)
+    dense = M.lift_features(tokens, masks, V, factored=False)
+    mixture = M.lift_features(tokens, masks, V, factored=True)
+    each = torch.arange(B)[:, None, None]
+    torch.testing.assert_close((mixture.tokens[each, mixture.indices] * mixture.weights[..., None]).sum(2), dense)
+    assert mixture.indices.min() >= 0 and mixture.indices.max() < V * 12

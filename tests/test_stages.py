@@ -119,7 +119,7 @@ def test_projection_and_its_gradients(B, V, N):
         return means2d, conics, torch_backend.image_radii(covars2d, opacities, visible)[..., 0] >= 0
 
     def by_triton(*tensors):
-        means2d, conics, _, radii = projection.Project.apply(*tensors, width, height, *LIMITS.values())
+        means2d, conics, _, radii = projection.project(*tensors, width, height, *LIMITS.values())
         return means2d, conics, radii[..., 0] >= 0
 
     expected, got = gradients(by_torch, torch.float64), gradients(by_triton, torch.float32)
@@ -168,3 +168,33 @@ def test_tile_lists_are_complete_sorted_and_tight(seed, images, N, width, height
         ).all(1)
         assert set(torch.nonzero(touches & holds_centre)[:, 0].tolist()) <= set(listed)
         assert set(listed) <= set(torch.nonzero(may_touch)[:, 0].tolist())
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(0, 2**31), st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 33, 64, 100, 131]), min_size=1, max_size=5),
+    st.sampled_from([16, 32]),
+)  # fmt: skip
+def test_ranges_are_sorted_whatever_their_length(seed, lengths, run):
+    """Against torch.sort, with runs so short that lists of a hundred take several merges."""
+    g = torch.Generator().manual_seed(seed)
+    ends = torch.tensor(lengths).cumsum(0)
+    ranges = torch.stack([ends - torch.tensor(lengths), ends], 1)
+    depth = torch.randint(0, 4, (sum(lengths),), generator=g)  # many ties, which the lower half decides
+    keys = (depth << 32) | torch.randperm(sum(lengths), generator=g)
+    before, tiles.RUN = tiles.RUN, run
+    try:
+        if sum(lengths):
+            got = tiles.sort_ranges(keys.clone().to(DEVICE), ranges.to(DEVICE), max(lengths)).cpu()
+            expected = torch.cat([keys[a:b].sort().values for a, b in ranges.tolist()])
+            assert torch.equal(got, expected)
+    finally:
+        tiles.RUN = before
+
+
+def test_a_list_of_thousands_is_sorted():
+    """At the size that runs have on a GPU: 5,000 keys are ten runs, the last one short, and four merges."""
+    keys = torch.randperm(5003, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ranges = torch.tensor([[0, 5000], [5000, 5000], [5000, 5003]], device=DEVICE)
+    got = tiles.sort_ranges(keys.clone(), ranges, 5000)
+    assert torch.equal(got[:5000], keys[:5000].sort().values) and torch.equal(got[5000:], keys[5000:].sort().values)
