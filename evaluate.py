@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import platform
+import resource
 import time
 import warnings
 from pathlib import Path
@@ -36,7 +37,7 @@ from model import (
     IMAGENET_MEAN, IMAGENET_STD, PATCH, FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit,
     read_state, render, save_ply,
 )  # fmt: skip
-from train import RANDOM, banner, depth_colours, load_teacher, replace_file, write_sheet
+from train import RANDOM, banner, depth_colours, load_teacher, move, replace_file, write_sheet
 
 # Settings by task: (on rooms, on other data, why). The latter are the protocols' own.
 PROBE = {
@@ -62,9 +63,12 @@ SETTINGS = {
         "scenes": (50, 50, "pairs of context views and a target between them"),
         "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines (as in train.py)"),
         "far": (50.0, 50.0, "likewise farthest"),
+        "min_gap": (8, 8, "frames between the context views, at least"),
+        "max_gap": (12, 12, "at most"),
         "seed": (0, 0, "of the choice of views"),
     },
 }  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBES = ("correspondence", "depth", "normals", "segmentation")
 BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
@@ -160,6 +164,9 @@ def load_models(settings):
     depth = min(len(vit.blocks) for m in models for vit in m.vits)
     if settings.layers and not all(0 <= i < depth for i in settings.layers):
         raise ValueError(f"--layers {settings.layers}: there are {depth} blocks, counted from 0")
+    for model in models:
+        for vit in model.vits:
+            vit.to(DEVICE)
     return models, home
 
 
@@ -181,17 +188,17 @@ def metadata_of(path):
 
 @torch.no_grad()
 def extract(model, images, settings):
-    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C], half precision. Images are resized to
-    the multiples of 14 at or below their size."""
+    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C], half precision, in main memory.
+    Images are resized to the multiples of 14 at or below their size."""
     size = [s // PATCH * PATCH for s in images.shape[-2:]]
-    x = F.interpolate(images, size, mode="bilinear", align_corners=False)
+    x = F.interpolate(images.to(DEVICE), size, mode="bilinear", align_corners=False)
     mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
     parts = []
     for vit in model.vits:
         layers = settings.layers or [len(vit.blocks) - 1]
         parts += vit.get_intermediate_layers((x - mean) / std, layers, True, True, settings.norm)
     patches, classes = zip(*parts)
-    return torch.cat(patches, 1).half(), torch.cat(classes, 1).half()
+    return torch.cat(patches, 1).half().cpu(), torch.cat(classes, 1).half().cpu()
 
 
 # ----------------------------------------------------------------------------- correspondence
@@ -215,10 +222,10 @@ def find_matches(feat0, feat1, depth0, depth1, K, num_matches):
     points, features = [], []
     for feat, depth, K in zip((feat0, feat1), (depth0, depth1), Ks):
         H, W = depth.shape
-        y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+        y, x = torch.meshgrid(*(torch.arange(n, device=depth.device) + 0.5 for n in (H, W)), indexing="ij")
         pixels = torch.stack([x, y, torch.ones_like(x)], -1)[depth > 0]  # (P, 3)
         points.append(pixels * depth[depth > 0][:, None] @ torch.linalg.inv(K).T)
-        grid = 2 * pixels[:, :2] / torch.tensor([W, H]) - 1
+        grid = 2 * pixels[:, :2] / pixels.new_tensor([W, H]) - 1
         sampled = F.grid_sample(feat[None].float(), grid[None, None], align_corners=False)[0, :, 0].T  # (P, C)
         features.append(F.normalize(sampled, dim=-1))
     if min(map(len, points)) < 2:
@@ -272,12 +279,13 @@ def correspondence(models, settings, folder):
             drawn = []
             for model in models:
                 features = extract(model, images, settings)[0]
-                errors = match_errors(*features, *depths, K, Rt, settings.matches)
+                views = [t.to(DEVICE) for t in (*features, *depths, K)]
+                errors = match_errors(*views, Rt.to(DEVICE), settings.matches)
                 recalls[model.name].append(
                     [float((errors < r).float().mean()) if len(errors) else None for r in (5, 10, 20)]
                 )
                 if seed == settings.seed and n < 4:
-                    drawn.append((model, find_matches(*features, *depths, K, 30)))
+                    drawn.append((model, [points.cpu() for points in find_matches(*views, 30)]))
             if drawn:
                 draw_matches(folder / f"matches_{n}.png", images, drawn, K, Rt)
             progress.step()
@@ -319,6 +327,7 @@ class DepthProbe(nn.Module):
     def __init__(self, channels, near=0.001, far=10.0):
         super().__init__()
         self.conv = nn.Conv2d(2 * channels, 256, 1)
+        self.far = far
         self.register_buffer("bins", torch.linspace(near, far, 256))
 
     def forward(self, features, classes, size):  # (B, C, h, w), (B, C) -> (B, H, W)
@@ -330,11 +339,11 @@ class DepthProbe(nn.Module):
         return F.interpolate(depth[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
     def loss(self, prediction, frame):
-        truth = torch.where(frame["depths"] <= self.bins[-1], frame["depths"], 0.0)
+        truth = torch.where(frame["depths"] <= self.far, frame["depths"], 0.0)
         return sig_loss(prediction, truth) + 0.5 * gradient_loss(prediction, truth)
 
     def measure(self, prediction, frame):
-        return depth_metrics(prediction, torch.where(frame["depths"] <= self.bins[-1], frame["depths"], 0.0))
+        return depth_metrics(prediction, torch.where(frame["depths"] <= self.far, frame["depths"], 0.0))
 
     def draw(self, prediction, frame):
         known = frame["depths"] > 0
@@ -515,9 +524,8 @@ def fit(task, names, cached, frames, settings, seed):
     over 1.5 epochs, then a cosine, as in Probe3D."""
     torch.manual_seed(seed)
     channels = cached[0].shape[1]
-    probe = (
-        SegmentationProbe(channels, names) if names else {"depth": DepthProbe, "normals": NormalsProbe}[task](channels)
-    )
+    probe = SegmentationProbe(channels, names) if names else (DepthProbe if task == "depth" else NormalsProbe)(channels)
+    probe.to(DEVICE)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=0.01)
     steps = settings.epochs * math.ceil(len(frames) / settings.batch_size)
     warmup = max(1, round(1.5 * steps / settings.epochs))
@@ -527,8 +535,8 @@ def fit(task, names, cached, frames, settings, seed):
     )
     for _ in range(settings.epochs):
         for batch in torch.randperm(len(frames)).split(settings.batch_size):
-            frame = {k: torch.stack([frames[i][k] for i in batch]) for k in LABELS[task]}
-            prediction = probe(*(c[batch].float() for c in cached), settings.image_size)
+            frame = {k: torch.stack([frames[i][k] for i in batch]).to(DEVICE) for k in LABELS[task]}
+            prediction = probe(*(c[batch].to(DEVICE).float() for c in cached), settings.image_size)
             loss = probe.loss(prediction, frame)
             optimizer.zero_grad()
             loss.backward()
@@ -542,7 +550,7 @@ def apply(probe, cached, frames, size):
     """Metrics {name: [N, ...]} of a probe over the frames, and its predictions of the first four."""
     measured, predictions = [], []
     for i, frame in enumerate(frames):
-        prediction = probe(*(c[i : i + 1].float() for c in cached), size)
+        prediction = probe(*(c[i : i + 1].to(DEVICE).float() for c in cached), size).cpu()
         measured.append(probe.measure(prediction, {k: v[None] for k, v in frame.items()}))
         predictions += [prediction[0]] * (i < 4)
     return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}, predictions
@@ -581,27 +589,29 @@ def reconstruction(settings, folder):
     """
     H, W = settings.image_size
     scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
-    views = data.Views(scenes, H, W, seed=settings.seed, length=settings.scenes)
+    gaps = dict(min_gap=settings.min_gap, max_gap=settings.max_gap)
+    views = data.Views(scenes, H, W, **gaps, seed=settings.seed, length=settings.scenes)
     ways = {}
     for name in settings.weights:
         reconstructor = load_reconstructor(None if name == "shipped" else name)
-        ways[f"photos alone, {name}"] = FeedForward(reconstructor, settings.near, settings.far)
+        ways[f"photos alone, {name}"] = FeedForward(reconstructor.to(DEVICE), settings.near, settings.far)
     ours = list(ways)
     if "depths" in views.keys:
         ways = {"one constant depth": constant_depth} | ways | {"sensor depth": SensorDepth()}
     rows = {name: [] for name in ("nearest context photo", *ways)}
     seconds, progress = [], Progress(settings.scenes, "scene")
     for i in range(settings.scenes):
-        sample = views[i]
+        sample = move(views[i], DEVICE)
         target, context = sample["target"], {k: v[None] for k, v in sample["context"].items()}
         away = (context["extrinsics"][0, :, :3, 3] - target["extrinsics"][:3, 3]).norm(dim=-1)
         nearest = {k: v[0, away.argmin()] for k, v in context.items()}
-        unknown = torch.zeros(H, W)
+        unknown = torch.zeros(H, W, device=DEVICE)
         drawn = {"nearest context photo": (nearest["images"], nearest.get("depths", unknown), unknown == 0)}
         for name, way in ways.items():
             started = time.time()
             gaussians = way(context)
             if name in ours:
+                float(gaussians.means.sum())  # waits for a GPU
                 seconds.append(time.time() - started)
             if i == 0 and name == ours[0]:
                 save_ply(folder / "scene.ply", gaussians)
@@ -615,16 +625,21 @@ def reconstruction(settings, folder):
             for name, (photo, depth, seen) in drawn.items():
                 panels |= {
                     name: photo.permute(1, 2, 0),
-                    " " * len(panels) + "depth": depth_colours(depth, seen & (depth > 0)),
+                    " " * len(panels) + "depth": depth_colours(depth.cpu(), (seen & (depth > 0)).cpu()),
                 }
             write_sheet(folder / f"scene_{i}.png", panels)
         progress.step()
     table = {name: [{k: mean([row[k] for row in of]) for k in of[0]}] for name, of in rows.items()}
     if "depths" in views.keys:
         low, high = (table[name][0]["psnr"] for name in ("one constant depth", "sensor depth"))
-        for name in ours:
+        for name in ours if high > low else ():  # a sensor with holes may see less than one depth for all
             table[name][0]["closed"] = (table[name][0]["psnr"] - low) / (high - low)
-    print(f"Two photos of {H} x {W} to Gaussians: {np.median(seconds):.2f} s")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"Two photos of {H} x {W} to Gaussians: {np.median(seconds):.2f} s; peak memory of the process {memory:.2f} GiB"
+    )
+    for name in ours:
+        table[name][0] |= {"seconds": float(np.median(seconds)), "memory_gib": memory}
     return table
 
 

@@ -45,8 +45,8 @@ VIEWS = {
     "context_views": (2, 2, "that are lifted to 3D"),
     "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
     "max_gap": (12, 12, "at most: overlap"),
-    "near": (3.0, 1.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
-    "far": (50.0, 100.0, "likewise farthest"),
+    "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
+    "far": (50.0, 50.0, "likewise farthest; both as the shipped weights were trained (the papers: 1, 100 units)"),
     "batch_size": (1, 1, "scenes a step"),
     "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the network off"),
     "weight_decay": (0.0, 0.0, "0 makes AdamW the Adam of the papers"),
@@ -616,7 +616,7 @@ def report(folder, measured, settings, random_weights):
     elif settings["data"]:
         print(f"Next, load it: model.load_vit('{settings['teacher']}', '{weights}')")
     else:
-        print(f"Next, on your own posed photos: python train.py --teacher {settings['teacher']} --data FOLDER")
+        print("Next, does it understand 3D better than its teacher? python evaluate.py --task correspondence")
 
 
 if __name__ == "__main__":

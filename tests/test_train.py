@@ -240,7 +240,7 @@ def test_presets():
     settings = train.parse_settings(["--data", "x"])
     assert settings["preset"] == "paper"
     # every number of the paper's table
-    expected = dict(height=576, width=880, context_views=2, min_gap=8, max_gap=12, near=1.0, far=100.0, batch_size=1,
+    expected = dict(height=576, width=880, context_views=2, min_gap=8, max_gap=12, batch_size=1,
                     lora_rank=8, lora_alpha=8.0, lora_dropout=0.1, head_dim=2048, bottleneck_dim=256, prototypes=65536,
                     lr=2e-5, warmup=0.01, steps=300_000, momentum=0.999, ema_every=10, teacher_temperature=1.0,
                     student_temperature=1.0, blend=0.5)  # fmt: skip
