@@ -23,6 +23,7 @@ import colorsys
 import json
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -796,8 +797,8 @@ class Views(torch.utils.data.Dataset):
         num_context, min_gap, max_gap: see `sample_views`.
         seed, length: the sequence of samples and its length.
 
-    A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W] (if all scenes
-    have depth), masks [V, H, W]}, "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V+1]}.
+    A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W] (if any scene
+    has depth), masks [V, H, W]}, "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V+1]}.
     """
 
     def __init__(self, scenes, height, width, *, num_context=2, min_gap=8, max_gap=12, seed=0, length):
@@ -818,10 +819,10 @@ class Views(torch.utils.data.Dataset):
             few = f"{short[0].name}: {len(short[0])} frames are too few for context views {min_gap} apart"
             warnings.warn(f"{few}; they are as far apart as can be ({len(short)} of {len(scenes)} scenes)")
         without = [scene.name for scene in scenes if not scene.has_depth]
-        if without:
+        if len(without) == len(scenes):
             self.keys = tuple(k for k in VIEW_KEYS if k != "depths")
-            if len(without) < len(scenes):
-                warnings.warn(f"{without[0]} and {len(without) - 1} more scenes have no depth; no scene's is used")
+        elif without:
+            warnings.warn(f"{without[0]} and {len(without) - 1} more scenes have no depth; it counts as unknown there")
 
     def __len__(self):
         return self.length
@@ -832,7 +833,8 @@ class Views(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, index])
         scene = self.scenes[int(rng.integers(len(self.scenes)))]
         context, target = sample_views(len(scene), rng, **self.sampling)
-        views = [scene.frame(i, *self.size) for i in (*context, target)]
+        unknown = {"depths": torch.zeros(self.size)}
+        views = [unknown | scene.frame(i, *self.size) for i in (*context, target)]
         views = [{k: view[k] for k in self.keys} for view in views]
         return {
             "context": {k: torch.stack([view[k] for view in views[:-1]]) for k in self.keys},
@@ -880,14 +882,23 @@ def pairs(path, count, height, width, seed):
         for scene in scenes:
             if not scene.has_depth:
                 raise ValueError(f"{scene.file}: no depth maps, which correspondences are measured with")
-        found = [(scene, i, j) for scene in scenes for j in range(len(scene)) for i in range(j)]
+        sizes = np.array([len(scene) * (len(scene) - 1) // 2 for scene in scenes])  # pairs of each scene
+        chosen = range(sizes.sum()) if sizes.sum() <= count else np.sort(rng.choice(sizes.sum(), count, replace=False))
+        found = []
+        for k in chosen:
+            scene = int(np.searchsorted(sizes.cumsum(), k, side="right"))
+            k = int(k - sizes[:scene].sum())  # pairs (i, j) with i < j, counted along j
+            j = int((1 + np.sqrt(1 + 8 * k)) // 2)
+            found.append((scenes[scene], k - j * (j - 1) // 2, j))
+    if not found:
+        raise ValueError(f"{path}: no two frames to compare")
     if len(found) > count:
-        found = [found[k] for k in np.sort(rng.permutation(len(found))[:count])]
+        found = [found[k] for k in np.sort(rng.choice(len(found), count, replace=False))]
     return Pairs(found, height, width)
 
 
 def room_pair(room, rng, degrees, tries=20):
-    """(room, i, j) of two frames whose viewing directions differ by an angle in the range, or None if none is found."""
+    """(room, i, j) of two frames whose cameras are turned by an angle in the range, or None if none is found."""
     for _ in range(tries):
         i, j = (int(k) for k in rng.integers(len(room), size=2))
         a, b = (room.frame(k, 24, 24) for k in (i, j)) if i != j else (None, None)
@@ -942,7 +953,9 @@ def scannet_pairs(path):
     try:
         names = np.load(path / "test.npz", allow_pickle=False)["name"]
         Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
-    except (OSError, KeyError, ValueError) as error:
+        if names.ndim != 2 or names.shape[1] != 4 or not all(K.shape in ((3, 3), (4, 4)) for K in Ks.values()):
+            raise ValueError("other shapes than [pairs, 4] and [3, 3]")
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: test.npz and intrinsics.npz of ScanNet-1500 were expected ({error})") from None
     scenes = [f"scene{scene:04d}_{sequence:02d}" for scene, sequence, _, _ in names]
     opened = {}
@@ -973,13 +986,15 @@ class Labelled(torch.utils.data.Dataset):
 def labelled(task, path, size, train_count=0, test_count=0):
     """Labelled frames to train and to test a probe on, and the classes' names (None but for segmentation).
 
-    task is depth, normals or segmentation; size (H, W); counts 0 are all. Layouts: README, Probing.
+    task is depth, normals or segmentation; size (H, W); counts 0 are all (of rooms, 200). Layouts: README, Probing.
     Raises ValueError: which path was expected.
     """
     names = None
     if path is None:
         rooms = Rooms("probe")
         middle = len(rooms) // 2
+        if max(train_count, test_count) > middle:
+            raise ValueError(f"there are {middle} rooms each to train and to test a probe on, no more")
         train, test = ([(rooms, i) for i in range(first, first + (count or 200))]
                        for first, count in ((0, train_count), (middle, test_count)))
         load, names = load_room, CLASSES[1:] if task == "segmentation" else None
@@ -1014,25 +1029,28 @@ def posed_frames(path):
 
 def depth_frames(path):
     """NYUv2 in the split-file layout, where a line is "photo depth focal", or posed RGB-D folders."""
-    splits = {}
-    for part in ("train", "test"):
-        found = sorted(path.glob(f"*{part}*.txt"))
-        if found:
-            lines = [line.split() for line in found[0].read_text().splitlines() if line.strip()]
-            splits[part] = [(path, found[0], *line[:2]) for line in lines]
-    if not splits:
-        def load_posed(entry, height, width):
-            frame = entry[0].frame(entry[1], height, width)
-            return {k: frame[k] for k in ("images", "depths")}
+    listed = {part: sorted(path.glob(f"*{part}*.txt"))[:1] for part in ("train", "test")}
+    if not any(listed.values()):
+        return *posed_frames(path), load_posed_depth
+    splits = []
+    for part, files in listed.items():
+        if not files:
+            raise ValueError(f"{path / f'nyu_{part}.txt'}: expected, beside the other split's file")
+        lines = [line.split() for line in files[0].read_text().splitlines() if line.strip()]
+        if any(len(line) < 2 for line in lines):
+            raise ValueError(f'{files[0]}: a line is not "photo depth focal"')
+        splits.append([(path, files[0], *line[:2]) for line in lines])
+    return *splits, load_nyu
 
-        return *posed_frames(path), load_posed
-    if len(splits) < 2:
-        missing = "test" if "train" in splits else "train"
-        raise ValueError(f"{path / f'nyu_{missing}.txt'}: expected, beside {splits.popitem()[1][0][1].name}")
-    short = [e for part in splits.values() for e in part if len(e) < 4]
-    if short:
-        raise ValueError(f'{short[0][1]}: a line is not "photo depth focal"')
-    return splits["train"], splits["test"], load_nyu
+
+def load_posed_depth(entry, height, width):
+    frame = entry[0].frame(entry[1], height, width)
+    return {k: frame[k] for k in ("images", "depths")}
+
+
+def load_posed_normals(entry, height, width):
+    frame = entry[0].frame(entry[1], height, width)
+    return {"images": frame["images"], "normals": normals_from_depth(frame["depths"], frame["Ks"])}
 
 
 def load_nyu(entry, height, width):
@@ -1054,12 +1072,7 @@ def normal_frames(path):
         return [e for k, e in enumerate(photos) if k % 5 != 4], photos[4::5], load_normals
     train, test = posed_frames(path)
     warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
-
-    def load_derived(entry, height, width):
-        frame = entry[0].frame(entry[1], height, width)
-        return {"images": frame["images"], "normals": normals_from_depth(frame["depths"], frame["Ks"])}
-
-    return train, test, load_derived
+    return train, test, load_posed_normals
 
 
 def with_labels(photos, labels, suffixes):
@@ -1085,7 +1098,7 @@ def load_normals(entry, height, width):
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False).astype(np.float32)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path}: not an array that can be read ({error})") from None
         if array.ndim != 3 or array.shape[-1] != 3:
             raise ValueError(f"{path}: its array is {' x '.join(map(str, array.shape))}, not height x width x 3")

@@ -8,7 +8,7 @@
     reconstruction   not of features: photos to 3D Gaussians, against sensor depth and simple ways
 
 With no other word: the newest run's student against its teacher, on procedural rooms that no training sees. A table is
-printed, and written to RUN/evaluation/TASK/results.json with pictures beside it (runs/evaluation/TASK/ without a run).
+printed, and written to RUN/evaluation/TASK-1/results.json with pictures beside it (without a run to runs/evaluation/).
 
 Features are patch tokens, of the last block and without the final norm unless told otherwise. Probe3D takes those for
 correspondence and normals, for which the paper follows it; where DINOv2's probes apply the norm is a setting of theirs
@@ -52,7 +52,7 @@ LINEAR = PROBE | {
 }
 SETTINGS = {
     "correspondence": PROBE | {
-        "pairs": (24, 1500, "of views, for each seed"),
+        "pairs": (20, 1500, "of views, for each seed"),
         "matches": (1000, 1000, "best of a pair by the ratio test"),
     },
     "depth": LINEAR | {"lr": (1e-3, 1e-4, "of AdamW; on rooms there are few steps")},
@@ -106,7 +106,7 @@ def parse_settings(arguments=None):
     for name, values in SETTINGS[task].items():
         value = getattr(given, name, values[bool(given.data)])
         setattr(given, name, value)
-        if value < (0 if name in ("seed", "train_frames", "test_frames") else 1e-12):
+        if not value >= (0 if name in ("seed", "train_frames", "test_frames") else 1e-12):
             raise SystemExit(f"--{name.replace('_', '-')} cannot be {value}")
     unit = 16 if task == "reconstruction" else 4 if task in ("correspondence", "all") else 1
     if any(size < PATCH or size % unit for size in given.image_size):
@@ -133,6 +133,8 @@ def load_models(settings):
     """The models to compare, the first being what the others are measured against, and where results go."""
     if settings.weights:
         models = []
+        if len(set(settings.weights)) < len(settings.weights):
+            raise ValueError("--weights names a file twice")
         for path in settings.weights:
             vit = load_vit(architecture_of(read_state(path), path), path)
             models.append(Model(str(path), [vit], metadata_of(path).get("random_weights") == "true"))
@@ -266,6 +268,10 @@ def correspondence(models, settings, folder):
     H, W = settings.image_size
     seeds = range(settings.seed, settings.seed + settings.seeds)
     chosen = {seed: data.pairs(settings.data, settings.pairs, H, W, seed) for seed in seeds}
+    names = [[(scene.name, i, j) for scene, i, j in pairs.entries] for pairs in chosen.values()]
+    if len(names) > 1 and all(n == names[0] for n in names):
+        print("All pairs that there are get measured: nothing is left for a seed to choose, and there is no spread.")
+        chosen = {settings.seed: chosen[settings.seed]}
     results, progress = {m.name: [] for m in models}, Progress(sum(map(len, chosen.values())), "pair")
     for seed, pairs in chosen.items():
         recalls = {m.name: [] for m in models}  # per pair, (within 5, 10, 20)
@@ -343,11 +349,17 @@ class DepthProbe(nn.Module):
         return sig_loss(prediction, truth) + 0.5 * gradient_loss(prediction, truth)
 
     def measure(self, prediction, frame):
-        return depth_metrics(prediction, torch.where(frame["depths"] <= self.far, frame["depths"], 0.0))
+        truth = torch.where(frame["depths"] <= self.far, frame["depths"], 0.0)
+        return of_frames_with(truth > 0, depth_metrics(prediction, truth))
 
     def draw(self, prediction, frame):
         known = frame["depths"] > 0
         return {"truth": depth_colours(frame["depths"], known), "predicted": depth_colours(prediction, known)}
+
+
+def of_frames_with(known, metrics):
+    """Metrics {name: [B]} of the frames of which anything is known [B, H, W]: the others measure nothing."""
+    return {k: v[known.flatten(1).any(1)] for k, v in metrics.items()}
 
 
 def sig_loss(pred, gt):
@@ -401,7 +413,8 @@ class NormalsProbe(nn.Module):
         return angular_loss(prediction, frame["normals"], known_normals(frame["normals"]))
 
     def measure(self, prediction, frame):
-        return normal_metrics(prediction[:, :3], frame["normals"], known_normals(frame["normals"]))
+        known = known_normals(frame["normals"])
+        return of_frames_with(known, normal_metrics(prediction[:, :3], frame["normals"], known))
 
     def draw(self, prediction, frame):
         known = known_normals(frame["normals"][None])[0]
@@ -482,14 +495,19 @@ def linear(task, models, settings, folder):
     train, test, names = data.labelled(task, settings.data, size, settings.train_frames, settings.test_frames)
     parts = {}
     for part, frames in (("train", train), ("test", test)):
-        progress, kept = Progress(len(frames), f"{part} frame"), []
-        features = {m.name: [] for m in models}
-        for frame in loaded(frames):
+        progress, kept, cached = Progress(len(frames), f"{part} frame"), [], {}
+        for i, frame in enumerate(loaded(frames)):
             for model in models:
-                features[model.name].append(extract(model, frame["images"][None], settings))
-            kept.append({k: v for k, v in frame.items() if k in LABELS[task] + ("images",) * (part == "test")})
+                features = extract(model, frame["images"][None], settings)
+                if i == 0:
+                    cached[model.name] = [f.new_empty(len(frames), *f.shape[1:]) for f in features]
+                for cache, f in zip(cached[model.name], features):
+                    cache[i] = f[0]
+            # Labels are kept small, as features are: ADE20K's at int64 would take 50 GB
+            kept.append({k: frame[k].to(torch.int16 if k == "classes" else torch.half) for k in LABELS[task]})
+            if part == "test" and i < 4:
+                kept[i]["images"] = frame["images"]
             progress.step()
-        cached = {name: [torch.cat(f) for f in zip(*pairs)] for name, pairs in features.items()}
         parts[part] = cached, kept
     results, panels = {m.name: [] for m in models}, {}
     for model in models:
@@ -499,15 +517,13 @@ def linear(task, models, settings, folder):
             if task == "segmentation":
                 results[model.name].append(mean_iou(measured["confusion"].sum(0), names))
             else:
-                results[model.name].append({k: float(v.mean()) for k, v in measured.items()})
+                results[model.name].append({k: float(v.mean()) if len(v) else None for k, v in measured.items()})
             if seed == settings.seed:
                 panels[model.name] = predictions
-            print(
-                f"{model.name}, seed {seed}: "
-                + "   ".join(f"{k} {v:.4f}" for k, v in list(results[model.name][-1].items())[:5])
-            )
+            first = list(results[model.name][-1].items())[:5]
+            print(f"{model.name}, seed {seed}: " + "   ".join(f"{k} {cell(v, None)}" for k, v in first))
     for n in range(min(4, len(test))):
-        frame = parts["test"][1][n]
+        frame = {k: full(v) for k, v in parts["test"][1][n].items()}
         drawn = {"photo": frame["images"].permute(1, 2, 0)}
         for name, predictions in panels.items():
             two = probe.draw(predictions[n], frame)
@@ -535,7 +551,7 @@ def fit(task, names, cached, frames, settings, seed):
     )
     for _ in range(settings.epochs):
         for batch in torch.randperm(len(frames)).split(settings.batch_size):
-            frame = {k: torch.stack([frames[i][k] for i in batch]).to(DEVICE) for k in LABELS[task]}
+            frame = {k: full(torch.stack([frames[i][k] for i in batch])).to(DEVICE) for k in LABELS[task]}
             prediction = probe(*(c[batch].to(DEVICE).float() for c in cached), settings.image_size)
             loss = probe.loss(prediction, frame)
             optimizer.zero_grad()
@@ -545,13 +561,18 @@ def fit(task, names, cached, frames, settings, seed):
     return probe.eval()
 
 
+def full(label):
+    """A cached label at the precision that losses want."""
+    return label.float() if label.is_floating_point() else label.long()
+
+
 @torch.no_grad()
 def apply(probe, cached, frames, size):
     """Metrics {name: [N, ...]} of a probe over the frames, and its predictions of the first four."""
     measured, predictions = [], []
     for i, frame in enumerate(frames):
         prediction = probe(*(c[i : i + 1].to(DEVICE).float() for c in cached), size).cpu()
-        measured.append(probe.measure(prediction, {k: v[None] for k, v in frame.items()}))
+        measured.append(probe.measure(prediction, {k: full(v)[None] for k, v in frame.items()}))
         predictions += [prediction[0]] * (i < 4)
     return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}, predictions
 
@@ -592,14 +613,16 @@ def reconstruction(settings, folder):
     gaps = dict(min_gap=settings.min_gap, max_gap=settings.max_gap)
     views = data.Views(scenes, H, W, **gaps, seed=settings.seed, length=settings.scenes)
     ways = {}
+    if len(set(settings.weights)) < len(settings.weights):
+        raise ValueError("--weights names a file twice")
     for name in settings.weights:
         reconstructor = load_reconstructor(None if name == "shipped" else name)
         ways[f"photos alone, {name}"] = FeedForward(reconstructor.to(DEVICE), settings.near, settings.far)
     ours = list(ways)
-    if "depths" in views.keys:
+    if all(scene.has_depth for scene in scenes) if settings.data else True:
         ways = {"one constant depth": constant_depth} | ways | {"sensor depth": SensorDepth()}
     rows = {name: [] for name in ("nearest context photo", *ways)}
-    seconds, progress = [], Progress(settings.scenes, "scene")
+    seconds, progress = {name: [] for name in ours}, Progress(settings.scenes, "scene")
     for i in range(settings.scenes):
         sample = move(views[i], DEVICE)
         target, context = sample["target"], {k: v[None] for k, v in sample["context"].items()}
@@ -612,7 +635,7 @@ def reconstruction(settings, folder):
             gaussians = way(context)
             if name in ours:
                 float(gaussians.means.sum())  # waits for a GPU
-                seconds.append(time.time() - started)
+                seconds[name].append(time.time() - started)
             if i == 0 and name == ours[0]:
                 save_ply(folder / "scene.ply", gaussians)
             photo, depth, alphas = render(gaussians, target["extrinsics"][None], target["Ks"][None], W, H)
@@ -630,16 +653,18 @@ def reconstruction(settings, folder):
             write_sheet(folder / f"scene_{i}.png", panels)
         progress.step()
     table = {name: [{k: mean([row[k] for row in of]) for k in of[0]}] for name, of in rows.items()}
-    if "depths" in views.keys:
+    if "sensor depth" in ways:
         low, high = (table[name][0]["psnr"] for name in ("one constant depth", "sensor depth"))
         for name in ours if high > low else ():  # a sensor with holes may see less than one depth for all
             table[name][0]["closed"] = (table[name][0]["psnr"] - low) / (high - low)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"Two photos of {H} x {W} to Gaussians: {np.median(seconds):.2f} s; peak memory of the process {memory:.2f} GiB"
-    )
+    if DEVICE == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
     for name in ours:
-        table[name][0] |= {"seconds": float(np.median(seconds)), "memory_gib": memory}
+        median = float(np.median(seconds[name]))
+        print(f"{name}: two photos of {H} x {W} to Gaussians in {median:.2f} s")
+        table[name][0]["seconds"] = median
+    print(f"Peak memory of all this, {'on the GPU' if DEVICE == 'cuda' else 'of the process'}: {memory:.2f} GiB")
     return table
 
 
@@ -695,6 +720,10 @@ def differences(results):
     return rows
 
 
+def cell(value, spread):
+    return "-" if value is None else f"{value:.4f}" + (f" +- {spread:.4f}" if spread is not None else "")
+
+
 def print_table(summary):
     keys = [k for k in next(iter(summary.values())) if not k.startswith("iou_")]
     keys += [k for row in summary.values() for k in row if k not in keys and not k.startswith("iou_")]
@@ -704,14 +733,17 @@ def print_table(summary):
         cells = []
         for k in keys:
             value, spread = row.get(k, (None, None))
-            cells.append("-" if value is None else f"{value:.4f}" + (f" +- {spread:.4f}" if spread is not None else ""))
+            cells.append(cell(value, spread))
         print(f"{name:<{width}}" + "".join(f"  {c:>22}" for c in cells))
 
 
 def measure(task, settings, models, home):
     """One task: run, print, write."""
-    folder = home / "evaluation" / task
-    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (home / "evaluation" / f"{task}-{number}").exists():  # what was measured before stays
+        number += 1
+    folder = home / "evaluation" / f"{task}-{number}"
+    folder.mkdir(parents=True)
     random = any(m.random for m in models)
     started = time.time()
     if task == "reconstruction":

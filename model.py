@@ -498,6 +498,7 @@ class Gaussians(NamedTuple):
 
 
 SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
+NEAR_PLANE = 1e-6  # of the rasteriser: a capture's unit may be anything, so only what is at the camera is cut off
 
 
 def sh_basis(degree, directions):
@@ -524,7 +525,10 @@ def render(gaussians, extrinsics, Ks, width, height):
     viewmats = torch.linalg.inv(extrinsics)
     z = (means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]  # (B, N, 1)
     features = torch.cat([colours.clamp(min=0), z], -1)
-    out, alphas = rasterize(means, covars, opacities, features, viewmats[:, None], Ks[:, None], width, height)
+    out, alphas = rasterize(
+        means, covars, opacities, features, viewmats[:, None], Ks[:, None], width, height,
+        near_plane=NEAR_PLANE, precision="ieee",
+    )  # fmt: skip
     photo, depth = out[:, 0].permute(0, 3, 1, 2).split([3, 1], 1)
     return photo, depth[:, 0] / alphas[:, 0].clamp(min=1e-6), alphas[:, 0]
 
@@ -733,8 +737,10 @@ class AttentionLayer(nn.Module):
 
         q = windows(roll(self.q_proj(x), -1))  # (B, V, 4, tokens, D)
         k, v = (windows(roll(p(keys), -1)).transpose(2, 3).flatten(3, 4) for p in (self.k_proj, self.v_proj))
-        bias = None if mask is None else mask.repeat(1, 1, keys.shape[2])
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        bias = None if mask is None else mask.repeat(1, 1, keys.shape[2])[None]
+        # Windows in the place of heads: only what is 4-dimensional gets the kernel that never holds tokens x tokens
+        q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias).view_as(q)
         message = self.norm1(self.merge(roll(windows(attended, (h, w)), 1)))
         if hasattr(self, "mlp"):
             message = self.norm2(self.mlp(torch.cat([x, message], -1)))
@@ -1128,7 +1134,9 @@ def load_reconstructor(path=None):
         try:
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text or "").items()}
             config = ReconstructorConfig(**fields)
-        except (ValueError, TypeError, AttributeError) as error:
+            with torch.device("meta"):
+                MVSplat(config)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"{path}: no reconstructor's configuration in its metadata ({_first_line(error)})"
             ) from None
@@ -1144,7 +1152,7 @@ class FeedForward(nn.Module):
     pixels, extrinsics.
 
     near and far are in baselines, the distance between the first and the last camera of a scene: photos alone tell no
-    other unit (pixelSplat's convention).
+    other unit. The network sees scenes scaled to a baseline of 1, and its Gaussians are scaled back.
     """
 
     def __init__(self, reconstructor, near, far):
@@ -1154,12 +1162,17 @@ class FeedForward(nn.Module):
         self.reconstructor, self.near, self.far = reconstructor, near, far
 
     def forward(self, context, coarse=False):
-        images, extrinsics = context["images"], context["extrinsics"]
+        images, extrinsics = context["images"], context["extrinsics"].clone()
         intrinsics = context["Ks"] / images.new_tensor([images.shape[-1], images.shape[-2], 1])[:, None]
-        # A camera that only turned sees no depth: its Gaussians then land before the near plane, as holes
-        baseline = (extrinsics[:, 0, :3, 3] - extrinsics[:, -1, :3, 3]).norm(dim=-1).clamp(min=1e-6)
-        near, far = (d * baseline[:, None].expand(images.shape[:2]) for d in (self.near, self.far))
-        return self.reconstructor(images, extrinsics, intrinsics, near, far, coarse)
+        baseline = (extrinsics[:, 0, :3, 3] - extrinsics[:, -1, :3, 3]).norm(dim=-1)
+        # A camera that only turned sees no depth: its Gaussians then land before NEAR_PLANE, as holes
+        baseline = baseline.clamp(min=1e-9)[:, None, None]  # (B, 1, 1)
+        extrinsics[..., :3, 3] /= baseline
+        near, far = (images.new_full(images.shape[:2], d) for d in (self.near, self.far))
+        out = self.reconstructor(images, extrinsics, intrinsics, near, far, coarse)
+        if coarse:
+            return out * baseline[..., None]
+        return out._replace(means=out.means * baseline, covars=out.covars * baseline[..., None] ** 2)
 
 
 class Reconstruction(nn.Module):
@@ -1271,7 +1284,15 @@ class SplatAndDistill(nn.Module):
         features = lift_features(tokens, masks, V, factored=tokens.is_cuda)
         # 5. Splat into the target camera
         rendered, alphas = rasterize(
-            gaussians.means, gaussians.covars, gaussians.opacities, features, viewmats, target["Ks"][:, None], W, H
+            gaussians.means,
+            gaussians.covars,
+            gaussians.opacities,
+            features,
+            viewmats,
+            target["Ks"][:, None],
+            W,
+            H,
+            near_plane=NEAR_PLANE,
         )  # (B, 1, H, W, C), (B, 1, H, W)
         rendered, alphas = rendered[:, 0].permute(0, 3, 1, 2), alphas[:, 0]
         # 6. Semantic blending, in the scenes that have segments

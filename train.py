@@ -203,7 +203,7 @@ def load_views(settings):
     views = data.Views(scenes, *size, **options, seed=seed, length=steps * batch)
     if settings["data"]:
         without = sum(not scene.has_depth for scene in scenes)
-        if without and (settings.get("geometry") == "depth" or settings.get("coarse")):
+        if settings.get("geometry") == "depth" and without or settings.get("coarse") and without == len(scenes):
             need = "--coarse 0" if settings.get("coarse") else "another --geometry"
             raise ValueError(
                 f"{settings['data']}: no depth maps in {without} of {len(scenes)} scenes; with {need} photos suffice"
@@ -269,7 +269,7 @@ def replace_file(path, write):
 def save(folder, step, seconds, settings, random_weights, model, optimizer, schedule, measured):
     state = model.state_dict()
     checkpoint = dict(
-        step=step, seconds=seconds, settings=settings, random_weights=random_weights,
+        step=step, seconds=seconds, measured=measured, settings=settings, random_weights=random_weights,
         model={name: state[name] for name in trained(model)},
         optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
         rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
@@ -298,7 +298,18 @@ def load_checkpoint(folder):
         raise SystemExit(f"{path}: no such file; --resume takes the folder of a run, such as runs/demo-1")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = {"step", "seconds", "settings", "random_weights", "model", "optimizer", "schedule", "rng", "cuda_rng"}
+        wanted = {
+            "step",
+            "seconds",
+            "measured",
+            "settings",
+            "random_weights",
+            "model",
+            "optimizer",
+            "schedule",
+            "rng",
+            "cuda_rng",
+        }
         if not isinstance(checkpoint, dict) or checkpoint.keys() != wanted:
             raise ValueError("it has other contents")
         found, beside = checkpoint["settings"], {"stage", "data", "preset", "name"}
@@ -511,12 +522,12 @@ def run(settings):
     vit, random_weights = load_teacher(settings) if settings["stage"] == "distill" else (None, False)
     model, optimizer, schedule = build(settings, vit, device)
 
-    step, seconds = 0, 0.0
+    step, seconds, measured = 0, 0.0, {}
     if checkpoint:
         if checkpoint["random_weights"] != random_weights:
             began = "random" if checkpoint["random_weights"] else "real"
             raise SystemExit(f"{folder}: began with {began} teacher weights, which are not what is found now")
-        step, seconds = checkpoint["step"], checkpoint["seconds"]
+        step, seconds, measured = (checkpoint[k] for k in ("step", "seconds", "measured"))
         if checkpoint["model"].keys() != set(trained(model)):
             raise SystemExit(f"{folder}/checkpoint.pt: its parameters are not those that its settings train")
         model.load_state_dict(checkpoint["model"], strict=False)
@@ -557,7 +568,7 @@ def run(settings):
         torch.set_rng_state(checkpoint["rng"])
         torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
 
-    first, started, recent, measured = step, time.time(), [], {}
+    first, started, recent = step, time.time(), []
 
     def checkpoint_now():
         spent = seconds + time.time() - started

@@ -159,7 +159,10 @@ def _check(means, covars, opacities, features, viewmats, Ks, width, height, near
         indices = arguments.pop("indices")[0]
         if indices.dtype not in (torch.int32, torch.int64) or features.weights.requires_grad:
             raise ValueError("a mixture's indices must be int32 or int64, and its weights data without gradient")
-        if not compiling and indices.numel() and not 0 <= indices.min() <= indices.max() < tokens.shape[1]:
+        if not indices.shape[-1]:
+            raise ValueError("a mixture needs one token at least")
+        low, high = torch.stack(indices.aminmax()).tolist() if indices.numel() and not compiling else (0, -1)
+        if low < 0 or high >= tokens.shape[1]:
             raise ValueError(f"a mixture's indices must lie in 0..{tokens.shape[1] - 1}, where its tokens are")
     features = tokens
     if means.dtype not in (torch.float32, torch.float64):
@@ -168,8 +171,8 @@ def _check(means, covars, opacities, features, viewmats, Ks, width, height, near
         raise ValueError(f"features must be of a float type, not {features.dtype}")
     if not (isinstance(width, int) and isinstance(height, int) and C >= 1 and width >= 1 and height >= 1):
         raise ValueError(f"at least one channel and one whole pixel are needed, not C={C}, {width} x {height}")
-    # Sums read each tensor once and make no copy, and one look at all six waits for the device once; only if they are
-    # off (or so large that they overflow) look for the culprit
+    # Sums read each tensor once and make no copy, and one look at all of them waits for the device once; only if they
+    # are off (or so large that they overflow) look for the culprit
     if (
         not compiling
         and not torch.isfinite(torch.stack([tensor.detach().sum().float() for tensor, _ in arguments.values()])).all()

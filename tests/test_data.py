@@ -589,13 +589,15 @@ def test_views_of_captures(tmp_path):
     samples = [views[i] for i in range(40)]
     assert {s["scene"] for s in samples} == {"deep", "flat"}
     for sample in samples:
-        assert "depths" not in sample["target"] and sample["has_masks"].item() is False
+        assert (sample["target"]["depths"] == (2 if sample["scene"] == "deep" else 0)).all()  # 0 is unknown
+        assert sample["has_masks"].item() is False
         assert 8 <= sample["frames"][1] - sample["frames"][0] <= 12
         grey = sample["target"]["images"].mean().item() * 255 / 10
         assert round(grey) == sample["frames"][-1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert (Views(scenes[:1], 12, 16, length=1)[0]["context"]["depths"] == 2).all()
+    assert "depths" not in Views(scenes[1:], 12, 16, length=1)[0]["context"]
 
 
 def test_short_captures(tmp_path):

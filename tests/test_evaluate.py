@@ -264,7 +264,7 @@ def test_nyu_split_files(tmp_path):
     rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
     assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == (22, 235, 20, 299)
     (tmp_path / "nyu_test.txt").unlink()
-    with pytest.raises(ValueError, match="nyu_test.txt: expected, beside nyu_train.txt"):
+    with pytest.raises(ValueError, match="nyu_test.txt: expected, beside the other"):
         data.labelled("depth", str(tmp_path), (240, 320))
 
 
@@ -369,18 +369,18 @@ def test_the_newest_runs_student_against_its_teacher(task, pictures, capsys):
     capsys.readouterr()
     E.main(["--task", task, *QUICK[task].split()])
     out = capsys.readouterr().out
-    report = results("runs/new", task)
+    report = results("runs/new", f"{task}-1")
     names = ["teacher dinov2_vits14", "student runs/new"]
     assert list(report["per_seed"]) == names and f"{names[1]} - {names[0]}" in report["summary"]
     assert all(len(rows) == 3 for rows in report["per_seed"].values())
     assert out.count(E.RANDOM) == 2 and report["warning"] == E.RANDOM and report["random_weights"] is True
-    assert len(list(Path("runs/new/evaluation", task).glob("*.png"))) == pictures
+    assert len(list(Path("runs/new/evaluation", f"{task}-1").glob("*.png"))) == pictures
     key = {"correspondence": "recall_10px", "depth": "abs_rel", "normals": "rmse", "segmentation": "miou"}[task]
     value = report["summary"][names[0]][key]
     assert f"{value['mean']:.4f} +- {value['spread']:.4f}" in out
     assert report["per_seed"][names[0]] != report["per_seed"][names[1]]
     E.main(["--task", task, *QUICK[task].split(), "--run", "runs/new"])  # a second run prints the same
-    assert results("runs/new", task)["per_seed"] == report["per_seed"]
+    assert results("runs/new", f"{task}-2")["per_seed"] == report["per_seed"]
 
 
 def test_weights_are_compared_whatever_their_size(monkeypatch, capsys):
@@ -390,7 +390,7 @@ def test_weights_are_compared_whatever_their_size(monkeypatch, capsys):
     torch.save(large.state_dict(), "large.pth")
     E.main(["--task", "correspondence", *QUICK["correspondence"].split(), "--weights", "small.safetensors", "large.pth",
             "--layers", "0", "1", "--norm", "--seeds", "1"])  # fmt: skip
-    report = results("runs", "correspondence")
+    report = results("runs", "correspondence-1")
     assert list(report["per_seed"]) == ["small.safetensors", "large.pth"] and not report["random_weights"]
     assert report["summary"]["small.safetensors"]["recall_10px"]["spread"] is None
     with pytest.raises(SystemExit, match="--layers .0, 2.: there are 2 blocks, counted from 0"):
@@ -421,7 +421,7 @@ def test_concat_puts_the_teacher_beside_the_student():
 def test_without_a_run_the_teacher_alone(capsys):
     E.main(["--task", "correspondence", *QUICK["correspondence"].split(), "--teacher", "dinov2_vits14",
             "--teacher-weights", "random"])  # fmt: skip
-    assert list(results("runs", "correspondence")["summary"]) == ["dinov2_vits14"]
+    assert list(results("runs", "correspondence-1")["summary"]) == ["dinov2_vits14"]
     assert capsys.readouterr().out.count(E.RANDOM) == 2
 
 
@@ -436,7 +436,7 @@ def test_all_does_the_four(monkeypatch):
 def test_reconstruction_measures_what_it_says(tmp_path, capsys):
     save_small(tmp_path / "small.safetensors")
     E.main(["--task", "reconstruction", "--weights", "small.safetensors", "--scenes", "2", "--image-size", "64", "64"])
-    table = {k: v for k, v in results("runs", "reconstruction")["summary"].items()}
+    table = {k: v for k, v in results("runs", "reconstruction-1")["summary"].items()}
     assert list(table) == [
         "nearest context photo",
         "one constant depth",
@@ -449,7 +449,7 @@ def test_reconstruction_measures_what_it_says(tmp_path, capsys):
     low, high = value("one constant depth", "psnr"), value("sensor depth", "psnr")
     ours = value("photos alone, small.safetensors", "psnr")
     assert value("photos alone, small.safetensors", "closed") == pytest.approx((ours - low) / (high - low))
-    folder = Path("runs/evaluation/reconstruction")
+    folder = Path("runs/evaluation/reconstruction-1")
     assert (folder / "scene.ply").read_bytes()[:3] == b"ply" and len(list(folder.glob("scene_*.png"))) == 2
     # The nearest photo's error by hand
     view = data.Views(data.Rooms("probe"), 64, 64, seed=0, length=2)
@@ -467,11 +467,71 @@ def test_reconstruction_of_a_capture_without_depth(tmp_path, capsys):
     save_small(tmp_path / "small.safetensors")
     E.main(["--task", "reconstruction", "--weights", "small.safetensors", "--scenes", "1", "--image-size", "32", "48",
             "--data", "scan"])  # fmt: skip
-    assert list(results("runs", "reconstruction")["summary"]) == [
+    assert list(results("runs", "reconstruction-1")["summary"]) == [
         "nearest context photo",
         "photos alone, small.safetensors",
     ]
     assert "None" not in capsys.readouterr().out
+
+
+def test_frames_of_which_nothing_is_known_do_not_count():
+    probe = E.DepthProbe(3)
+    frames = {"depths": torch.stack([torch.full((4, 4), 2.0), torch.zeros(4, 4), torch.full((4, 4), 50.0)])}
+    measured = probe.measure(torch.full((3, 4, 4), 3.0), frames)  # the third is beyond what bins reach
+    assert measured["abs_rel"].tolist() == [0.5]
+    normals = torch.zeros(2, 3, 4, 4)
+    normals[1, 2] = -1
+    measured = E.NormalsProbe(3).measure(torch.cat([normals, normals[:, :1]], 1), {"normals": normals})
+    assert measured["rmse"].tolist() == [0.0] and measured["d1"].tolist() == [1.0]
+
+
+def test_where_seeds_have_no_choice_there_is_no_spread(tmp_path, capsys):
+    capture(tmp_path / "scan", frames=3)
+    E.main(["--task", "correspondence", "--data", "scan", "--image-size", "28", "56", "--matches", "20",
+            "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
+    assert "there is no spread" in capsys.readouterr().out
+    report = results("runs", "correspondence-1")
+    assert len(report["per_seed"]["dinov2_vits14"]) == 1
+    assert report["summary"]["dinov2_vits14"]["recall_10px"]["spread"] is None
+
+
+def test_two_reconstructors_in_one_table(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_small(tmp_path / name)
+    E.main(["--task", "reconstruction", "--weights", "a.safetensors", "b.safetensors", "--scenes", "1",
+            "--image-size", "64", "64"])  # fmt: skip
+    table = results("runs", "reconstruction-1")["summary"]
+    seconds = [table[f"photos alone, {n}.safetensors"]["seconds"]["mean"] for n in "ab"]
+    assert seconds[0] != seconds[1]
+    with pytest.raises(SystemExit, match="names a file twice"):
+        E.main(["--task", "reconstruction", "--weights", "a.safetensors", "a.safetensors"])
+
+
+def test_segmentation_without_a_single_label_says_so(tmp_path, capsys):
+    for part in ("training", "validation"):
+        photo(tmp_path / f"ade/images/{part}/a.jpg")
+        grey(tmp_path / f"ade/annotations/{part}/a.png", np.zeros((48, 64), np.uint8))
+    E.main(["--task", "segmentation", "--data", "ade", "--image-size", "42", "56", "--epochs", "1", "--seeds", "1",
+            "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
+    assert "miou -" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"PK not a zip"])
+def test_broken_archives_are_named(tmp_path, content):
+    root = scannet(tmp_path / "s")
+    (root / "test.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="test.npz and intrinsics.npz of ScanNet-1500 were expected"):
+        data.pairs(str(root), 10, 240, 320, 0)
+
+
+def test_rooms_to_train_on_are_not_those_to_test_on():
+    with pytest.raises(ValueError, match="there are 5000 rooms each to train and to test"):
+        data.labelled("depth", None, (28, 28), 6000, 4)
+
+
+def test_a_single_frame_makes_no_pair(tmp_path):
+    with pytest.raises(ValueError, match="scan: no two frames to compare"):
+        data.pairs(capture(tmp_path / "scan", frames=1), 10, 28, 56, 0)
 
 
 def test_depth_errors_by_hand():
@@ -489,6 +549,8 @@ def test_depth_errors_by_hand():
         (["--task", "correspondence", "--image-size", "57", "56"], "--image-size must be multiples of 4 from 14 on"),
         (["--task", "reconstruction", "--image-size", "40", "56"], "--image-size must be multiples of 16"),
         (["--task", "depth", "--epochs", "0"], "--epochs cannot be 0"),
+        (["--task", "depth", "--lr", "nan"], "--lr cannot be nan"),
+        (["--task", "depth", "--weights", "x", "x"], "--weights names a file twice"),
         (["--task", "depth", "--weights", "nothing.pth"], "nothing.pth: no such file"),
         (["--task", "depth", "--run", "runs/none"], "runs/none/student.safetensors"),
         (["--task", "depth", "--run", "x", "--weights", "y"], "choose one"),

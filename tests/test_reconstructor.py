@@ -155,8 +155,13 @@ def test_behind_the_methods_interface(small):
     H, W = images.shape[-2:]
     context = {"images": images, "extrinsics": extrinsics, "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None]}
     b = float((extrinsics[0, 0, :3, 3] - extrinsics[0, 1, :3, 3]).norm())
-    for ours, plain in zip(M.FeedForward(small, float(near[0, 0]) / b, float(far[0, 0]) / b)(context), small(*INPUTS)):
-        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
+    unit = extrinsics.clone()
+    unit[..., :3, 3] /= b  # scaled to a baseline of 1, and the Gaussians back
+    expected = small(images, unit, intrinsics, torch.full_like(near, 2.0), torch.full_like(near, 60.0))
+    got = M.FeedForward(small, 2.0, 60.0)(context)
+    torch.testing.assert_close(got.means, expected.means * b, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got.covars, expected.covars * b * b, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got.opacities, expected.opacities)
     context["extrinsics"] = extrinsics[:, :1].expand(-1, 2, -1, -1)  # no parallax, no depth: nothing to see, no error
     _, _, alphas = M.render(M.FeedForward(small, 1.0, 100.0)(context), extrinsics[:, 0], context["Ks"][:, 0], W, H)
     assert not alphas.any()
@@ -190,7 +195,7 @@ def test_untrained_gaussians_show_their_pixels(ours):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scale", [0.01, 30.0])
+@pytest.mark.parametrize("scale", [0.001, 30.0])
 def test_the_unit_of_a_capture_does_not_matter(ours, scale):
     """Metres or inches: cameras, near and far times s give means times s and covariances times s squared."""
     images, extrinsics, intrinsics, near, far = INPUTS
@@ -200,19 +205,28 @@ def test_the_unit_of_a_capture_does_not_matter(ours, scale):
     torch.testing.assert_close(b.means / scale, a.means, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(b.covars / scale**2, a.covars, rtol=1e-2, atol=1e-4)
     torch.testing.assert_close(b.opacities, a.opacities, rtol=1e-3, atol=1e-4)
+    H, W = images.shape[-2:]
+    K = intrinsics[:, 0] * torch.tensor([W, H, 1.0])[:, None]
+    shown = [M.render(g, e[:, 0], K, W, H)[0] for g, e in ((a, extrinsics), (b, scaled))]
+    torch.testing.assert_close(shown[1], shown[0], rtol=1e-2, atol=1e-2)
+    assert shown[0].max() > 0.3
 
 
-def test_a_training_step_reaches_every_parameter(ours):
+def test_a_training_step_reaches_every_parameter():
+    ours = M.new_reconstructor(dataclasses.replace(M.SMALL, stem=(8, 8, 8), dim=16, candidates=8, cost_dim=16))
     images, extrinsics, intrinsics, near, far = INPUTS
     H, W = images.shape[-2:]
     context = {"images": images, "extrinsics": extrinsics, "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None]}
     context["depths"] = torch.full((1, 2, H, W), 3.0)
     target = {k: v[:, 0] for k, v in context.items()}
+    with torch.no_grad():  # away from the start, where branches that end in zeros get no gradient
+        for p in ours.parameters():
+            p += 0.02 * torch.randn_like(p)
     step = M.Reconstruction(ours, 1.0, 100.0, 0.2)
     loss, metrics, drawn = step({"context": context, "target": target})
     loss.backward()
-    dead = [n for n, p in ours.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not dead
+    gradients = {n: p.grad for n, p in ours.named_parameters()}
+    assert all(g is not None and g.isfinite().all() and g.any() for g in gradients.values())
     # By hand: the photo's squared error, and the log depth of every context pixel's Gaussian
     mse = (drawn["photo"] - target["images"]).square().mean()
     z = (
@@ -414,6 +428,10 @@ def test_bad_files_get_one_sentence(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no reconstructor's configuration in its metadata"):
         M.load_reconstructor(path)
+    for config in ('{"dim": "32"}', '{"candidates": -1}', '{"stem": [1, 2]}', '{"cost_dim": 12}'):
+        save_file({"a": torch.zeros(1)}, path, {"config": config})
+        with pytest.raises(ValueError, match="reconstructor.safetensors: no reconstructor's configuration"):
+            M.load_reconstructor(path)
     save_file({"a": torch.zeros(1)}, path, {"config": '{"width": 3}'})
     with pytest.raises(ValueError, match="no reconstructor's configuration in its metadata .*width"):
         M.load_reconstructor(path)
