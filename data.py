@@ -910,12 +910,16 @@ def room_pair(room, rng, degrees, tries=20):
             return room, i, j
 
 
+def camera_points(depths, K):
+    """Depths [H, W] along z and K [3, 3] in pixels -> points in the camera's axes [H, W, 3]."""
+    y, x = torch.meshgrid(*(torch.arange(n, device=depths.device) + 0.5 for n in depths.shape), indexing="ij")
+    return torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], -1) * depths[..., None]
+
+
 def overlap(a, b, to_b):
     """Share of frame a's pixels that frame b sees too, given a's camera coordinates -> b's [4, 4]."""
     H, W = a["depths"].shape
-    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], -1) * a["depths"][..., None] @ torch.linalg.inv(a["Ks"]).T
-    points = points @ to_b[:3, :3].T + to_b[:3, 3]
+    points = camera_points(a["depths"], a["Ks"]) @ to_b[:3, :3].T + to_b[:3, 3]
     seen = points @ b["Ks"].T
     z = seen[..., 2].clamp(min=1e-6)
     column, row = (seen[..., 0] / z).floor().long(), (seen[..., 1] / z).floor().long()
@@ -1118,9 +1122,7 @@ def unit_or_zero(normals):  # (3, H, W)
 def normals_from_depth(depths, K):
     """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product of the differences
     to the neighbours; 0 at the border, and where a neighbour is unknown or more than 5 % nearer or farther."""
-    H, W = depths.shape
-    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
-    points = torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)]) * depths
+    points = camera_points(depths, K).permute(2, 0, 1)
     across, down = points[:, 1:-1, 2:] - points[:, 1:-1, :-2], points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
     normals = torch.linalg.cross(down, across, dim=0)
     normals = normals / normals.norm(dim=0).clamp(min=1e-12)

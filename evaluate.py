@@ -224,10 +224,8 @@ def find_matches(feat0, feat1, depth0, depth1, K, num_matches):
     points, features = [], []
     for feat, depth, K in zip((feat0, feat1), (depth0, depth1), Ks):
         H, W = depth.shape
-        y, x = torch.meshgrid(*(torch.arange(n, device=depth.device) + 0.5 for n in (H, W)), indexing="ij")
-        pixels = torch.stack([x, y, torch.ones_like(x)], -1)[depth > 0]  # (P, 3)
-        points.append(pixels * depth[depth > 0][:, None] @ torch.linalg.inv(K).T)
-        grid = 2 * pixels[:, :2] / pixels.new_tensor([W, H]) - 1
+        points.append(data.camera_points(depth, K)[depth > 0])  # (P, 3)
+        grid = 2 * project(points[-1], K) / depth.new_tensor([W, H]) - 1
         sampled = F.grid_sample(feat[None].float(), grid[None, None], align_corners=False)[0, :, 0].T  # (P, C)
         features.append(F.normalize(sampled, dim=-1))
     if min(map(len, points)) < 2:

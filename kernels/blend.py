@@ -20,6 +20,8 @@ R is a running product, not the exponential of a sum of logs: two Gaussians of a
 2e-6 of itself, and the stopping rule has to decide as the reference does.
 """
 
+from typing import Optional  # which older versions of torch infer schemas from
+
 import torch
 import triton
 import triton.language as tl
@@ -303,8 +305,8 @@ def blend(
     conics: torch.Tensor,
     opacities: torch.Tensor,
     features: torch.Tensor,
-    indices: torch.Tensor | None,
-    mix: torch.Tensor | None,
+    indices: Optional[torch.Tensor],
+    mix: Optional[torch.Tensor],
     gaussians: torch.Tensor,
     ranges: torch.Tensor,
     V: int,
@@ -348,8 +350,8 @@ def blend_backward(
     conics: torch.Tensor,
     opacities: torch.Tensor,
     features: torch.Tensor,
-    indices: torch.Tensor | None,
-    mix: torch.Tensor | None,
+    indices: Optional[torch.Tensor],
+    mix: Optional[torch.Tensor],
     gaussians: torch.Tensor,
     ranges: torch.Tensor,
     transmittance: torch.Tensor,
