@@ -849,6 +849,9 @@ class Views(torch.utils.data.Dataset):
 # Views and labels to probe with (evaluate.py)
 
 
+BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
+
+
 class Pairs(torch.utils.data.Dataset):
     """Two views each, frames i and j of a scene, with depth: pairs[n] is two dicts as of `scene.frame`."""
 
@@ -872,7 +875,7 @@ def pairs(path, count, height, width, seed):
     if path is None:
         rooms, found = Rooms("probe"), []
         while len(found) < count:
-            pair = room_pair(rooms[int(rng.integers(len(rooms)))], rng, (0, 15, 30, 60, 180)[len(found) % 4 :][:2])
+            pair = room_pair(rooms[int(rng.integers(len(rooms)))], rng, BINS[len(found) % 4 :][:2])
             found += [pair] if pair else []
         return Pairs(found, height, width)
     if (Path(path) / "test.npz").is_file() or (Path(path) / "intrinsics.npz").is_file():
@@ -897,16 +900,21 @@ def pairs(path, count, height, width, seed):
     return Pairs(found, height, width)
 
 
+def rotation_angle(Rt):
+    """Degrees of the rotation in Rt [..., 3 or 4, 4]."""
+    trace = Rt[..., 0, 0] + Rt[..., 1, 1] + Rt[..., 2, 2]
+    return torch.rad2deg(torch.acos(((trace - 1) / 2).clamp(-1, 1)))
+
+
 def room_pair(room, rng, degrees, tries=20):
     """(room, i, j) of two frames whose cameras are turned by an angle in the range, or None if none is found."""
     for _ in range(tries):
         i, j = (int(k) for k in rng.integers(len(room), size=2))
-        a, b = (room.frame(k, 24, 24) for k in (i, j)) if i != j else (None, None)
-        if a is None:
+        if i == j:
             continue
+        a, b = (room.frame(k, 24, 24) for k in (i, j))
         to_b = torch.linalg.inv(b["extrinsics"]) @ a["extrinsics"]
-        angle = np.degrees(np.arccos(np.clip((float(to_b[:3, :3].trace()) - 1) / 2, -1, 1)))
-        if degrees[0] <= angle < degrees[1] and overlap(a, b, to_b) > 0.3:
+        if degrees[0] <= rotation_angle(to_b) < degrees[1] and overlap(a, b, to_b) > 0.3:
             return room, i, j
 
 

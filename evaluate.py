@@ -33,11 +33,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import data
+from data import BINS, rotation_angle
 from model import (
-    IMAGENET_MEAN, IMAGENET_STD, PATCH, FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit,
-    read_state, render, save_ply,
+    PATCH, FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit, normalise, read_state, render,
+    save_ply,
 )  # fmt: skip
-from train import RANDOM, banner, depth_colours, load_teacher, move, replace_file, write_sheet
+from train import RANDOM, banner, depth_colours, free_folder, load_teacher, move, replace_file, write_sheet
 
 # Settings by task: (on rooms, on other data, why). The latter are the protocols' own.
 PROBE = {
@@ -70,7 +71,6 @@ SETTINGS = {
 }  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBES = ("correspondence", "depth", "normals", "segmentation")
-BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 
 def parse_settings(arguments=None):
@@ -78,7 +78,7 @@ def parse_settings(arguments=None):
     about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = argparse.ArgumentParser(**about, add_help=False)
     first.add_argument("--task", choices=list(SETTINGS), required=True, help="what to measure; each has its settings")
-    task = next(iter(first.parse_known_args(arguments)[:1])).task
+    task = first.parse_known_args(arguments)[0].task
     parser = argparse.ArgumentParser(description=__doc__, parents=[first], **about)
     add = parser.add_argument
     add("--data", help="folder of your data (README); nothing for procedural rooms")
@@ -111,6 +111,8 @@ def parse_settings(arguments=None):
     unit = 16 if task == "reconstruction" else 4 if task in ("correspondence", "all") else 1
     if any(size < PATCH or size % unit for size in given.image_size):
         raise SystemExit(f"--image-size must be multiples of {unit} from {max(unit, PATCH)} on, not {given.image_size}")
+    if len(set(given.weights or ())) < len(given.weights or ()):
+        raise SystemExit("--weights names a file twice")
     if task == "all" and given.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
     if task != "reconstruction" and sum(map(bool, (given.weights, given.run, given.teacher))) > 1:
@@ -133,8 +135,6 @@ def load_models(settings):
     """The models to compare, the first being what the others are measured against, and where results go."""
     if settings.weights:
         models = []
-        if len(set(settings.weights)) < len(settings.weights):
-            raise ValueError("--weights names a file twice")
         for path in settings.weights:
             vit = load_vit(architecture_of(read_state(path), path), path)
             models.append(Model(str(path), [vit], metadata_of(path).get("random_weights") == "true"))
@@ -194,11 +194,10 @@ def extract(model, images, settings):
     Images are resized to the multiples of 14 at or below their size."""
     size = [s // PATCH * PATCH for s in images.shape[-2:]]
     x = F.interpolate(images.to(DEVICE), size, mode="bilinear", align_corners=False)
-    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    parts = []
+    parts, x = [], normalise(x)
     for vit in model.vits:
         layers = settings.layers or [len(vit.blocks) - 1]
-        parts += vit.get_intermediate_layers((x - mean) / std, layers, True, True, settings.norm)
+        parts += vit.get_intermediate_layers(x, layers, True, True, settings.norm)
     patches, classes = zip(*parts)
     return torch.cat(patches, 1).half().cpu(), torch.cat(classes, 1).half().cpu()
 
@@ -250,12 +249,6 @@ def match_errors(feat0, feat1, depth0, depth1, K, Rt, num_matches):
     points0, points1 = find_matches(feat0, feat1, depth0, depth1, K, num_matches)
     K1 = K if K.ndim == 2 else K[1]
     return (project(points0 @ Rt[:3, :3].T + Rt[:3, 3], K1) - project(points1, K1)).norm(dim=-1)
-
-
-def rotation_angle(Rt):
-    """Degrees of the rotation in Rt [..., 3 or 4, 4]."""
-    trace = Rt[..., 0, 0] + Rt[..., 1, 1] + Rt[..., 2, 2]
-    return torch.rad2deg(torch.acos(((trace - 1) / 2).clamp(-1, 1)))
 
 
 def correspondence(models, settings, folder):
@@ -612,8 +605,6 @@ def reconstruction(settings, folder):
     gaps = dict(min_gap=settings.min_gap, max_gap=settings.max_gap)
     views = data.Views(scenes, H, W, **gaps, seed=settings.seed, length=settings.scenes)
     ways = {}
-    if len(set(settings.weights)) < len(settings.weights):
-        raise ValueError("--weights names a file twice")
     for name in settings.weights:
         reconstructor = load_reconstructor(None if name == "shipped" else name)
         ways[f"photos alone, {name}"] = FeedForward(reconstructor.to(DEVICE), settings.near, settings.far)
@@ -738,10 +729,7 @@ def print_table(summary):
 
 def measure(task, settings, models, home):
     """One task: run, print, write."""
-    number = 1
-    while (home / "evaluation" / f"{task}-{number}").exists():  # what was measured before stays
-        number += 1
-    folder = home / "evaluation" / f"{task}-{number}"
+    folder = free_folder(home / "evaluation", task)  # what was measured before stays
     folder.mkdir(parents=True)
     random = any(m.random for m in models)
     started = time.time()

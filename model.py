@@ -315,6 +315,12 @@ def _initialise(vit, seed):
             p.fill_(0.0 if name.endswith("bias") else 0.1 if name.endswith("gamma") else 1.0)
 
 
+def normalise(images):
+    """Images [..., 3, H, W] in 0..1 by ImageNet's mean and standard deviation."""
+    mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
+
+
 def patch_tokens(vit, images):
     """Images [..., 3, H, W] in 0..1 -> normed patch tokens [..., C, h, w], h = H // 14, w = W // 14.
 
@@ -325,8 +331,7 @@ def patch_tokens(vit, images):
         raise ValueError(f"images of {H} x {W} pixels are smaller than one {PATCH} x {PATCH} patch")
     x = images.flatten(0, -4)  # (B*, 3, H, W)
     x = F.interpolate(x, (H // PATCH * PATCH, W // PATCH * PATCH), mode="bilinear", align_corners=False)
-    mean, std = (x.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    tokens = vit.forward_features((x - mean) / std)["x_norm_patchtokens"]  # (B*, h*w, C)
+    tokens = vit.forward_features(normalise(x))["x_norm_patchtokens"]  # (B*, h*w, C)
     tokens = tokens.transpose(1, 2).unflatten(2, (H // PATCH, W // PATCH))
     return tokens.unflatten(0, images.shape[:-3])
 
@@ -1061,11 +1066,10 @@ class MVSplat(nn.Module):
                 "extrinsics must be rigid: a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
             )
         others = torch.tensor([[u for u in range(V) if u != v] for v in range(V)], device=images.device)
-        mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
         unit = near[:, :1] if self.config.unit_near else torch.ones_like(near[:, :1])  # (B, 1)
         extrinsics = torch.cat([torch.cat([R, t / unit[..., None, None]], -1), extrinsics[..., 3:, :]], -2)
         near, far = near / unit, far / unit
-        cnn = self.backbone.backbone(((images - mean) / std).flatten(0, 1)).unflatten(0, (B, V))
+        cnn = self.backbone.backbone(normalise(images).flatten(0, 1)).unflatten(0, (B, V))
         matched = self.backbone.transformer(cnn, others)
         inverse, confidence = self.depth_predictor.coarse(matched, intrinsics, extrinsics, near, far, others)
         if coarse:
@@ -1126,23 +1130,18 @@ def load_reconstructor(path=None):
     Raises ValueError: the file is missing, is no such file, or does not fit: which tensors, and nothing is half loaded.
     """
     path = Path(path or SHIPPED)
-    state = read_state(path)
-    config = ReconstructorConfig()
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("config")
-        try:
+    state, config = read_state(path), ReconstructorConfig()
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get("config")
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text or "").items()}
             config = ReconstructorConfig(**fields)
-            with torch.device("meta"):
-                MVSplat(config)
-        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: no reconstructor's configuration in its metadata ({_first_line(error)})"
-            ) from None
+        with torch.device("meta"):
+            reconstructor = MVSplat(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: no reconstructor's configuration in its metadata ({_first_line(error)})") from None
     state = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")} or state
-    with torch.device("meta"):
-        reconstructor = MVSplat(config)
     load_strictly(reconstructor, state, path)
     return reconstructor.eval().requires_grad_(False)
 

@@ -16,6 +16,7 @@ Ctrl-C finishes the step, saves, and stops.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -482,10 +483,9 @@ def saved_if_it_fails(loader, save):
         raise
 
 
-def free_name(settings):
-    kind = settings["preset"] if settings["stage"] == "distill" else settings["stage"]
-    taken = {p.name for p in Path("runs").glob(f"{kind}-*")}
-    return next(f"{kind}-{i}" for i in range(1, len(taken) + 2) if f"{kind}-{i}" not in taken)
+def free_folder(parent, kind):
+    """parent/kind-1, or with the first number that is not taken."""
+    return next(folder for i in itertools.count(1) if not (folder := parent / f"{kind}-{i}").exists())
 
 
 def progress(step, steps, first, started, recent):
@@ -537,7 +537,8 @@ def run(settings):
         if step >= settings["steps"]:
             raise SystemExit(f"{folder}: has all its {step} steps already")
     else:
-        folder = Path("runs") / (settings["name"] or free_name(settings))
+        kind = settings["preset"] if settings["stage"] == "distill" else settings["stage"]
+        folder = Path("runs", settings["name"]) if settings["name"] else free_folder(Path("runs"), kind)
         if (folder / "checkpoint.pt").exists():
             raise SystemExit(
                 f"{folder}: there is a run of that name; go on with --resume {folder}, or choose another --name"

@@ -168,9 +168,10 @@ def blend(image_gaussians, features, owner, pixel, V, width, height):
         row = (indices.reshape(B * N, J)[row] + scene[:, None] * M).flatten()
         first = first * J
     out = F.embedding_bag(  # the sparse product: one "bag" of rows per pixel
-        row, tokens.reshape(B * M, C), first, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
-    return out.view(B, V, height, width, C), alphas.view(B, V, height, width)
+        row, tokens.to(weights.dtype).reshape(B * M, C), first, mode="sum", per_sample_weights=weights,
+        include_last_offset=True,
+    )  # fmt: skip
+    return out.view(B, V, height, width, C).to(tokens.dtype), alphas.view(B, V, height, width)
 
 
 def rasterize(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
@@ -184,7 +185,4 @@ def rasterize(means, covars, opacities, features, viewmats, Ks, width, height, n
     opacities = opacities[:, None, :, None].expand(B, V, N, 1)
     image_gaussians = torch.cat([means2d, conics, opacities], -1).view(B * V * N, 6)
     owner, pixel = list_pairs(image_gaussians, radii.flatten(0, 1), depths.flatten(0, 1), width, height)
-    tokens, *factors = features if isinstance(features, tuple) else (features,)
-    features = (tokens.to(means.dtype), *factors) if factors else tokens.to(means.dtype)
-    out, alphas = blend(image_gaussians, features, owner, pixel, V, width, height)
-    return out.to(tokens.dtype), alphas
+    return blend(image_gaussians, features, owner, pixel, V, width, height)
