@@ -37,17 +37,21 @@ def rasterize_dense(
             stopped = torch.zeros_like(certain)
             all_cut = torch.ones_like(certain)  # every Gaussian so far was cut off at MAX_ALPHA
             z_before, alpha_before = -1.0, torch.zeros_like(T)
+            # Unbound, as the backward of an index costs a whole tensor
+            points, shapes, peaks, rows = (t.unbind() for t in (camera, covars[b], opacities[b], features[b]))
             for n in sorted(range(N), key=lambda n: (depths[n], n)):
-                z = camera[n, 2]
+                z = points[n][2]
                 if not near_plane < z < far_plane:
                     continue
-                mean2d = f * camera[n, :2] / z + c
-                u = (camera[n, :2] / z).clamp(-c / f - 0.15 * size / f, (size - c) / f + 0.15 * size / f)
+                if stopped.all():
+                    break
+                mean2d = f * points[n][:2] / z + c
+                u = (points[n][:2] / z).clamp(-c / f - 0.15 * size / f, (size - c) / f + 0.15 * size / f)
                 J = torch.stack([torch.stack([f[0] / z, 0 * z, -f[0] * u[0] / z]),
                                  torch.stack([0 * z, f[1] / z, -f[1] * u[1] / z])])  # fmt: skip
-                conic = torch.linalg.inv(J @ R @ covars[b, n] @ R.T @ J.T + eps2d * torch.eye(2).to(K))
+                conic = torch.linalg.inv(J @ R @ shapes[n] @ R.T @ J.T + eps2d * torch.eye(2).to(K))
                 d = torch.stack(torch.meshgrid(x - mean2d[0], y - mean2d[1], indexing="xy"), -1)
-                raw = opacities[b, n] * torch.exp(-0.5 * (d @ conic * d).sum(-1))
+                raw = peaks[n] * torch.exp(-0.5 * (d @ conic * d).sum(-1))
                 alpha = raw.clamp(max=MAX_ALPHA)
                 skipped = alpha < MIN_ALPHA
                 T_next = T * (1 - alpha)
@@ -63,7 +67,7 @@ def rasterize_dense(
                 z_before, alpha_before = depths[n], alpha
                 stopped = stopped | stops
                 weight = torch.where(skipped | stopped, 0.0, alpha * T)
-                out = out + weight[..., None] * features[b, n]
+                out = out + weight[..., None] * rows[n]
                 T = torch.where(skipped | stopped, T, T_next)
             images.append(out)
             alphas.append(1 - T)

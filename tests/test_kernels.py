@@ -48,16 +48,17 @@ def close(name, actual, expected, rtol, atol):
     )
 
 
-def check_against_dense(scene, backend, rtol=1e-3, atol=2e-5, **options):
+def check_against_dense(scene, *backends, rtol=1e-3, atol=2e-5, **options):
     out, alphas, gradients, certain = values_and_gradients(rasterize_dense, scene, **options)
-    got_out, got_alphas, got_gradients, _ = values_and_gradients(
-        rasterize, scene, mask=certain, backend=backend, **options
-    )
-    close("features", got_out[certain], out[certain], rtol, atol)
-    close("alphas", got_alphas[certain], alphas[certain], rtol, atol)
-    for name, got, expected in zip(NAMES, got_gradients, gradients):
-        close(f"gradient of {name}", got, expected, rtol, atol)
-    return certain
+    for backend in backends:
+        got_out, got_alphas, got_gradients, _ = values_and_gradients(
+            rasterize, scene, mask=certain, backend=backend, **options
+        )
+        close("features", got_out[certain], out[certain], rtol, atol)
+        close("alphas", got_alphas[certain], alphas[certain], rtol, atol)
+        for name, got, expected in zip(NAMES, got_gradients, gradients):
+            close(f"{backend} gradient of {name}", got, expected, rtol, atol)
+    return certain, alphas
 
 
 # --------------------------------------------------------------------------- values and gradients
@@ -69,6 +70,8 @@ AWKWARD = [  # B, V, N, C, width, height
     (2, 1, 31, 17, 13, 23),
     (2, 3, 7, 3, 11, 5),
     (1, 1, 53, 67, 19, 7),
+    (2, 1, 29, 384, 10, 9),
+    (1, 1, 23, 1000, 9, 10),
 ]
 
 
@@ -76,7 +79,7 @@ AWKWARD = [  # B, V, N, C, width, height
 @pytest.mark.parametrize("B,V,N,C,width,height", AWKWARD)
 def test_matches_dense_loop_at_awkward_sizes(backend, B, V, N, C, width, height):
     scene = make_scene(N + C, B, V, N, C, width, height)
-    certain = check_against_dense(scene, backend)
+    certain, _ = check_against_dense(scene, backend)
     assert certain.float().mean() > 0.8  # or little was compared
 
 
@@ -136,6 +139,24 @@ def test_triton_matches_torch(scene):
         close(f"gradient of {name}", got, expected, 1e-3, 1e-3)
 
 
+@pytest.mark.parametrize("faint", [True, False])
+def test_ten_thousand_gaussians_in_one_tile(faint):
+    """Faint specks let every pixel see to the end of a list of thousands; bright ones close it after a few."""
+    g = torch.Generator().manual_seed(0)
+    N, C, size = 10_000, 5, 8
+    z = 1 + 3 * torch.rand(N, 1, generator=g)
+    means = torch.cat([(torch.rand(N, 2, generator=g) - 0.5) * z, z], 1)[None]
+    covars = torch.eye(3).expand(1, N, 3, 3) * (0.02 * z**2)[None, ..., None] / size**2
+    opacities = (0.03 if faint else 0.9) * torch.rand(1, N, generator=g)
+    features = torch.randn(1, N, C, generator=g)
+    K = torch.tensor([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1]])[None, None]
+    tensors = (means, covars, opacities, features, torch.eye(4)[None, None], K)
+    scene = [*(t.to(DEVICE).contiguous() for t in tensors), size, size]
+    certain, alphas = check_against_dense(scene, "torch", "triton", atol=1e-3)
+    assert certain.float().mean() > 0.2
+    assert 0.5 < alphas.min() and alphas.max() < 0.999 if faint else alphas.min() > 0.999
+
+
 def test_gradients_by_finite_differences():
     means, covars, opacities, features, *cameras = make_scene(5, V=2, N=4, C=2, width=6, height=5, dtype=torch.float64)
 
@@ -165,6 +186,16 @@ def test_covariance_gradient_is_per_entry(backend):
         low, high = (rasterize(wide[0], m, *wide[2:], *cameras, backend="torch")[0] for m in moved)
         expected = ((high - low) / 2e-6 * g).sum()
         assert float(gradient[0, 0, i, j]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU multiplies in TF32; the interpreter is exact")
+def test_tf32_costs_little():
+    """The default for float32 features, against float64, relative to the largest value."""
+    scene = make_scene(24, N=200, C=384, width=64, height=48)
+    exact, _, certain = rasterize_dense(*scene)
+    for precision, most in (("tf32", 2e-3), ("tf32x3", 1e-4), ("ieee", 1e-4)):
+        out = rasterize(*scene, precision=precision)[0].double()
+        assert float((out - exact)[certain].abs().max() / exact.abs().max()) < most, precision
 
 
 # --------------------------------------------------------------------------- closed forms
