@@ -582,13 +582,13 @@ def open_picture(path, what, listed_in):
     try:
         if path.suffix == ".npy":
             array = np.load(path, allow_pickle=False).astype(np.float32)
-            if array.ndim != 2:
+            if array.ndim != 2 or not array.size:
                 raise ValueError(f"its array is {' x '.join(map(str, array.shape))}, not height x width")
             return Image.fromarray(array)
         picture = Image.open(path)
         picture.load()
         return picture
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, AttributeError) as error:
         raise ValueError(f"{path}: {what} that cannot be read ({' '.join(str(error).split())})") from None
 
 
@@ -626,6 +626,18 @@ class Crop:
         if mask.ndim != 2:
             raise ValueError(f"{path}: a mask holds one id per pixel, not {mask.shape[-1]} channels")
         return torch.from_numpy(mask.astype(np.int64))
+
+
+def is_rotation(R):
+    return np.abs(R @ R.T - np.eye(3)).max() < 1e-3 and np.linalg.det(R) > 0
+
+
+def lines_of(path):
+    """The lines of a text file that are not blank."""
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a text file that can be read ({error})") from None
 
 
 class PosedFolder:
@@ -715,8 +727,7 @@ class PosedFolder:
         if pose.shape not in ((4, 4), (3, 4)) or not np.isfinite(pose).all():
             raise ValueError(f"{where} is not 4 x 4 finite numbers")
         pose = np.concatenate([pose[:3], [[0, 0, 0, 1]]])
-        R = pose[:3, :3]
-        if np.abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0:
+        if not is_rotation(pose[:3, :3]):
             raise ValueError(f"{where} is not rigid: its upper left 3 x 3 is no rotation")
         pose[:3, 1:3] *= -1
         return pose
@@ -855,8 +866,9 @@ BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 class Pairs(torch.utils.data.Dataset):
     """Two views each, frames i and j of a scene, with depth: pairs[n] is two dicts as of `scene.frame`."""
 
-    def __init__(self, entries, height, width):
+    def __init__(self, entries, height, width, least_overlap=0.0):
         self.entries, self.size = entries, (height, width)
+        self.least_overlap = least_overlap  # share of a view that the other must show for the pair to count
 
     def __len__(self):
         return len(self.entries)
@@ -869,8 +881,9 @@ class Pairs(torch.utils.data.Dataset):
 
 def pairs(path, count, height, width, seed):
     """Pairs of views to find correspondences in: of ScanNet-1500 (a folder with test.npz) its own; of RGB-D captures
-    any two frames; without a path of procedural rooms, as many from each range of viewpoint change, 0 to 15, 30, 60 and
-    180 degrees, all with at least 30 % in common. Where there are more than `count`, seed says which are taken."""
+    any two frames, which count if they have 30 % in common; without a path of procedural rooms, as many from each range
+    of viewpoint change, 0 to 15, 30, 60 and 180 degrees, all with 30 % in common. Where there are more than `count`,
+    seed says which are taken."""
     rng = np.random.default_rng(seed)
     if path is None:
         rooms, found = Rooms("probe"), []
@@ -879,9 +892,9 @@ def pairs(path, count, height, width, seed):
             found += [pair] if pair else []
         return Pairs(found, height, width)
     if (Path(path) / "test.npz").is_file() or (Path(path) / "intrinsics.npz").is_file():
-        found = scannet_pairs(Path(path))
+        found, least_overlap = scannet_pairs(Path(path)), 0.0
     else:
-        scenes = open_scenes(path)
+        scenes, least_overlap = open_scenes(path), 0.3
         for scene in scenes:
             if not scene.has_depth:
                 raise ValueError(f"{scene.file}: no depth maps, which correspondences are measured with")
@@ -897,7 +910,7 @@ def pairs(path, count, height, width, seed):
         raise ValueError(f"{path}: no two frames to compare")
     if len(found) > count:
         found = [found[k] for k in np.sort(rng.choice(len(found), count, replace=False))]
-    return Pairs(found, height, width)
+    return Pairs(found, height, width, least_overlap)
 
 
 def rotation_angle(Rt):
@@ -955,6 +968,8 @@ class ScanNetScene(PosedFolder):
                 raise ValueError(f"{pose}: not a pose that can be read ({error})") from None
             if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
                 raise ValueError(f"{pose}: not 4 x 4 finite numbers")
+            if not is_rotation(matrix[:3, :3]):
+                raise ValueError(f"{pose}: not rigid: its upper left 3 x 3 is no rotation")
             entry = {"file_path": f"color/{i}.jpg", "depth_file_path": f"depth/{i}.png"}
             self.frames.append((entry, path / entry["file_path"], matrix))
 
@@ -965,9 +980,11 @@ def scannet_pairs(path):
     try:
         names = np.load(path / "test.npz", allow_pickle=False)["name"]
         Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
-        if names.ndim != 2 or names.shape[1] != 4 or not all(K.shape in ((3, 3), (4, 4)) for K in Ks.values()):
-            raise ValueError("other shapes than [pairs, 4] and [3, 3]")
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if names.ndim != 2 or names.shape[1] != 4 or names.dtype.kind not in "iu":
+            raise ValueError("name is not whole numbers [pairs, 4]")
+        if not all(K.shape in ((3, 3), (4, 4)) and (K[[0, 1], [0, 1]] > 0).all() for K in Ks.values()):
+            raise ValueError("not every K is [3, 3] with focal lengths above 0")
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: test.npz and intrinsics.npz of ScanNet-1500 were expected ({error})") from None
     scenes = [f"scene{scene:04d}_{sequence:02d}" for scene, sequence, _, _ in names]
     opened = {}
@@ -1048,7 +1065,7 @@ def depth_frames(path):
     for part, files in listed.items():
         if not files:
             raise ValueError(f"{path / f'nyu_{part}.txt'}: expected, beside the other split's file")
-        lines = [line.split() for line in files[0].read_text().splitlines() if line.strip()]
+        lines = [line.split() for line in lines_of(files[0])]
         if any(len(line) < 2 for line in lines):
             raise ValueError(f'{files[0]}: a line is not "photo depth focal"')
         splits.append([(path, files[0], *line[:2]) for line in lines])
@@ -1070,15 +1087,19 @@ def load_nyu(entry, height, width):
     crop = Crop(open_picture(root / photo.lstrip("/"), "a photo", listed_in).convert("RGB"), height, width)
     depths = crop.depths(root / depth.lstrip("/"), 0.001, listed_in)
     if "test" in listed_in.name:  # Eigen's crop, by which all report: rows 45 to 471 of 480, columns 41 to 601 of 640
-        inside = torch.zeros_like(depths)
-        rows, columns = (round(height * r / 480) for r in (45, 471)), (round(width * c / 640) for c in (41, 601))
-        inside[slice(*rows), slice(*columns)] = 1
-        depths = depths * inside
+        inside = np.zeros((480, 640), np.float32)
+        inside[45:471, 41:601] = 1
+        depths = depths * torch.from_numpy(crop(Image.fromarray(inside), Image.Resampling.NEAREST, root / photo))
     return {"images": crop.colours(), "depths": depths}
 
 
 def normal_frames(path):
-    """Folders image/ and normal/ with the same names, or posed RGB-D folders, where normals are derived from depth."""
+    """Folders image/ and normal/ with the same names, of which every fifth is to test on; both in train/ and in test/
+    where a split is given; or posed RGB-D folders, where normals are derived from depth."""
+    if (path / "train" / "image").is_dir() or (path / "train" / "normal").is_dir():
+        train, test = (with_labels(path / part / "image", path / part / "normal", (".png", ".npy"))
+                       for part in ("train", "test"))
+        return train, test, load_normals
     if (path / "image").is_dir() or (path / "normal").is_dir():
         photos = with_labels(path / "image", path / "normal", (".png", ".npy"))
         return [e for k, e in enumerate(photos) if k % 5 != 4], photos[4::5], load_normals
@@ -1103,16 +1124,16 @@ def with_labels(photos, labels, suffixes):
 
 
 def load_normals(entry, height, width):
-    """A normal map is a picture of (n + 1) / 2, or a .npy [H, W, 3]; in whatever axes, which a probe learns. Vectors
-    shorter than half a unit count as unknown."""
+    """A normal map is a picture of (n + 1) / 2, or a .npy [H, W, 3]; in whatever axes, which a probe learns. Unknown is
+    what is far from a unit vector: black in a picture, or grey; zeros in an array."""
     photo, path = entry
     crop = Crop(open_picture(photo, "a photo", photo.parent).convert("RGB"), height, width)
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False).astype(np.float32)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, AttributeError) as error:  # the last: of an .npz by that name
             raise ValueError(f"{path}: not an array that can be read ({error})") from None
-        if array.ndim != 3 or array.shape[-1] != 3:
+        if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
             raise ValueError(f"{path}: its array is {' x '.join(map(str, array.shape))}, not height x width x 3")
         channels = [crop(Image.fromarray(c), Image.Resampling.NEAREST, path) for c in array.transpose(2, 0, 1).copy()]
         normals = np.stack(channels)
@@ -1124,7 +1145,7 @@ def load_normals(entry, height, width):
 
 def unit_or_zero(normals):  # (3, H, W)
     length = normals.norm(dim=0)
-    return torch.where(length > 0.5, normals / length.clamp(min=1e-6), 0.0)
+    return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
 
 
 def normals_from_depth(depths, K):
@@ -1154,7 +1175,7 @@ def class_frames(path):
             listed_in = path / "ImageSets" / "Segmentation" / f"{part}.txt"
             if not listed_in.is_file():
                 raise ValueError(f"{listed_in}: no such file")
-            names = listed_in.read_text().split()
+            names = [line.split()[0] for line in lines_of(listed_in)]
             parts.append([(path / "JPEGImages" / f"{n}.jpg", path / "SegmentationClass" / f"{n}.png") for n in names])
         return *parts, load_voc, VOC
     raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), or JPEGImages/ and ImageSets/ (VOC2012)")

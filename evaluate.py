@@ -10,9 +10,10 @@
 With no other word: the newest run's student against its teacher, on procedural rooms that no training sees. A table is
 printed, and written to RUN/evaluation/TASK-1/results.json with pictures beside it (without a run to runs/evaluation/).
 
-Features are patch tokens, of the last block and without the final norm unless told otherwise. Probe3D takes those for
-correspondence and normals, for which the paper follows it; where DINOv2's probes apply the norm is a setting of theirs
-(--norm here). A student counts alone; --concat puts its teacher's features beside it, as FiT3D and others do.
+Features are patch tokens of the last block unless told otherwise: without the final norm for correspondence and normals
+(Probe3D, which the paper follows there) and for depth (DINOv2's depth heads), with it for segmentation (DINOv2's linear
+head); --norm and --no-norm change it. A student counts alone; --concat puts its teacher's features beside it, as FiT3D
+and others do. What differs from the protocols on real data stands in README, Probing.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def parse_settings(arguments=None):
     """The command line as a namespace: the task's settings and what goes with every task."""
     about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = argparse.ArgumentParser(**about, add_help=False)
-    first.add_argument("--task", choices=list(SETTINGS), required=True, help="what to measure; each has its settings")
+    first.add_argument("--task", choices=list(SETTINGS), help="what to measure; each has its settings: --task X --help")
     task = first.parse_known_args(arguments)[0].task
     parser = argparse.ArgumentParser(description=__doc__, parents=[first], **about)
     add = parser.add_argument
@@ -90,18 +91,15 @@ def parse_settings(arguments=None):
         add("--run", help="folder of the run whose student and teacher to compare; nothing is the newest")
         add("--teacher", help="alone, without a run: dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
         add("--teacher-weights", help='of --teacher: a file; "random"; or nothing for the public weights')
-        add(
-            "--layers",
-            nargs="+",
-            type=int,
-            help="blocks whose tokens are put side by side, from 0; nothing is the last",
-        )
-        add("--norm", action="store_true", help="apply the final norm")
+        add("--layers", nargs="+", type=int, help="blocks whose tokens are put side by side, from 0; nothing: the last")
+        add("--norm", action=argparse.BooleanOptionalAction, help="the final norm; nothing: for segmentation alone")
         add("--concat", action="store_true", help="put the first model's features beside those of each other one")
-    for name, (rooms, other, why) in SETTINGS[task].items():
+    for name, (rooms, other, why) in SETTINGS[task or "all"].items():
         add("--" + name.replace("_", "-"), type=type(rooms), default=argparse.SUPPRESS,
             help=f"{why} ({rooms} on rooms, {other} on other data)")  # fmt: skip
     given = parser.parse_args(arguments)
+    if not task:
+        parser.error(f"--task is missing: one of {', '.join(SETTINGS)}")
     given.image_size = given.image_size or ([480, 640] if given.data else [224, 224])
     for name, values in SETTINGS[task].items():
         value = getattr(given, name, values[bool(given.data)])
@@ -110,9 +108,14 @@ def parse_settings(arguments=None):
             raise SystemExit(f"--{name.replace('_', '-')} cannot be {value}")
     unit = 16 if task == "reconstruction" else 4 if task in ("correspondence", "all") else 1
     if any(size < PATCH or size % unit for size in given.image_size):
-        raise SystemExit(f"--image-size must be multiples of {unit} from {max(unit, PATCH)} on, not {given.image_size}")
+        what = f"multiples of {unit} and " if unit > 1 else ""
+        raise SystemExit(
+            f"--image-size must be {what}at least {PATCH}, not {given.image_size[0]} {given.image_size[1]}"
+        )
     if len(set(given.weights or ())) < len(given.weights or ()):
         raise SystemExit("--weights names a file twice")
+    if task != "reconstruction" and len(set(given.layers or ())) < len(given.layers or ()):
+        raise SystemExit("--layers names a block twice")
     if task == "all" and given.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
     if task != "reconstruction" and sum(map(bool, (given.weights, given.run, given.teacher))) > 1:
@@ -147,6 +150,8 @@ def load_models(settings):
     else:
         home = Path(settings.run or newest_run())
         path = home / "student.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; --run takes the folder of a run, such as runs/demo-1")
         about = metadata_of(path)
         try:
             trained = json.loads(about["settings"])
@@ -161,6 +166,10 @@ def load_models(settings):
         student = load_vit(wanted["teacher"], path)
         models = [Model(f"teacher {wanted['teacher']}", [teacher], random), Model(f"student {home}", [student], random)]
     if settings.concat:
+        if len(models) == 1:
+            raise ValueError(
+                f"--concat puts the first model's features beside another's, and there is only {models[0].name}"
+            )
         first = models[0]
         models[1:] = [Model(m.name + " + first", m.vits + first.vits, m.random or first.random) for m in models[1:]]
     depth = min(len(vit.blocks) for m in models for vit in m.vits)
@@ -194,12 +203,15 @@ def extract(model, images, settings):
     Images are resized to the multiples of 14 at or below their size."""
     size = [s // PATCH * PATCH for s in images.shape[-2:]]
     x = F.interpolate(images.to(DEVICE), size, mode="bilinear", align_corners=False)
-    parts, x = [], normalise(x)
+    x, parts = normalise(x), []
     for vit in model.vits:
         layers = settings.layers or [len(vit.blocks) - 1]
         parts += vit.get_intermediate_layers(x, layers, True, True, settings.norm)
     patches, classes = zip(*parts)
-    return torch.cat(patches, 1).half().cpu(), torch.cat(classes, 1).half().cpu()
+    patches, classes = torch.cat(patches, 1).half().cpu(), torch.cat(classes, 1).half().cpu()
+    if not torch.isfinite(patches).all():
+        raise ValueError(f"{model.name}: features that are NaN, or too large for half precision")
+    return patches, classes
 
 
 # ----------------------------------------------------------------------------- correspondence
@@ -254,7 +266,8 @@ def match_errors(feat0, feat1, depth0, depth1, K, Rt, num_matches):
 def correspondence(models, settings, folder):
     """{model: [one {metric: value} per seed]}: recall within 5, 10, 20 pixels, and within 10 by viewpoint change.
 
-    Pixels are those of depth at a quarter of --image-size, as in Probe3D, where that is 120 x 160.
+    Pixels are those of depth at a quarter of --image-size, as in Probe3D, where that is 120 x 160. A pair in which a
+    view has less than two pixels of depth counts for none of them.
     """
     H, W = settings.image_size
     seeds = range(settings.seed, settings.seed + settings.seeds)
@@ -269,6 +282,9 @@ def correspondence(models, settings, folder):
         angles = []
         for n, (view0, view1) in enumerate(loaded(pairs)):
             Rt = torch.linalg.inv(view1["extrinsics"]) @ view0["extrinsics"]
+            progress.step()
+            if pairs.least_overlap and data.overlap(view0, view1, Rt) < pairs.least_overlap:
+                continue
             K = torch.stack([view0["Ks"], view1["Ks"]]) / torch.tensor([4.0, 4.0, 1.0])[:, None]
             depths = [view["depths"][::4, ::4] for view in (view0, view1)]
             images = torch.stack([view0["images"], view1["images"]])
@@ -285,7 +301,8 @@ def correspondence(models, settings, folder):
                     drawn.append((model, [points.cpu() for points in find_matches(*views, 30)]))
             if drawn:
                 draw_matches(folder / f"matches_{n}.png", images, drawn, K, Rt)
-            progress.step()
+        if not angles:
+            raise ValueError(f"{settings.data}: no two of its frames show {pairs.least_overlap:.0%} of the same")
         for model in models:
             row = {f"recall_{r}px": mean([p[k] for p in recalls[model.name]]) for k, r in enumerate((5, 10, 20))}
             for low, high in zip(BINS, BINS[1:]):
@@ -391,7 +408,8 @@ def depth_metrics(pred, gt):
 
 
 class NormalsProbe(nn.Module):
-    """Probe3D's linear head: a 1 x 1 convolution to a direction and its certainty, at four times the resolution."""
+    """Probe3D's linear head: a 1 x 1 convolution to a direction and its certainty, at four times the resolution. It
+    sees patch tokens alone, as the paper says; Probe3D's configuration for DINOv2 puts cls beside them."""
 
     def __init__(self, channels):
         super().__init__()
@@ -481,10 +499,27 @@ def mean_iou(confusion, names):
     return {"miou": mean(list(iou.values())), **iou}
 
 
+NO_IMAGE = "no image"  # the row of what can be known without looking
+
+
+@torch.no_grad()
+def without_image(task, frames, classes):
+    """The prediction that looks at no image, [H, W], [3, H, W] or [classes, H, W]: for each pixel the median depth, the
+    mean normal or the counts of the classes that training frames have there. Of 500 frames, if there are more."""
+    labels = [full(frame[LABELS[task][0]]) for frame in frames[:: math.ceil(len(frames) / 500)]]
+    if task == "depth":
+        known = torch.stack([torch.where(label > 0, label, torch.nan) for label in labels])
+        return known.nanmedian(0).values.nan_to_num(float(known.nanmedian()))
+    if task == "normals":
+        return torch.stack(labels).mean(0)
+    return torch.stack([sum((label == c).float() for label in labels) for c in range(classes)])
+
+
 def linear(task, models, settings, folder):
-    """{model: [one {metric: value} per seed]} of a linear probe, trained on cached features."""
-    size = settings.image_size
-    train, test, names = data.labelled(task, settings.data, size, settings.train_frames, settings.test_frames)
+    """{model: [one {metric: value} per seed]} of a linear probe, trained on cached features; and what a prediction that
+    looks at no image gets. Seeds differ in the probe's first weights and the order of frames, not in the frames."""
+    frames = settings.train_frames, settings.test_frames
+    train, test, names = data.labelled(task, settings.data, settings.image_size, *frames)
     parts = {}
     for part, frames in (("train", train), ("test", test)):
         progress, kept, cached = Progress(len(frames), f"{part} frame"), [], {}
@@ -493,6 +528,9 @@ def linear(task, models, settings, folder):
                 features = extract(model, frame["images"][None], settings)
                 if i == 0:
                     cached[model.name] = [f.new_empty(len(frames), *f.shape[1:]) for f in features]
+                    size = sum(c.nbytes for c in cached[model.name]) / 2**30
+                    if size > 1:
+                        print(f"{model.name}: {size:.1f} GiB of main memory for the features of the {part} frames")
                 for cache, f in zip(cached[model.name], features):
                     cache[i] = f[0]
             # Labels are kept small, as features are: ADE20K's at int64 would take 50 GB
@@ -501,19 +539,21 @@ def linear(task, models, settings, folder):
                 kept[i]["images"] = frame["images"]
             progress.step()
         parts[part] = cached, kept
+        if not any((frame[LABELS[task][0]] > (-1 if task == "segmentation" else 0)).any() for frame in kept):
+            raise ValueError(f"{settings.data}: none of the {part} frames has any {task} that is known")
     results, panels = {m.name: [] for m in models}, {}
     for model in models:
         for seed in range(settings.seed, settings.seed + settings.seeds):
             probe = fit(task, names, parts["train"][0][model.name], parts["train"][1], settings, seed)
-            measured, predictions = apply(probe, parts["test"][0][model.name], parts["test"][1], size)
-            if task == "segmentation":
-                results[model.name].append(mean_iou(measured["confusion"].sum(0), names))
-            else:
-                results[model.name].append({k: float(v.mean()) if len(v) else None for k, v in measured.items()})
+            measured, predictions = over_frames(probe, probe, cached[model.name], kept, settings.image_size)
+            results[model.name].append(average(measured, names))
             if seed == settings.seed:
                 panels[model.name] = predictions
             first = list(results[model.name][-1].items())[:5]
             print(f"{model.name}, seed {seed}: " + "   ".join(f"{k} {cell(v, None)}" for k, v in first))
+    constant = without_image(task, parts["train"][1], len(names or ()))
+    measured, _ = over_frames(probe, lambda *_: constant[None], cached[models[0].name], kept, settings.image_size)
+    results[NO_IMAGE] = [average(measured, names)]
     for n in range(min(4, len(test))):
         frame = {k: full(v) for k, v in parts["test"][1][n].items()}
         drawn = {"photo": frame["images"].permute(1, 2, 0)}
@@ -529,7 +569,7 @@ LABELS = {"depth": ("depths",), "normals": ("normals",), "segmentation": ("class
 
 def fit(task, names, cached, frames, settings, seed):
     """A probe trained on cached (features [N, C, h, w], cls tokens [N, C]) and their frames: AdamW, a linear warm-up
-    over 1.5 epochs, then a cosine, as in Probe3D."""
+    over 1.5 epochs, then a quarter of a cosine, down to a hundredth: Probe3D's schedule, for all tasks."""
     torch.manual_seed(seed)
     channels = cached[0].shape[1]
     probe = SegmentationProbe(channels, names) if names else (DepthProbe if task == "depth" else NormalsProbe)(channels)
@@ -537,10 +577,12 @@ def fit(task, names, cached, frames, settings, seed):
     optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=0.01)
     steps = settings.epochs * math.ceil(len(frames) / settings.batch_size)
     warmup = max(1, round(1.5 * steps / settings.epochs))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: i / warmup if i < warmup else 0.5 + 0.5 * math.cos(math.pi * (i - warmup) / max(1, steps - warmup)),
-    )
+
+    def factor(i):
+        through = min(1.0, (i - warmup) / max(1, steps - warmup))
+        return 0.01 + 0.99 * (i / warmup if i <= warmup else math.cos(0.5 * math.pi * through))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for _ in range(settings.epochs):
         for batch in torch.randperm(len(frames)).split(settings.batch_size):
             frame = {k: full(torch.stack([frames[i][k] for i in batch])).to(DEVICE) for k in LABELS[task]}
@@ -559,14 +601,22 @@ def full(label):
 
 
 @torch.no_grad()
-def apply(probe, cached, frames, size):
-    """Metrics {name: [N, ...]} of a probe over the frames, and its predictions of the first four."""
+def over_frames(probe, predict, cached, frames, size):
+    """What a probe's `measure` says of what `predict` makes of cached features, frame by frame, {name: [N, ...]}; and
+    the first four predictions."""
     measured, predictions = [], []
     for i, frame in enumerate(frames):
-        prediction = probe(*(c[i : i + 1].to(DEVICE).float() for c in cached), size).cpu()
+        prediction = predict(*(c[i : i + 1].to(DEVICE).float() for c in cached), size).cpu()
         measured.append(probe.measure(prediction, {k: full(v)[None] for k, v in frame.items()}))
         predictions += [prediction[0]] * (i < 4)
     return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}, predictions
+
+
+def average(measured, names):
+    """{metric: mean over the frames}, or of confusions [N, classes, classes] the IoU of their sum."""
+    if "confusion" in measured:
+        return mean_iou(measured["confusion"].sum(0), names)
+    return {k: float(v.mean()) if len(v) else None for k, v in measured.items()}
 
 
 # ----------------------------------------------------------------------------- reconstruction
@@ -700,7 +750,7 @@ def summarise(results):
 
 def differences(results):
     """Each further model minus the first, seed by seed: what both saw alike cancels."""
-    first, *others = results
+    first, *others = (name for name in results if name != NO_IMAGE)
     rows = {}
     for other in others:
         rows[f"{other} - {first}"] = [
@@ -733,15 +783,18 @@ def measure(task, settings, models, home):
     folder.mkdir(parents=True)
     random = any(m.random for m in models)
     started = time.time()
-    if task == "reconstruction":
-        results = compared = reconstruction(settings, folder)
-    else:
-        results = (
-            correspondence(models, settings, folder)
-            if task == "correspondence"
-            else linear(task, models, settings, folder)
-        )
-        compared = results | differences(results)
+    try:
+        if task == "reconstruction":
+            results = reconstruction(settings, folder)
+        elif task == "correspondence":
+            results = correspondence(models, settings, folder)
+        else:
+            results = linear(task, models, settings, folder)
+    finally:
+        if not any(folder.iterdir()):  # it failed before there was anything to look at
+            folder.rmdir()
+    folder.mkdir(exist_ok=True)  # correspondence draws nothing where there are no matches
+    compared = results if task == "reconstruction" else results | differences(results)
     summary = summarise(compared)
     print_table(summary)
     report = {
@@ -768,6 +821,8 @@ def main(arguments=None):
             each = settings
             if settings.task == "all":
                 each = argparse.Namespace(**{k: v[0] for k, v in SETTINGS[task].items()} | vars(settings))
+            if task != "reconstruction" and settings.norm is None:
+                each = argparse.Namespace(**vars(each) | {"norm": task == "segmentation"})
             measure(task, each, models, home)
     except ValueError as error:  # bad input, named in one sentence; a data worker puts its traceback before that
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None

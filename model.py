@@ -224,7 +224,7 @@ def load_vit(name, weights=None, seed=0):
 def architecture_of(state, source):
     """The name that `load_vit` knows a state dict's architecture by. ValueError: it is that of no DINOv2."""
     token = state.get("cls_token")
-    dim = token.shape[-1] if token is not None else None
+    dim = token.shape[-1] if token is not None and token.ndim else None
     for name, sizes in ARCHITECTURES.items():
         if sizes["dim"] == dim:
             return name + ("_reg" if {"register_tokens", "reg_token"} & state.keys() else "")
@@ -246,7 +246,7 @@ def read_state(path):
         raise ValueError(f"{path}: not a weights file that can be read ({_first_line(error)})") from None
     except Exception as error:  # pickle.UnpicklingError, whose text is long: torch explains how to run the pickle
         raise ValueError(f"{path}: holds more than weights, or is damaged ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in state.items()):
         raise ValueError(f"{path}: not a state dict: expected parameter names with one tensor each")
     return state
 

@@ -176,7 +176,7 @@ def command(settings):
 
 
 def load_teacher(settings):
-    """The teacher's ViT; where its weights cannot be had and the run is a demo on rooms, a random one.
+    """The teacher's ViT; where its weights cannot be had and all is on procedural rooms, a random one.
 
     Returns the ViT and whether its weights are random.
     """
@@ -188,7 +188,7 @@ def load_teacher(settings):
     except WeightsNotFound as error:
         if settings["data"]:
             raise SystemExit(f"{error} (--teacher-weights FILE)") from None
-        print(f"{error}\nThis is the demo: going on with random weights.")
+        print(f"{error}\nOn procedural rooms that need not end it: going on with random weights.")
         return load_vit(name, "random", seed), True
 
 
@@ -299,18 +299,7 @@ def load_checkpoint(folder):
         raise SystemExit(f"{path}: no such file; --resume takes the folder of a run, such as runs/demo-1")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = {
-            "step",
-            "seconds",
-            "measured",
-            "settings",
-            "random_weights",
-            "model",
-            "optimizer",
-            "schedule",
-            "rng",
-            "cuda_rng",
-        }
+        wanted = set("step seconds measured settings random_weights model optimizer schedule rng cuda_rng".split())
         if not isinstance(checkpoint, dict) or checkpoint.keys() != wanted:
             raise ValueError("it has other contents")
         found, beside = checkpoint["settings"], {"stage", "data", "preset", "name"}

@@ -32,6 +32,13 @@ MAX_ALPHA = tl.constexpr(torch_backend.MAX_ALPHA)
 MIN_ALPHA = tl.constexpr(torch_backend.MIN_ALPHA)
 MIN_TRANSMITTANCE = tl.constexpr(torch_backend.MIN_TRANSMITTANCE)
 
+# Gaussians a chunk and channels a program, for features and for mixtures, which take registers of their own. Not timed
+# yet: chosen by what the compiler makes of them for sm_80 and sm_90 (`python -m kernels.bench`), where no forward
+# spills registers. The backward of float32 features spills 224 to 304 bytes on sm_80 in TF32; smaller blocks did not
+# cure that.
+FORWARD, FORWARD_MIXED = dict(K=32, BLOCK_C=64, num_warps=4), dict(K=16, BLOCK_C=64, num_warps=4)
+BACKWARD, BACKWARD_MIXED = dict(K=16, BLOCK_C=32, num_warps=4), dict(K=16, BLOCK_C=16, num_warps=4)
+
 
 @triton.jit
 def pixel_centres(tile, tiles_x, TILE: tl.constexpr):
@@ -269,24 +276,18 @@ def blend_backward_kernel(
         T = T_before
 
 
-# Chosen by what compiles for sm_80 and sm_90 without spilling registers (the backward spills 400 bytes on sm_80 all the
-# same); `python -m kernels.bench` shows it. Nothing here has been timed yet.
-FORWARD = dict(K=32, BLOCK_C=64, num_warps=4)
-BACKWARD = dict(K=16, BLOCK_C=32, num_warps=4)
-
-
 def launch_options(block, C, dtype, tile, precision, J, interpret):
-    """Keyword arguments for a kernel: from FORWARD or BACKWARD, the channels and dtype of the features, the tile, the
+    """Keyword arguments for a kernel: from FORWARD or the like, the channels and dtype of the features, the tile, the
     precision of float32 products ("tf32", "tf32x3" or "ieee") and how many tokens a feature mixes (0 = not factored).
 
     Half-precision features are multiplied by weights rounded to the same type; sums are float32 always. Triton's
     interpreter multiplies bfloat16 wrongly and float32 exactly, so there all is float32.
     """
     triton_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+    most = max(16, block["BLOCK_C"] // 2) if precision == "tf32x3" and J else block["BLOCK_C"]  # or it spills
     return dict(
         block,
-        # tl.dot wants 16 channels at least; mixing tokens takes registers of its own
-        BLOCK_C=min(block["BLOCK_C"] // (2 if J else 1), max(16, triton.next_power_of_2(C))),
+        BLOCK_C=min(most, max(16, triton.next_power_of_2(C))),  # tl.dot wants 16 at least
         TILE=tile,
         DOT_DTYPE=tl.float32 if interpret else triton_dtype,
         PRECISION="ieee" if interpret else precision,
@@ -322,7 +323,8 @@ def blend(
     sizes = _sizes(means2d, features, V, width, height, tile)
     J = 0 if indices is None else indices.shape[-1]
     if len(means2d):
-        options = launch_options(FORWARD, features.shape[-1], features.dtype, tile, precision, J, interpret)
+        block = FORWARD_MIXED if J else FORWARD
+        options = launch_options(block, features.shape[-1], features.dtype, tile, precision, J, interpret)
         with torch.cuda.device_of(means2d):  # triton launches on the current device, which need not be theirs
             blend_forward_kernel[(len(means2d) * sizes[-1], triton.cdiv(features.shape[-1], options["BLOCK_C"]))](
                 means2d, conics, opacities, features, indices, mix, gaussians, ranges, out, transmittance, last,
@@ -370,11 +372,12 @@ def blend_backward(
     sizes = _sizes(means2d, features, V, width, height, tile)
     J = 0 if indices is None else indices.shape[-1]
     if len(means2d):
+        block = BACKWARD_MIXED if J else BACKWARD
+        options = launch_options(block, features.shape[-1], features.dtype, tile, precision, J, interpret)
         with torch.cuda.device_of(means2d):
             blend_backward_kernel[(len(means2d) * sizes[-1],)](
                 means2d, conics, opacities, features, indices, mix, gaussians, ranges, transmittance, last,
-                v_out.contiguous(), v_alphas.contiguous(), *v, *sizes,
-                **launch_options(BACKWARD, features.shape[-1], features.dtype, tile, precision, J, interpret),
+                v_out.contiguous(), v_alphas.contiguous(), *v, *sizes, **options,
             )  # fmt: skip
     return tuple(v)
 

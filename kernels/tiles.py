@@ -92,15 +92,24 @@ def place_kernel(
 
 
 @triton.jit
+def load_run(ranges_ptr, range_ptr, number_ptr, count, RUN: tl.constexpr):
+    """Start and end of a program's range, and where in the keys its run begins; all 0 for a program without a run."""
+    r = tl.load(range_ptr + tl.program_id(0))
+    start, end = tl.load(ranges_ptr + r * 2, r < count, 0), tl.load(ranges_ptr + r * 2 + 1, r < count, 0)
+    return start, end, start + tl.load(number_ptr + tl.program_id(0)) * RUN
+
+
+@triton.jit
 def sort_kernel(
     keys_ptr,  # [P] int64
-    sorted_ptr,  # out [P] int64: in each tile's range runs of RUN keys, sorted
-    ranges_ptr,  # [I * tiles, 2] int64
+    sorted_ptr,  # out [P] int64: in each range runs of RUN keys, sorted
+    ranges_ptr,  # [R, 2] int64
+    range_ptr,  # [programs] int64: which range a program's run lies in; R for none
+    number_ptr,  # [programs] int64: which run of that range it is
+    count,  # R
     RUN: tl.constexpr,
 ):
-    start = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2)
-    end = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2 + 1)
-    first = start + tl.program_id(1).to(tl.int64) * RUN
+    start, end, first = load_run(ranges_ptr, range_ptr, number_ptr, count, RUN)
     end = tl.minimum(end, first + RUN)
     i = first + tl.arange(0, RUN)
     key = tl.load(keys_ptr + i, i < end, NEVER)
@@ -113,31 +122,33 @@ def sort_kernel(
 
 @triton.jit
 def merge_kernel(
-    keys_ptr,  # [P] int64: in each tile's range runs of `length` keys, sorted
+    keys_ptr,  # [P] int64: in each range runs of `length` keys, sorted
     merged_ptr,  # out [P] int64: runs of 2 * length
-    ranges_ptr,  # [I * tiles, 2] int64
+    ranges_ptr,  # [R, 2] int64
+    range_ptr,  # [programs] int64, as sort_kernel's; a program merges RUN keys, whatever the length
+    number_ptr,  # [programs] int64
+    count,  # R
     length,
     steps,  # of the binary search: bits of length
     RUN: tl.constexpr,
 ):
-    start = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2)
-    end = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2 + 1)
-    i = tl.program_id(1).to(tl.int64) * RUN + tl.arange(0, RUN)  # within the range
+    start, end, first = load_run(ranges_ptr, range_ptr, number_ptr, count, RUN)
+    i = first - start + tl.arange(0, RUN)  # within the range
     valid = start + i < end
-    if start + tl.program_id(1).to(tl.int64) * RUN < end:
-        key = tl.load(keys_ptr + start + i, valid, 0)
-        run = i // length
-        low = start + (run ^ 1) * length  # the other run of the pair, which may be cut short, or not be there
-        first, high = low, tl.minimum(low + length, end)
-        for _ in range(steps):
-            middle = (low + high) // 2
-            open = valid & (low < high)
-            smaller = open & (tl.load(keys_ptr + middle, open, NEVER) < key)
-            low, high = tl.where(smaller, middle + 1, low), tl.where(open & (smaller == 0), middle, high)
-        tl.store(merged_ptr + start + (i - run % 2 * length) + (low - first), key, valid)
+    key = tl.load(keys_ptr + start + i, valid, 0)
+    run = i // length
+    other = start + (run ^ 1) * length  # the other run of the pair, which may be cut short, or not be there
+    low, high = other, tl.minimum(other + length, end)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open = valid & (low < high)
+        smaller = open & (tl.load(keys_ptr + middle, open, NEVER) < key)
+        low, high = tl.where(smaller, middle + 1, low), tl.where(open & (smaller == 0), middle, high)
+    tl.store(merged_ptr + start + (i - run % 2 * length) + (low - other), key, valid)
 
 
-@torch.library.custom_op("splat::list_tiles", mutates_args=())
+# A CUDA graph cannot hold it: the host reads how long the lists are
+@torch.library.custom_op("splat::list_tiles", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
 def list_tiles(
     means2d: torch.Tensor, depths: torch.Tensor, radii: torch.Tensor, width: int, height: int, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,12 +187,18 @@ def sort_ranges(keys, ranges, longest):
     """Keys [P] int64, no two of a range equal, sorted within every range of ranges [R, 2], the longest of which has
     `longest`. Returns [P]; overwrites the keys."""
     run = min(RUN, max(16, triton.next_power_of_2(longest)))
-    grid = (len(ranges), triton.cdiv(longest, run))
+    runs = (ranges[:, 1] - ranges[:, 0] + run - 1) // run
+    ends = runs.cumsum(0)
+    # There are P / RUN + R runs at most; which are there is for the device to know, without waiting for it
+    program = torch.arange(len(keys) // run + len(ranges), device=keys.device)
+    owner = torch.searchsorted(ends, program, right=True)
+    number = program - (ends - runs)[owner.clamp(max=len(ranges) - 1)]
+    of_program = ranges, owner, number, len(ranges)
     done = torch.empty_like(keys)
-    sort_kernel[grid](keys, done, ranges, RUN=run)
+    sort_kernel[(len(program),)](keys, done, *of_program, RUN=run)
     length = run
     while length < longest:
         keys, done = done, keys
-        merge_kernel[grid](keys, done, ranges, length, length.bit_length(), RUN=run)
+        merge_kernel[(len(program),)](keys, done, *of_program, length, length.bit_length(), RUN=run)
         length *= 2
     return done

@@ -74,7 +74,7 @@ def rasterize_dense(
             certains.append(certain)
     shape = (B, V, height, width)
     if B * V == 0:
-        return torch.zeros(*shape, C), torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
+        return means.new_zeros(*shape, C), means.new_zeros(shape), means.new_ones(shape, dtype=torch.bool)
     return torch.stack(images).view(*shape, C), torch.stack(alphas).view(shape), torch.stack(certains).view(shape)
 
 

@@ -98,6 +98,55 @@ def test_features_that_tell_the_place_match_without_error():
     assert E.match_errors(features[0], twice[1], depths[0], twice[0][0], Ks, Rt, 500).median() < 2.5
 
 
+def test_the_task_hands_poses_and_sizes_on_rightly(monkeypatch):
+    """Features that are a code of the world point make recall near 1, and poses of another scene spoil it. The angles
+    of rooms' pairs go round the bins, so that each bin holds every fourth pair, within 10 pixels."""
+    code = 2 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    views, error = [], []
+
+    def place_codes(model, images, settings):  # in the order in which views are loaded
+        features = []
+        for image in images:
+            view = next(v for v in views if torch.equal(v["images"], image))
+            points = data.camera_points(view["depths"], view["Ks"]) @ view["extrinsics"][:3, :3].T
+            angles = (points + view["extrinsics"][:3, 3]) @ code
+            features.append(torch.cat([angles.sin(), angles.cos()], -1).permute(2, 0, 1))
+        return torch.stack(features), None
+
+    def loaded(pairs):
+        for n in range(len(pairs)):
+            a, b = pairs[n]
+            views[:] = [a, b]
+            if error:  # the second camera is said to stand elsewhere
+                b = b | {"extrinsics": b["extrinsics"] + error[0]}
+            yield a, b
+
+    monkeypatch.setattr(E, "extract", place_codes)
+    monkeypatch.setattr(E, "loaded", loaded)
+    few = "--pairs 8 --image-size 112 112 --seeds 1 --matches 80".split()
+    settings = E.parse_settings(["--task", "correspondence", *few])
+    model = E.Model("place", [], False)
+    (row,) = E.correspondence([model], settings, Path("."))["place"]
+    assert row["recall_5px"] > 0.9 and all(row[f"recall_10px_{a}_{b}deg"] > 0.9 for a, b in zip(E.BINS, E.BINS[1:]))
+    shift = torch.zeros(4, 4)
+    shift[0, 3] = 1.0
+    error.append(shift)
+    (wrong,) = E.correspondence([model], settings, Path("."))["place"]
+    assert wrong["recall_5px"] < 0.7 * row["recall_5px"]
+    bins = [wrong[f"recall_10px_{a}_{b}deg"] for a, b in zip(E.BINS, E.BINS[1:])]
+    assert sum(bins) / 4 == pytest.approx(wrong["recall_10px"])  # as many pairs in each
+
+
+def test_pairs_of_a_capture_that_share_nothing_do_not_count(tmp_path, monkeypatch):
+    capture(tmp_path / "scan", frames=3)
+    arguments = ["--task", "correspondence", "--data", "scan", "--image-size", "28", "56", "--matches", "20",
+                 "--teacher", "dinov2_vits14", "--teacher-weights", "random"]  # fmt: skip
+    monkeypatch.setattr(data, "overlap", lambda a, b, Rt: 0.29)
+    with pytest.raises(SystemExit, match="scan: no two of its frames show 30% of the same"):
+        E.main(arguments)
+    assert not Path("runs/evaluation/correspondence-1").exists()  # nothing was measured: nothing is left
+
+
 def test_views_without_depth_have_no_matches():
     features, nothing = torch.randn(8, 3, 4), torch.zeros(6, 8)
     K = torch.tensor([[5.0, 0, 4], [0, 5, 3], [0, 0, 1]])
@@ -140,6 +189,34 @@ def test_convolving_before_upsampling_is_the_protocols_order():
     probe = E.NormalsProbe(6)
     x = probe.conv(F.interpolate(features, scale_factor=4, mode="bilinear", align_corners=True))
     torch.testing.assert_close(probe(features, classes, (12, 20)), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("probe", [E.DepthProbe(6), E.NormalsProbe(6), E.SegmentationProbe(6, "abc").eval()])
+def test_predictions_have_the_labels_size(probe):
+    """The last resize is smooth: nothing of it at the corners of a 3 x 5 map, and no step between neighbours."""
+    features, classes = torch.randn(1, 6, 3, 5).cumsum(-1), torch.randn(1, 6)
+    out = probe(features, classes, (130, 230))
+    out = out[:, None] if out.ndim == 3 else out
+    assert out.shape[-2:] == (130, 230)
+    step = (out[..., 1:] - out[..., :-1]).abs().amax()
+    assert step < 0.1 * (out.amax() - out.amin())
+
+
+def test_depth_loss_is_the_sum_of_its_parts():
+    prediction, truth = 1 + torch.rand(2, 12, 12), 1 + 11 * torch.rand(2, 12, 12)
+    near = torch.where(truth <= 10, truth, 0.0)
+    expected = E.sig_loss(prediction, near) + 0.5 * E.gradient_loss(prediction, near)
+    torch.testing.assert_close(E.DepthProbe(3).loss(prediction, {"depths": truth}), expected)
+
+
+def test_without_an_image_the_labels_of_each_pixel_decide():
+    frames = [{"depths": torch.tensor([[1.0, 0.0]])}, {"depths": torch.tensor([[2.0, 0.0]])},
+              {"depths": torch.tensor([[9.0, 0.0]])}]  # fmt: skip
+    assert E.without_image("depth", frames, 0).tolist() == [[2.0, 2.0]]  # where nothing is known, the median of all
+    frames = [{"normals": n.view(3, 1, 1)} for n in torch.eye(3)]
+    torch.testing.assert_close(E.without_image("normals", frames, 0)[:, 0, 0], torch.full((3,), 1 / 3))
+    frames = [{"classes": torch.tensor([[c, -1]])} for c in (2, 0, 2)]
+    assert E.without_image("segmentation", frames, 3)[:, 0].tolist() == [[1, 0], [0, 0], [2, 0]]
 
 
 def test_angular_loss_is_the_formula():
@@ -188,7 +265,7 @@ def test_a_probe_learns_what_features_tell():
     for name, f in (("telling", features), ("noise", torch.randn(features.shape, generator=g))):
         cached = f[:16].half(), torch.zeros(16, 3).half()
         probe = E.fit("depth", None, cached, frames[:16], settings, 0)
-        measured, _ = E.apply(probe, (f[16:].half(), torch.zeros(8, 3).half()), frames[16:], (28, 28))
+        measured, _ = E.over_frames(probe, probe, (f[16:].half(), torch.zeros(8, 3).half()), frames[16:], (28, 28))
         errors[name] = float(measured["abs_rel"].mean())
     assert errors["telling"] < 0.6 * errors["noise"]
 
@@ -198,6 +275,7 @@ def test_spread_and_differences_are_over_seeds():
     summary = E.summarise(results | E.differences(results))
     assert summary["a"]["x"] == (3.0, pytest.approx(math.sqrt(7)))
     assert summary["b - a"]["x"] == (1.0, 0.0)  # what both saw alike cancels
+    assert E.differences({"a": [{"x": 1.0}], E.NO_IMAGE: [{"x": 2.0}]}) == {}
     assert E.summarise({"a": [{"x": 1.0, "y": None}]})["a"] == {"x": (1.0, None), "y": (None, None)}
 
 
@@ -260,11 +338,15 @@ def test_nyu_split_files(tmp_path):
         (tmp_path / f"nyu_{part}.txt").write_text(f"/{part}/rgb_0.jpg /{part}/depth_0.png 518.8579\n")
     train_, test, _ = data.labelled("depth", str(tmp_path), (240, 320))
     assert float(train_[0]["depths"].min()) == pytest.approx(1.5)
-    inside = test[0]["depths"] > 0  # Eigen's crop, at half the size
-    rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
-    assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == (22, 235, 20, 299)
+    for size, expected in (((240, 320), (22, 234, 20, 299)), ((240, 240), (22, 234, 0, 239))):  # Eigen's, at half size
+        inside = data.labelled("depth", str(tmp_path), size)[1][0]["depths"] > 0
+        rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
+        assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == expected
     (tmp_path / "nyu_test.txt").unlink()
     with pytest.raises(ValueError, match="nyu_test.txt: expected, beside the other"):
+        data.labelled("depth", str(tmp_path), (240, 320))
+    (tmp_path / "nyu_test.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="nyu_test.txt: not a text file that can be read"):
         data.labelled("depth", str(tmp_path), (240, 320))
 
 
@@ -277,13 +359,20 @@ def test_normal_folders(tmp_path):
         if i == 4:
             np.save(tmp_path / "normal/4.npy", normals * 0.9)
         else:
-            encoded = np.where(normals.any(-1, keepdims=True), normals, 0) * 127.5 + 127.5
+            encoded = normals * 127.5 + 127.5
+            encoded[:, :16] = 0  # unknown is grey to some, black to others
             Image.fromarray(encoded.round().astype(np.uint8)).save(tmp_path / f"normal/{i}.png")
     train_, test, _ = data.labelled("normals", str(tmp_path), (48, 64))
     assert (len(train_), len(test)) == (4, 1)
     for frame in (train_[0], test[0]):
         assert not frame["normals"][:, :, :32].any()
         torch.testing.assert_close(frame["normals"][:, 5, 40], torch.tensor([0.6, 0, -0.8]), atol=0.01, rtol=0)
+    for part in ("train", "test"):
+        for kind in ("image", "normal"):
+            (tmp_path / f"split/{part}/{kind}").mkdir(parents=True)
+            for i in range(5 if part == "train" else 2):
+                (tmp_path / f"split/{part}/{kind}/{i}.png").write_bytes((tmp_path / f"{kind}/0.png").read_bytes())
+    assert [len(d) for d in data.labelled("normals", str(tmp_path / "split"), (48, 64))[:2]] == [5, 2]
     (tmp_path / "normal/2.png").unlink()
     with pytest.raises(ValueError, match="normal/2.png: no such file, which 2.png goes with"):
         data.labelled("normals", str(tmp_path), (48, 64))
@@ -343,6 +432,12 @@ def test_scannet_says_what_is_missing(tmp_path):
     (root / "scene0707_00/pose/15.txt").unlink()
     with pytest.raises(ValueError, match="pose/15.txt: not a pose that can be read"):
         data.pairs(str(root), 10, 240, 320, 0)
+    np.savetxt(root / "scene0707_00/pose/15.txt", np.diag([2.0, 1, 1, 1]))
+    with pytest.raises(ValueError, match="pose/15.txt: not rigid"):
+        data.pairs(str(root), 10, 240, 320, 0)
+    np.savez(root / "intrinsics.npz", scene0707_00=np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="ScanNet-1500 were expected .not every K .* focal lengths above 0"):
+        data.pairs(str(root), 10, 240, 320, 0)
     (root / "intrinsics.npz").unlink()
     with pytest.raises(ValueError, match="test.npz and intrinsics.npz of ScanNet-1500 were expected"):
         data.pairs(str(root), 10, 240, 320, 0)
@@ -371,13 +466,15 @@ def test_the_newest_runs_student_against_its_teacher(task, pictures, capsys):
     out = capsys.readouterr().out
     report = results("runs/new", f"{task}-1")
     names = ["teacher dinov2_vits14", "student runs/new"]
-    assert list(report["per_seed"]) == names and f"{names[1]} - {names[0]}" in report["summary"]
-    assert all(len(rows) == 3 for rows in report["per_seed"].values())
+    blind = [] if task == "correspondence" else [E.NO_IMAGE]
+    assert list(report["per_seed"]) == names + blind and f"{names[1]} - {names[0]}" in report["summary"]
+    assert [len(rows) for rows in report["per_seed"].values()] == [3, 3] + [1] * len(blind)
+    assert not any(f"{E.NO_IMAGE} -" in name for name in report["summary"])
     assert out.count(E.RANDOM) == 2 and report["warning"] == E.RANDOM and report["random_weights"] is True
     assert len(list(Path("runs/new/evaluation", f"{task}-1").glob("*.png"))) == pictures
     key = {"correspondence": "recall_10px", "depth": "abs_rel", "normals": "rmse", "segmentation": "miou"}[task]
     value = report["summary"][names[0]][key]
-    assert f"{value['mean']:.4f} +- {value['spread']:.4f}" in out
+    assert f"{value['mean']:.4f} +- {value['spread']:.4f}" in out and value["spread"] > 0
     assert report["per_seed"][names[0]] != report["per_seed"][names[1]]
     E.main(["--task", task, *QUICK[task].split(), "--run", "runs/new"])  # a second run prints the same
     assert results("runs/new", f"{task}-2")["per_seed"] == report["per_seed"]
@@ -418,11 +515,42 @@ def test_concat_puts_the_teacher_beside_the_student():
     assert len(teacher.vits) == 1 and student.vits[1] is teacher.vits[0] and student.name.endswith("+ first")
 
 
-def test_without_a_run_the_teacher_alone(capsys):
-    E.main(["--task", "correspondence", *QUICK["correspondence"].split(), "--teacher", "dinov2_vits14",
-            "--teacher-weights", "random"])  # fmt: skip
+@pytest.mark.parametrize("asked", [["--teacher", "dinov2_vits14", "--teacher-weights", "random"], []])
+def test_without_a_run_the_teacher_alone(asked, capsys, monkeypatch):
+    def offline(*_):
+        raise M.WeightsNotFound("no network here")
+
+    monkeypatch.setattr(M, "_public_weights", offline)
+    E.main(["--task", "correspondence", *QUICK["correspondence"].split(), *asked])
     assert list(results("runs", "correspondence-1")["summary"]) == ["dinov2_vits14"]
     assert capsys.readouterr().out.count(E.RANDOM) == 2
+
+
+def test_the_final_norm_is_the_protocols_unless_told(monkeypatch):
+    used = {}
+    monkeypatch.setattr(E, "measure", lambda task, settings, *_: used.update({task: settings.norm}))
+    teacher = ["--teacher", "dinov2_vits14", "--teacher-weights", "random"]
+    E.main(["--task", "all", *teacher])
+    assert used == {"correspondence": False, "depth": False, "normals": False, "segmentation": True}
+    E.main(["--task", "segmentation", "--no-norm", *teacher])
+    E.main(["--task", "depth", "--norm", *teacher])
+    assert used["segmentation"] is False and used["depth"] is True
+
+
+def test_weights_that_are_not_numbers_are_not_measured():
+    state = M.load_vit("dinov2_vits14", "random").state_dict()
+    torch.save({k: torch.full_like(v, torch.nan) for k, v in state.items()}, "nan.pth")
+    with pytest.raises(SystemExit, match="nan.pth: features that are NaN"):
+        E.main(["--task", "correspondence", *QUICK["correspondence"].split(), "--weights", "nan.pth"])
+
+
+def test_help_needs_no_task(capsys):
+    with pytest.raises(SystemExit) as stop:
+        E.main(["--help"])
+    assert stop.value.code == 0 and "correspondence   the same point" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        E.main([])
+    assert "--task is missing" in capsys.readouterr().err
 
 
 def test_all_does_the_four(monkeypatch):
@@ -507,13 +635,13 @@ def test_two_reconstructors_in_one_table(tmp_path):
         E.main(["--task", "reconstruction", "--weights", "a.safetensors", "a.safetensors"])
 
 
-def test_segmentation_without_a_single_label_says_so(tmp_path, capsys):
+def test_segmentation_without_a_single_label_says_so(tmp_path):
     for part in ("training", "validation"):
         photo(tmp_path / f"ade/images/{part}/a.jpg")
         grey(tmp_path / f"ade/annotations/{part}/a.png", np.zeros((48, 64), np.uint8))
-    E.main(["--task", "segmentation", "--data", "ade", "--image-size", "42", "56", "--epochs", "1", "--seeds", "1",
-            "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
-    assert "miou -" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="ade: none of the train frames has any segmentation that is known"):
+        E.main(["--task", "segmentation", "--data", "ade", "--image-size", "42", "56", "--epochs", "1", "--seeds", "1",
+                "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
 
 
 @pytest.mark.parametrize("content", [b"", b"PK not a zip"])
@@ -527,6 +655,9 @@ def test_broken_archives_are_named(tmp_path, content):
 def test_rooms_to_train_on_are_not_those_to_test_on():
     with pytest.raises(ValueError, match="there are 5000 rooms each to train and to test"):
         data.labelled("depth", None, (28, 28), 6000, 4)
+    train_, test, _ = data.labelled("depth", None, (28, 28), 5000, 5000)
+    rooms = [{i for _, i in part.entries} for part in (train_, test)]
+    assert [len(r) for r in rooms] == [5000, 5000] and not rooms[0] & rooms[1]
 
 
 def test_a_single_frame_makes_no_pair(tmp_path):
@@ -546,13 +677,19 @@ def test_depth_errors_by_hand():
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--task", "correspondence", "--image-size", "57", "56"], "--image-size must be multiples of 4 from 14 on"),
+        (
+            ["--task", "correspondence", "--image-size", "57", "56"],
+            "--image-size must be multiples of 4 and at least 14",
+        ),
+        (["--task", "depth", "--image-size", "13", "56"], "--image-size must be at least 14, not 13 56"),
+        (["--task", "depth", "--layers", "1", "1"], "--layers names a block twice"),
+        (["--task", "depth", "--teacher", "dinov2_vits14", "--teacher-weights", "random", "--concat"], "there is only"),
         (["--task", "reconstruction", "--image-size", "40", "56"], "--image-size must be multiples of 16"),
         (["--task", "depth", "--epochs", "0"], "--epochs cannot be 0"),
         (["--task", "depth", "--lr", "nan"], "--lr cannot be nan"),
         (["--task", "depth", "--weights", "x", "x"], "--weights names a file twice"),
         (["--task", "depth", "--weights", "nothing.pth"], "nothing.pth: no such file"),
-        (["--task", "depth", "--run", "runs/none"], "runs/none/student.safetensors"),
+        (["--task", "depth", "--run", "runs/none"], "runs/none/student.safetensors: no such file; --run takes"),
         (["--task", "depth", "--run", "x", "--weights", "y"], "choose one"),
         (["--task", "depth", "--teacher-weights", "random"], "--teacher-weights goes with --teacher"),
         (["--task", "all", "--data", "x"], "every task wants data of its own"),
