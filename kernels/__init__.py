@@ -23,7 +23,7 @@ class Mixture(NamedTuple):
     """Features in factored form: that of Gaussian n is sum_j weights[n, j] * tokens[indices[n, j]].
 
     In distillation a pixel's feature mixes four patch tokens at most. Splatting the mixture gives the same as splatting
-    the features [B, N, C] that it stands for, which then never exist: 1.5 GB at the paper's size.
+    the features [B, N, C] that it stands for, which then never exist.
     """
 
     tokens: torch.Tensor  # [B, M, C]; differentiable

@@ -83,13 +83,10 @@ def compile_report(targets):
 
     for target in targets:
         for name, kernel, constants, options, features, multiples in kernels():
-            # torch's allocations are 16-byte aligned
-            aligned = {
-                (i,): [["tt.divisibility", 16]]
-                for i, n in enumerate(kernel.arg_names)
-                if n not in constants and (n.endswith("_ptr") or n in multiples)
-            }
-            source = ASTSource(kernel, signature(kernel, constants, features), constants, aligned)
+            types = signature(kernel, constants, features)
+            known = [n for n, t in types.items() if t[0] == "*" or t == "i32" and n in multiples]  # torch aligns to 16
+            aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in known}
+            source = ASTSource(kernel, types, constants, aligned)
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             matrix = len(re.findall(r"wgmma\.mma_async|(?<!\.)\bmma\.sync", compiled.asm["ptx"]))
             found = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
