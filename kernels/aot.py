@@ -33,10 +33,10 @@ def kernels():
         yield kernel.__name__, kernel, dict(RUN=tiles.RUN), {}, "*fp32", MULTIPLES
     types = {p: (torch.float32, "*fp32", p) for p in ("tf32", "tf32x3", "ieee")}
     types |= {"fp16": (torch.float16, "*fp16", "tf32"), "bf16": (torch.bfloat16, "*bf16", "tf32")}
-    for way in ("forward", "backward"):
-        kernel = getattr(blend, f"blend_{way}_kernel")
-        for J in (0, 4):
-            block = getattr(blend, way.upper() + "_MIXED" * (J > 0))
+    blocks = {blend.blend_forward_kernel: (blend.FORWARD, blend.FORWARD),
+              blend.blend_backward_kernel: (blend.BACKWARD, blend.BACKWARD_MIXED)}  # fmt: skip
+    for kernel, of_kind in blocks.items():
+        for J, block in zip((0, 4), of_kind):
             for word, (dtype, pointer, precision) in types.items():
                 name = f"{kernel.__name__} {word}" + " factored" * (J > 0)
                 constants = blend.launch_options(block, 384, dtype, TILE, precision, J, interpret=False)
@@ -47,7 +47,8 @@ def kernels():
                 yield name, kernel, constants | {"V": 1}, options, pointer, multiples
                 if word == "tf32":
                     yield name + ", any size", kernel, constants, options, pointer, ()
-                    yield name + ", any size, C <= 16", kernel, constants | {"BLOCK_C": 16}, options, pointer, ()
+                    few, multiples = {"V": 1, "BLOCK_C": 16}, [n for n in multiples if n != "C"]
+                    yield name + ", C = 3", kernel, constants | few, options, pointer, multiples
 
 
 def signature(kernel, constants, features):

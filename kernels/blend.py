@@ -32,11 +32,11 @@ MAX_ALPHA = tl.constexpr(torch_backend.MAX_ALPHA)
 MIN_ALPHA = tl.constexpr(torch_backend.MIN_ALPHA)
 MIN_TRANSMITTANCE = tl.constexpr(torch_backend.MIN_TRANSMITTANCE)
 
-# Gaussians a chunk and channels a program, for features and for mixtures, which take registers of their own. Not timed
-# yet: chosen by what the compiler makes of them for sm_80 and sm_90 (`python -m kernels.bench`), where no forward
-# spills registers. The backward of float32 features spills 224 to 304 bytes on sm_80 in TF32; smaller blocks did not
-# cure that.
-FORWARD, FORWARD_MIXED = dict(K=32, BLOCK_C=64, num_warps=4), dict(K=16, BLOCK_C=64, num_warps=4)
+# Gaussians a chunk and channels a program. Not timed yet: chosen by what the compiler makes of them for sm_80 and sm_90
+# (`python -m kernels.bench`), where no forward spills registers and most leave room for four programs a multiprocessor.
+# Backward, mixtures take registers of their own; that of float32 features spills up to 304 bytes on sm_80 in TF32,
+# which smaller blocks did not cure.
+FORWARD = dict(K=16, BLOCK_C=64, num_warps=4)
 BACKWARD, BACKWARD_MIXED = dict(K=16, BLOCK_C=32, num_warps=4), dict(K=16, BLOCK_C=16, num_warps=4)
 
 
@@ -284,7 +284,7 @@ def launch_options(block, C, dtype, tile, precision, J, interpret):
     interpreter multiplies bfloat16 wrongly and float32 exactly, so there all is float32.
     """
     triton_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
-    most = max(16, block["BLOCK_C"] // 2) if precision == "tf32x3" and J else block["BLOCK_C"]  # or it spills
+    most = 16 if precision == "tf32x3" and J else block["BLOCK_C"]  # three products of mixtures spill otherwise
     return dict(
         block,
         BLOCK_C=min(most, max(16, triton.next_power_of_2(C))),  # tl.dot wants 16 at least
@@ -323,8 +323,7 @@ def blend(
     sizes = _sizes(means2d, features, V, width, height, tile)
     J = 0 if indices is None else indices.shape[-1]
     if len(means2d):
-        block = FORWARD_MIXED if J else FORWARD
-        options = launch_options(block, features.shape[-1], features.dtype, tile, precision, J, interpret)
+        options = launch_options(FORWARD, features.shape[-1], features.dtype, tile, precision, J, interpret)
         with torch.cuda.device_of(means2d):  # triton launches on the current device, which need not be theirs
             blend_forward_kernel[(len(means2d) * sizes[-1], triton.cdiv(features.shape[-1], options["BLOCK_C"]))](
                 means2d, conics, opacities, features, indices, mix, gaussians, ranges, out, transmittance, last,
