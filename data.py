@@ -938,7 +938,7 @@ def camera_points(depths, K):
 
 
 def overlap(a, b, to_b):
-    """Share of frame a's pixels that frame b sees too, given a's camera coordinates -> b's [4, 4]."""
+    """Share of frame a's pixels with depth that frame b sees too, given a's camera coordinates -> b's [4, 4]."""
     H, W = a["depths"].shape
     points = camera_points(a["depths"], a["Ks"]) @ to_b[:3, :3].T + to_b[:3, 3]
     seen = points @ b["Ks"].T
@@ -946,7 +946,8 @@ def overlap(a, b, to_b):
     column, row = (seen[..., 0] / z).floor().long(), (seen[..., 1] / z).floor().long()
     inside = (seen[..., 2] > 0) & (column >= 0) & (column < W) & (row >= 0) & (row < H)
     there = b["depths"][row.clamp(0, H - 1), column.clamp(0, W - 1)]
-    return float((inside & ((z / there - 1).abs() < 0.1)).float().mean())
+    known = a["depths"] > 0
+    return float((known & inside & ((z / there - 1).abs() < 0.1)).sum() / known.sum().clamp(min=1))
 
 
 class ScanNetScene(PosedFolder):

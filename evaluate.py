@@ -518,8 +518,8 @@ def without_image(task, frames, classes):
 def linear(task, models, settings, folder):
     """{model: [one {metric: value} per seed]} of a linear probe, trained on cached features; and what a prediction that
     looks at no image gets. Seeds differ in the probe's first weights and the order of frames, not in the frames."""
-    frames = settings.train_frames, settings.test_frames
-    train, test, names = data.labelled(task, settings.data, settings.image_size, *frames)
+    counts = settings.train_frames, settings.test_frames
+    train, test, names = data.labelled(task, settings.data, settings.image_size, *counts)
     parts = {}
     for part, frames in (("train", train), ("test", test)):
         progress, kept, cached = Progress(len(frames), f"{part} frame"), [], {}
@@ -539,7 +539,8 @@ def linear(task, models, settings, folder):
                 kept[i]["images"] = frame["images"]
             progress.step()
         parts[part] = cached, kept
-        if not any((frame[LABELS[task][0]] > (-1 if task == "segmentation" else 0)).any() for frame in kept):
+        unknown = -1 if task == "segmentation" else 0
+        if not any((frame[LABELS[task][0]] != unknown).any() for frame in kept):
             raise ValueError(f"{settings.data}: none of the {part} frames has any {task} that is known")
     results, panels = {m.name: [] for m in models}, {}
     for model in models:

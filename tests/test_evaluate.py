@@ -137,6 +137,16 @@ def test_the_task_hands_poses_and_sizes_on_rightly(monkeypatch):
     assert sum(bins) / 4 == pytest.approx(wrong["recall_10px"])  # as many pairs in each
 
 
+def test_overlap_is_of_pixels_with_depth():
+    K, wall = torch.tensor([[10.0, 0, 5], [0, 10.0, 5], [0, 0, 1]]), torch.full((10, 10), 2.0)
+    to_b = torch.eye(4)
+    to_b[0, 3] = 0.8  # four pixels to the right: six of ten columns stay in view
+    half = torch.where(torch.arange(10) < 5, wall, 0.0)  # all of its five columns do
+    share = [data.overlap({"depths": d, "Ks": K}, {"depths": wall, "Ks": K}, to_b) for d in (wall, half, 0 * wall)]
+    assert share == pytest.approx([0.6, 1.0, 0.0])
+    assert data.overlap({"depths": wall, "Ks": K}, {"depths": wall / 2, "Ks": K}, to_b) == 0  # something is before it
+
+
 def test_pairs_of_a_capture_that_share_nothing_do_not_count(tmp_path, monkeypatch):
     capture(tmp_path / "scan", frames=3)
     arguments = ["--task", "correspondence", "--data", "scan", "--image-size", "28", "56", "--matches", "20",
