@@ -148,7 +148,7 @@ def merge_kernel(
 
 
 # A CUDA graph cannot hold it: the host reads how long the lists are
-@torch.library.custom_op("splat::list_tiles", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("splat::list_tiles", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def list_tiles(
     means2d: torch.Tensor, depths: torch.Tensor, radii: torch.Tensor, width: int, height: int, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
