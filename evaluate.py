@@ -791,10 +791,10 @@ def measure(task, settings, models, home):
             results = correspondence(models, settings, folder)
         else:
             results = linear(task, models, settings, folder)
-    finally:
+    except BaseException:
         if not any(folder.iterdir()):  # it failed before there was anything to look at
             folder.rmdir()
-    folder.mkdir(exist_ok=True)  # correspondence draws nothing where there are no matches
+        raise
     compared = results if task == "reconstruction" else results | differences(results)
     summary = summarise(compared)
     print_table(summary)

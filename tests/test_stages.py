@@ -170,6 +170,24 @@ def test_tile_lists_are_complete_sorted_and_tight(seed, images, N, width, height
         assert set(listed) <= set(torch.nonzero(may_touch)[:, 0].tolist())
 
 
+@triton.jit
+def _load_run(ranges_ptr, range_ptr, number_ptr, out_ptr, count, RUN: tl.constexpr):
+    start, end, first = tiles.load_run(ranges_ptr, range_ptr, number_ptr, count, RUN)
+    out = out_ptr + 3 * tl.program_id(0)
+    tl.store(out, start)
+    tl.store(out + 1, end)
+    tl.store(out + 2, first)
+
+
+def test_a_program_finds_its_run():
+    ranges, owner, number = (
+        torch.tensor(t, device=DEVICE) for t in ([[0, 40], [40, 45]], [0, 0, 0, 1, 2], [0, 1, 2, 0, 0])
+    )
+    out = torch.empty(5, 3, dtype=torch.int64, device=DEVICE)
+    _load_run[(5,)](ranges, owner, number, out, 2, RUN=16)
+    assert out.tolist() == [[0, 40, 0], [0, 40, 16], [0, 40, 32], [40, 45, 40], [0, 0, 0]]  # the last has none
+
+
 @settings(max_examples=25)
 @given(
     st.integers(0, 2**31), st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 33, 64, 100, 131]), min_size=1, max_size=5),
