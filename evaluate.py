@@ -112,10 +112,10 @@ def parse_settings(arguments=None):
         raise SystemExit(
             f"--image-size must be {what}at least {PATCH}, not {given.image_size[0]} {given.image_size[1]}"
         )
-    if len(set(given.weights or ())) < len(given.weights or ()):
-        raise SystemExit("--weights names a file twice")
-    if task != "reconstruction" and len(set(given.layers or ())) < len(given.layers or ()):
-        raise SystemExit("--layers names a block twice")
+    for name, what in (("weights", "file"), ("layers", "block")):
+        values = getattr(given, name, None) or ()
+        if len(set(values)) < len(values):
+            raise SystemExit(f"--{name} names a {what} twice")
     if task == "all" and given.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
     if task != "reconstruction" and sum(map(bool, (given.weights, given.run, given.teacher))) > 1:
@@ -542,21 +542,22 @@ def linear(task, models, settings, folder):
         unknown = -1 if task == "segmentation" else 0
         if not any((frame[LABELS[task][0]] != unknown).any() for frame in kept):
             raise ValueError(f"{settings.data}: none of the {part} frames has any {task} that is known")
+    (train_cached, train_kept), (test_cached, test_kept) = parts["train"], parts["test"]
     results, panels = {m.name: [] for m in models}, {}
     for model in models:
         for seed in range(settings.seed, settings.seed + settings.seeds):
-            probe = fit(task, names, parts["train"][0][model.name], parts["train"][1], settings, seed)
-            measured, predictions = over_frames(probe, probe, cached[model.name], kept, settings.image_size)
+            probe = fit(task, names, train_cached[model.name], train_kept, settings, seed)
+            measured, predictions = over_frames(probe, probe, test_cached[model.name], test_kept, settings.image_size)
             results[model.name].append(average(measured, names))
             if seed == settings.seed:
                 panels[model.name] = predictions
             first = list(results[model.name][-1].items())[:5]
             print(f"{model.name}, seed {seed}: " + "   ".join(f"{k} {cell(v, None)}" for k, v in first))
-    constant = without_image(task, parts["train"][1], len(names or ()))
-    measured, _ = over_frames(probe, lambda *_: constant[None], cached[models[0].name], kept, settings.image_size)
+    constant = without_image(task, train_kept, len(names or ()))
+    measured, _ = over_frames(probe, lambda _: constant[None], [], test_kept, settings.image_size)
     results[NO_IMAGE] = [average(measured, names)]
     for n in range(min(4, len(test))):
-        frame = {k: full(v) for k, v in parts["test"][1][n].items()}
+        frame = {k: full(v) for k, v in test_kept[n].items()}
         drawn = {"photo": frame["images"].permute(1, 2, 0)}
         for name, predictions in panels.items():
             two = probe.draw(predictions[n], frame)
@@ -819,11 +820,10 @@ def main(arguments=None):
         if any(m.random for m in models):
             banner(RANDOM)
         for task in PROBES if settings.task == "all" else [settings.task]:
-            each = settings
-            if settings.task == "all":
-                each = argparse.Namespace(**{k: v[0] for k, v in SETTINGS[task].items()} | vars(settings))
-            if task != "reconstruction" and settings.norm is None:
-                each = argparse.Namespace(**vars(each) | {"norm": task == "segmentation"})
+            # --task all has the tasks' settings for rooms; for one task all are given already
+            each = argparse.Namespace(**{k: v[0] for k, v in SETTINGS[task].items()} | vars(settings))
+            if task != "reconstruction" and each.norm is None:
+                each.norm = task == "segmentation"
             measure(task, each, models, home)
     except ValueError as error:  # bad input, named in one sentence; a data worker puts its traceback before that
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None

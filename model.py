@@ -1282,17 +1282,9 @@ class SplatAndDistill(nn.Module):
             masks = torch.zeros_like(masks)  # one segment
         features = lift_features(tokens, masks, V, factored=tokens.is_cuda)
         # 5. Splat into the target camera
-        rendered, alphas = rasterize(
-            gaussians.means,
-            gaussians.covars,
-            gaussians.opacities,
-            features,
-            viewmats,
-            target["Ks"][:, None],
-            W,
-            H,
-            near_plane=NEAR_PLANE,
-        )  # (B, 1, H, W, C), (B, 1, H, W)
+        scene = gaussians.means, gaussians.covars, gaussians.opacities, features
+        rendered, alphas = rasterize(*scene, viewmats, target["Ks"][:, None], W, H, near_plane=NEAR_PLANE)
+        # (B, 1, H, W, C), (B, 1, H, W)
         rendered, alphas = rendered[:, 0].permute(0, 3, 1, 2), alphas[:, 0]
         # 6. Semantic blending, in the scenes that have segments
         if self.blend < 1 and has_masks.any():

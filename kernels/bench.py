@@ -32,6 +32,8 @@ import torch.nn.functional as F
 import kernels
 
 from . import TILE, Mixture, _interpreted, rasterize, torch_backend
+from .aot import compile_report
+from .tiles import sort_ranges
 
 REPEATS = 20
 # What the floor is reckoned with: bytes/s of memory, and float operations/s of TF32 products
@@ -294,8 +296,6 @@ def training_step(device):
 
 def sorting(device):
     """Our sort of tile lists against torch.sort of the same keys with the tile above them."""
-    from .tiles import sort_ranges
-
     shapes = {
         f"{n} lists of {length}": [length] * n for n, length in ((8000, 64), (8000, 500), (800, 5000), (8, 500_000))
     }
@@ -390,8 +390,6 @@ def main():
     if _interpreted():
         raise SystemExit("TRITON_INTERPRET is set: what the interpreter takes says nothing, and nothing is compiled")
     if given.compile:
-        from .aot import compile_report
-
         for row in compile_report(given.compile):
             print(json.dumps(row), flush=True)
         return
@@ -414,8 +412,6 @@ def main():
     for what, aim, found in aims(report["rows"]):
         print(f"| {what} | {aim} | {'not measured yet' if found is None else f'{found:.3g}'} |")
     if device == "cpu":
-        from .aot import compile_report
-
         print("\nNo GPU: what one would need for the forward pass at least, reckoned from its rates, not measured.")
         for row in floors(scene):
             print(f"{row['workload']:6} C = {row['C']:<4} {row['card']}   {floor_text(row['floor'])}")
