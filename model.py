@@ -187,7 +187,9 @@ ARCHITECTURES = {
     "dinov2_vitb14": dict(dim=768, depth=12, heads=12),
     "dinov2_vitl14": dict(dim=1024, depth=24, heads=16),
     "dinov2_vitg14": dict(dim=1536, depth=40, heads=24, mlp=SwiGLU),
+    "vit_tiny14": dict(dim=192, depth=6, heads=3),  # ours: its weights ship in weights/
 }
+SHIPPED_TEACHER = Path(__file__).parent / "weights" / "teacher.safetensors"
 
 
 class WeightsNotFound(ValueError):
@@ -198,10 +200,12 @@ def load_vit(name, weights=None, seed=0):
     """A DINOv2 ViT in eval mode.
 
     Args:
-        name: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14; with `_reg` the one with 4 registers.
+        name: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14; with `_reg` the one with 4 registers; or
+            vit_tiny14, the small one that this repository trained.
         weights: a path to a .pth or .safetensors file with DINOv2's names (the public files, the released Splat and
             Distill weights, our students) or timm's (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`); None for
-            the public weights, from torch hub's cache or by download; "random" for a random initialisation.
+            the public weights, from torch hub's cache or by download (of vit_tiny14 the shipped file); "random" for a
+            random initialisation.
         seed: of the random initialisation.
 
     Raises:
@@ -215,9 +219,11 @@ def load_vit(name, weights=None, seed=0):
         vit = ViT(**ARCHITECTURES[base], registers=4 if registers else 0)
     if weights == "random":
         _initialise(vit.to_empty(device="cpu"), seed)
-    else:
-        state, source = (read_state(weights), weights) if weights is not None else _public_weights(base, registers)
-        load_strictly(vit, _dinov2_names(state, vit), source)
+        return vit.eval()
+    if weights is None and base == "vit_tiny14":
+        weights = SHIPPED_TEACHER
+    state, source = (read_state(weights), weights) if weights is not None else _public_weights(base, registers)
+    load_strictly(vit, _dinov2_names(state, vit), source)
     return vit.eval()
 
 
@@ -1236,19 +1242,31 @@ class SplatAndDistill(nn.Module):
         blend: how much of its own a splatted feature keeps against its segment's mean; 1 is no blending.
         centring: momentum of the running mean that is taken off the teacher's logits (DINO); 1 keeps it at 0.
         teacher_temperature, student_temperature: that logits are divided by.
+        loss: "prototypes" (the paper's), "contrastive" (`contrastive_loss` of the features themselves) or "both".
+        temperature: of the contrastive loss.
+        targets: "splatted" features, or "own": the teacher's features of the target view itself. The latter is the
+            control: the same training without geometry.
     """
 
     def __init__(
         self, vit, reconstruct, *, prototypes, head_dim, bottleneck_dim, lora_rank, lora_alpha, lora_dropout,
         upsampling, blend, centring, teacher_temperature, student_temperature,
+        loss="prototypes", temperature=0.07, targets="splatted",
     ):  # fmt: skip
         super().__init__()
-        if upsampling not in ("mask-aware", "bilinear"):
-            raise ValueError(f"upsampling is mask-aware or bilinear, not {upsampling!r}")
         self.reconstruct = reconstruct
+        self.loss, self.temperature, self.targets = loss, temperature, targets
         self.upsampling, self.blend, self.centring = upsampling, blend, centring
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
-        self.student = add_lora(vit, lora_rank, lora_alpha, lora_dropout)
+        for name, value, known in (
+            ("upsampling", upsampling, ("mask-aware", "bilinear")),
+            ("loss", loss, ("prototypes", "contrastive", "both")),
+            ("targets", targets, ("splatted", "own")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")
+        # Rank 0 trains all weights instead
+        self.student = add_lora(vit, lora_rank, lora_alpha, lora_dropout) if lora_rank else vit.requires_grad_(True)
         self.student_head = DINOHead(vit.embed_dim, prototypes, head_dim, bottleneck_dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
@@ -1303,23 +1321,43 @@ class SplatAndDistill(nn.Module):
         returns and "student" features [B, C, h, w].
         """
         target = batch["target"]
-        drawn = self.splat(batch["context"], target, batch["has_masks"])
-        splatted, holes = drawn["splatted"], drawn["holes"]
+        if self.targets == "own":  # the control: no geometry, and so no holes
+            with torch.no_grad():
+                own = patch_tokens(self.teacher, target["images"])  # (B, C, h, w)
+            drawn = dict(splatted=own, holes=torch.zeros_like(own[:, 0], dtype=torch.bool))
+        else:
+            drawn = self.splat(batch["context"], target, batch["has_masks"])
+        seen = ~drawn["holes"]
         # 8. The student looks through the target camera
         student = patch_tokens(self.student, target["images"])  # (B, C, h, w)
-        # 9. Cross-entropy between the two heads' distributions over prototypes, at every location that is no hole
+        # 9. Compare the two at every location that is no hole
+        teacher_features, student_features = (
+            f.permute(0, 2, 3, 1)[seen].float() for f in (drawn["splatted"], student)
+        )  # (locations, C)
+        loss, metrics = student_features.new_zeros(()), {}
+        if self.loss != "contrastive":
+            prototypes, entropy = self.prototypes_loss(teacher_features, student_features)
+            loss = loss + prototypes
+            # It cannot fall below the teacher's entropy; what is above that is the distance to the teacher
+            metrics["above_entropy"] = prototypes.detach() - entropy
+        if self.loss != "prototypes":
+            contrast, metrics["matched"] = contrastive_loss(student_features, teacher_features, self.temperature)
+            loss = loss + contrast
+        metrics |= {"loss": loss.detach(), "holes": drawn["holes"].float().mean()}
+        return loss, metrics, dict(drawn, student=student.detach())
+
+    def prototypes_loss(self, teacher_features, student_features):
+        """The paper's: cross-entropy between the two heads' distributions over prototypes. Features [locations, C].
+        Returns it and the teacher's entropy."""
         with torch.no_grad():
-            teacher_logits = self.teacher_head(splatted.permute(0, 2, 3, 1)[~holes]).float()  # (locations, prototypes)
+            teacher_logits = self.teacher_head(teacher_features).float()  # (locations, prototypes)
             centre = self.centre.clone()
             if self.training and len(teacher_logits):
                 self.centre.lerp_(teacher_logits.mean(0), 1 - self.centring)
-        student_logits = self.student_head(student.permute(0, 2, 3, 1)[~holes]).float()
-        loss, entropy = distillation_loss(
+        student_logits = self.student_head(student_features).float()
+        return distillation_loss(
             (teacher_logits - centre) / self.teacher_temperature, student_logits / self.student_temperature
         )
-        # The loss cannot fall below the teacher's entropy; what is above it is the distance to the teacher
-        metrics = {"loss": loss.detach(), "above_entropy": loss.detach() - entropy, "holes": holes.float().mean()}
-        return loss, metrics, dict(drawn, student=student.detach())
 
     @torch.no_grad()
     def update_teacher(self, momentum):
@@ -1349,3 +1387,59 @@ def distillation_loss(teacher_logits, student_logits):
     p = teacher_log.exp()
     locations = max(1, len(p))
     return -(p * student_log).sum() / locations, -(p * teacher_log).sum() / locations
+
+
+def contrastive_loss(queries, keys, temperature):
+    """InfoNCE both ways between features [locations, C], of which row i of the one belongs to row i of the other.
+
+    With unit vectors q_i and k_j and temperature t, location i is to be told from all others j of the batch:
+
+        s_ij = q_i . k_j / t        L = - mean_i log( exp s_ii / sum_j exp s_ij )
+
+    and the same with i and j swapped. The first pulls q_i to its own k_i and pushes it from every other: the softmax is
+    what nearest-neighbour matching decides by, at a temperature. (CPC, arXiv 1807.03748; both ways as CLIP, 2103.00020.)
+
+    Returns the mean of the two, 0 without locations, and the share of queries whose nearest key is their own.
+    """
+    scores = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature  # (locations, locations)
+    own = torch.arange(len(scores), device=scores.device)
+    locations = max(1, len(scores))
+    both = F.cross_entropy(scores, own, reduction="sum") + F.cross_entropy(scores.T, own, reduction="sum")
+    matched = (scores.detach().argmax(1) == own).sum() / locations if len(scores) else scores.new_zeros(())
+    return both / (2 * locations), matched
+
+
+# ----------------------------------------------------------------------------- a teacher from single photos
+
+
+class Pretraining(nn.Module):
+    """One training step of a teacher: the same spot in two crops of one photo is to have the same feature, and no
+    other spot of the batch (dense contrast, as VADeR, arXiv 2011.05499, on the features themselves, without a head).
+
+    It trains what a teacher is asked for, features that tell where they are, and from single photos: no geometry.
+    """
+
+    def __init__(self, vit, temperature):
+        super().__init__()
+        self.vit, self.temperature = vit.requires_grad_(True), temperature
+        for name, p in vit.named_parameters():  # residual branches count fully from the start: few blocks, few steps
+            if name.endswith("gamma"):
+                nn.init.ones_(p)
+            elif p.ndim >= 2:
+                nn.init.trunc_normal_(p, std=0.04 if name.endswith("weight") else 0.02)
+
+    def forward(self, batch):
+        """A batch {"crops": [B, 2, 3, S, S], "first_to_second": [B, 2, 3]} (data.Crops). Returns the loss, metrics
+        {name: scalar tensor} and {}."""
+        tokens = patch_tokens(self.vit, batch["crops"])  # (B, 2, C, h, w)
+        queries, keys = tokens[:, 0].flatten(2).mT, tokens[:, 1]  # (B, h*w, C), (B, C, h, w)
+        # Where the centres of the first crop's patches lie in the second crop, in -1..1
+        h, w = keys.shape[-2:]
+        y, x = ((torch.arange(n, device=keys.device) + 0.5) / n * 2 - 1 for n in (h, w))
+        centres = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).view(1, h * w, 2)
+        to_second = batch["first_to_second"]
+        places = centres @ to_second[..., :2].mT + to_second[:, None, :, 2]  # (B, h*w, 2)
+        inside = places.abs().amax(-1) < 1 - 1 / (2 * w)  # half a patch from the border there is no feature yet
+        keys = F.grid_sample(keys, places[:, None], align_corners=False)[:, :, 0].mT  # (B, h*w, C)
+        loss, matched = contrastive_loss(queries[inside].float(), keys[inside].float(), self.temperature)
+        return loss, {"loss": loss.detach(), "matched": matched}, {}
