@@ -4,7 +4,8 @@ or the network that turns its photos into Gaussians: python train.py --stage rec
 Without --data on procedural rooms made on the fly, sized for a CPU; with --data on posed photos, with the paper's
 numbers. Everything is written to runs/NAME/:
 
-    student.safetensors         the student under DINOv2's parameter names, LoRA merged; the settings in its metadata
+    student.safetensors         the student under its teacher's parameter names, LoRA merged; the
+                                settings in its metadata
     or reconstructor.safetensors, which load_reconstructor reads and --geometry takes
     checkpoint.pt               to go on from: python train.py --resume runs/NAME
     metrics.jsonl               one line a step
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader, Subset
 import data
 from model import (
     SMALL, FeedForward, Reconstruction, ReconstructorConfig, SensorDepth, SplatAndDistill, WeightsNotFound,
-    load_reconstructor, load_vit, merge_lora, new_reconstructor, render,
+    load_reconstructor, load_vit, merge_lora, new_reconstructor, render, sizes_of,
 )  # fmt: skip
 
 # Every setting: (on rooms, on photos, why). On photos the numbers are the papers' (Splat and Distill on ScanNet++;
@@ -56,7 +57,7 @@ VIEWS = {
 }
 SETTINGS = {
     "distill": VIEWS | {
-        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of 14 below"),
+        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of its patch below"),
         "width": (224, 880, "likewise"),
         "geometry": ("shipped", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
         "steps": (100, 300_000, "of the optimiser"),
@@ -92,6 +93,9 @@ SETTINGS = {
         "checkpoint_every": (250, 1000, "steps between checkpoints"),
     },
 }  # fmt: skip
+TEACHERS = (
+    "dinov2_{vits,vitb,vitl,vitg}14, each also with _reg, or dinov3_{vits16,vits16plus,vitb16,vitl16}"
+)
 RANDOM = "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
 
 
@@ -107,7 +111,7 @@ def parse_settings(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[first], **about)
     add = parser.add_argument
     if stage == "distill":
-        add("--teacher", default="dinov2_vits14", help="dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
+        add("--teacher", default="dinov2_vits14", help=TEACHERS)
         add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
     add("--data", help="folder of posed photos (README, Data); nothing for procedural rooms")
     add("--preset", choices=["demo", "paper"], help="nothing is paper with --data and demo without")
@@ -147,7 +151,9 @@ def check(settings):
                  "ema_every"):  # fmt: skip
         if name in settings and not settings[name] > 0:
             raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
-    for name, least in (("height", 14), ("width", 14), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("coarse", 0)):
+    patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
+    for name, least in (("height", patch), ("width", patch), ("workers", 0), ("seed", 0),
+                        ("depth_weight", 0), ("coarse", 0)):  # fmt: skip
         if name in settings and not settings[name] >= least:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
     for name in ("warmup", "lora_dropout", "blend", "centring", "momentum"):
