@@ -49,7 +49,10 @@ class PatchEmbed(nn.Module):
 
 
 def rope_periods(count):
-    """Of DINOv3's angles, in halves of the image: 1 and up, towards 100. (count,)"""
+    """Of DINOv3's angles, in halves of the image: 1 and up, towards 100. (count,)
+
+    timm and transformers compute these too. A file of Meta's has its own, perhaps rounded; they
+    are taken as they are."""
     return 100.0 ** (torch.arange(count) / count)
 
 
