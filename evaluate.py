@@ -36,10 +36,10 @@ from torch import nn
 import data
 from data import BINS, rotation_angle
 from model import (
-    PATCH, FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit, normalise, read_state, render,
+    FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit, normalise, read_state, render,
     save_ply,
 )  # fmt: skip
-from train import RANDOM, banner, depth_colours, free_folder, load_teacher, move, replace_file, write_sheet
+from train import RANDOM, TEACHERS, banner, depth_colours, free_folder, load_teacher, move, replace_file, write_sheet
 
 # Settings by task: (on rooms, on other data, why). The latter are the protocols' own.
 PROBE = {
@@ -87,9 +87,9 @@ def parse_settings(arguments=None):
     if task == "reconstruction":
         add("--weights", nargs="+", default=["shipped"], metavar="FILE", help="reconstructors; shipped: in weights/")
     else:
-        add("--weights", nargs="+", metavar="FILE", help="DINOv2-shaped weights to compare, instead of a run's")
+        add("--weights", nargs="+", metavar="FILE", help="weights of a DINOv2 or DINOv3 to compare, instead of a run's")
         add("--run", help="folder of the run whose student and teacher to compare; nothing is the newest")
-        add("--teacher", help="alone, without a run: dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
+        add("--teacher", help=f"alone, without a run: {TEACHERS}")
         add("--teacher-weights", help='of --teacher: a file; "random"; or nothing for the public weights')
         add("--layers", nargs="+", type=int, help="blocks whose tokens are put side by side, from 0; nothing: the last")
         add("--norm", action=argparse.BooleanOptionalAction, help="the final norm; nothing: for segmentation alone")
@@ -107,11 +107,9 @@ def parse_settings(arguments=None):
         if not value >= (0 if name in ("seed", "train_frames", "test_frames") else 1e-12):
             raise SystemExit(f"--{name.replace('_', '-')} cannot be {value}")
     unit = 16 if task == "reconstruction" else 4 if task in ("correspondence", "all") else 1
-    if any(size < PATCH or size % unit for size in given.image_size):
-        what = f"multiples of {unit} and " if unit > 1 else ""
-        raise SystemExit(
-            f"--image-size must be {what}at least {PATCH}, not {given.image_size[0]} {given.image_size[1]}"
-        )
+    if any(size < unit or size % unit for size in given.image_size):
+        what = f"multiples of {unit}" if unit > 1 else "more than 0"
+        raise SystemExit(f"--image-size must be {what}, not {given.image_size[0]} {given.image_size[1]}")
     for name, what in (("weights", "file"), ("layers", "block")):
         values = getattr(given, name, None) or ()
         if len(set(values)) < len(values):
@@ -178,6 +176,11 @@ def load_models(settings):
         raise ValueError(f"--layers {settings.layers}: there are {depth} blocks, counted from 0")
     for model in models:
         for vit in model.vits:
+            if min(settings.image_size) < vit.patch_size:
+                raise ValueError(
+                    f"--image-size must be at least {vit.patch_size}, a patch of {model.name}, "
+                    f"not {settings.image_size[0]} {settings.image_size[1]}"
+                )
             vit.to(DEVICE)
     return models, home
 
@@ -207,14 +210,20 @@ def metadata_of(path):
 @torch.no_grad()
 def extract(model, images, settings):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C], half precision, in main memory.
-    Images are resized to the multiples of 14 at or below their size."""
-    size = [s // PATCH * PATCH for s in images.shape[-2:]]
-    x = F.interpolate(images.to(DEVICE), size, mode="bilinear", align_corners=False)
-    x, parts = normalise(x), []
+    Each ViT sees them resized to the multiples of its patch_size at or below their size. Where its
+    grid of patches is another than the first ViT's, its features are resampled to that one."""
+    images, parts = images.to(DEVICE), []
     for vit in model.vits:
+        size = [s // vit.patch_size * vit.patch_size for s in images.shape[-2:]]
+        x = normalise(F.interpolate(images, size, mode="bilinear", align_corners=False))
         layers = settings.layers or [len(vit.blocks) - 1]
         parts += vit.get_intermediate_layers(x, layers, True, True, settings.norm)
     patches, classes = zip(*parts)
+    grid = patches[0].shape[-2:]
+    patches = [
+        p if p.shape[-2:] == grid else F.interpolate(p, grid, mode="bilinear", align_corners=False)
+        for p in patches
+    ]
     patches, classes = torch.cat(patches, 1).half().cpu(), torch.cat(classes, 1).half().cpu()
     if not torch.isfinite(patches).all():
         raise ValueError(f"{model.name}: features that are NaN, or too large for half precision")

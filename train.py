@@ -5,7 +5,8 @@ or a small teacher, from single photos: python train.py --stage pretrain [...]
 Without --data on procedural rooms made on the fly, sized for a CPU; with --data on posed photos, with the paper's
 numbers. Everything is written to runs/NAME/:
 
-    student.safetensors         the student under DINOv2's parameter names, LoRA merged; the settings in its metadata
+    student.safetensors         the student under its teacher's parameter names, LoRA merged; the
+                                settings in its metadata
     or reconstructor.safetensors, which load_reconstructor reads and --geometry takes
     or teacher.safetensors, which load_vit reads and --teacher-weights takes
     checkpoint.pt               to go on from: python train.py --resume runs/NAME
@@ -39,8 +40,8 @@ from torch.utils.data import DataLoader, Subset
 
 import data
 from model import (
-    SHIPPED_TEACHER, SMALL, FeedForward, Pretraining, Reconstruction, ReconstructorConfig, SensorDepth,
-    SplatAndDistill, WeightsNotFound, load_reconstructor, load_vit, merge_lora, new_reconstructor, patch_tokens, render,
+    SMALL, FeedForward, Pretraining, Reconstruction, ReconstructorConfig, SensorDepth, SplatAndDistill,
+    WeightsNotFound, load_reconstructor, load_vit, merge_lora, new_reconstructor, patch_tokens, render, sizes_of,
 )  # fmt: skip
 
 # Every setting: (on rooms, on photos, why). On photos the numbers are the papers' (Splat and Distill on ScanNet++;
@@ -61,7 +62,7 @@ VIEWS = TRAINING | {
 }
 SETTINGS = {
     "distill": VIEWS | {
-        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of 14 below"),
+        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of its patch below"),
         "width": (224, 880, "likewise"),
         "geometry": ("shipped", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
         "steps": (100, 300_000, "of the optimiser"),
@@ -102,7 +103,7 @@ SETTINGS = {
     "pretrain": TRAINING | {
         "height": (224, 224, "of the photos, pixels"),
         "width": (224, 224, "likewise"),
-        "crop": (112, 112, "side of the crops, pixels; a multiple of the patch, 14"),
+        "crop": (112, 112, "side of the crops, pixels; a multiple of the patch"),
         "photos": (2400, 2400, "views of rooms to train on; of a folder all are"),
         "batch_size": (16, 64, "photos a step"),
         "steps": (6000, 100_000, "of the optimiser"),
@@ -114,6 +115,9 @@ SETTINGS = {
         "checkpoint_every": (250, 1000, "steps between checkpoints"),
     },
 }  # fmt: skip
+TEACHERS = (
+    "dinov2_{vits,vitb,vitl,vitg}14, each also with _reg, dinov3_{vits16,vits16plus,vitb16,vitl16}, vit_tiny14"
+)
 RANDOM = "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
 SHIPPED = "Teacher: vit_tiny14, this repository's own, trained on procedural rooms (weights/teacher.safetensors)"
 
@@ -131,7 +135,7 @@ def parse_settings(arguments=None):
     add = parser.add_argument
     if stage != "reconstruct":
         least = "dinov2_vits14" if stage == "distill" else "vit_tiny14"
-        add("--teacher", default=least, help="vit_tiny14 or dinov2_{vits,vitb,vitl,vitg}14, those also with _reg")
+        add("--teacher", default=least, help=TEACHERS)
     if stage == "distill":
         add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
     add("--data", help="folder of posed photos (README, Data); nothing for procedural rooms")
@@ -188,16 +192,17 @@ def check(settings):
                  "ema_every", "temperature", "photos"):  # fmt: skip
         if name in settings and not settings[name] > 0:
             raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
-    for name, least in (("height", 14), ("width", 14), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("coarse", 0),
-                        ("lora_rank", 0), ("weight_decay", 0), ("crop", 28)):  # fmt: skip
+    patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
+    for name, least in (("height", patch), ("width", patch), ("workers", 0), ("seed", 0), ("depth_weight", 0),
+                        ("coarse", 0), ("lora_rank", 0), ("weight_decay", 0), ("crop", 2 * patch)):  # fmt: skip
         if name in settings and not settings[name] >= least:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
     for name in ("warmup", "lora_dropout", "blend", "centring", "momentum"):
         if name in settings and not 0 <= settings[name] <= 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
     if settings["stage"] == "pretrain":
-        if settings["crop"] % 14:
-            raise SystemExit(f"--crop {settings['crop']} does not fit: multiples of 14 do")
+        if settings["crop"] % patch:
+            raise SystemExit(f"--crop {settings['crop']} does not fit: multiples of {patch} do")
         return
     if settings["far"] <= settings["near"]:
         raise SystemExit(f"--far must be more than --near, not {settings['far']} with {settings['near']}")

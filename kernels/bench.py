@@ -90,7 +90,7 @@ def mixture(B, views, C, height, width, seed=0):
     """Patch tokens, and how pixel-aligned Gaussians mix them."""
     import model
 
-    h, w = height // model.PATCH, width // model.PATCH
+    h, w = height // 14, width // 14  # DINOv2's patches
     indices, weights = model.upsample_weights(torch.zeros(views, height, width), h, w)
     tokens = torch.randn(B, views * h * w, C, generator=torch.Generator().manual_seed(seed))
     return Mixture(tokens, *(t.reshape(1, -1, 4).repeat(B, 1, 1) for t in (indices, weights)))

@@ -710,9 +710,13 @@ def test_depth_errors_by_hand():
     [
         (
             ["--task", "correspondence", "--image-size", "57", "56"],
-            "--image-size must be multiples of 4 and at least 14",
+            "--image-size must be multiples of 4, not 57 56",
         ),
-        (["--task", "depth", "--image-size", "13", "56"], "--image-size must be at least 14, not 13 56"),
+        (["--task", "depth", "--image-size", "0", "56"], "--image-size must be more than 0, not 0 56"),
+        (
+            ["--task", "depth", "--image-size", "13", "56", "--teacher", "dinov2_vits14", "--teacher-weights", "random"],
+            "--image-size must be at least 14, a patch of dinov2_vits14, not 13 56",
+        ),
         (["--task", "depth", "--layers", "1", "1"], "--layers names a block twice"),
         (["--task", "depth", "--teacher", "dinov2_vits14", "--teacher-weights", "random", "--concat"], "there is only"),
         (["--task", "reconstruction", "--image-size", "40", "56"], "--image-size must be multiples of 16"),

@@ -383,14 +383,14 @@ def test_unprojection_inverts_projection():
 class PixelFeatures(torch.nn.Module):
     """Stands in for the transformer: a patch's token is its mean colour, wherever it is."""
 
-    embed_dim, blocks = 3, []
+    embed_dim, blocks, patch_size = 3, [], 14
 
     def __init__(self):
         super().__init__()
         self.shift = torch.nn.Parameter(torch.zeros(3))
 
     def forward_features(self, images):
-        tokens = F.avg_pool2d(images, 14).flatten(2).transpose(1, 2)
+        tokens = F.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2)
         return {"x_norm_patchtokens": tokens + self.shift}
 
 
