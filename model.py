@@ -667,6 +667,19 @@ def lift_features(tokens, masks, V, factored):
     return Mixture(table, indices.view(BV // V, -1, 4) - scenes, weights.view(BV // V, -1, 4))
 
 
+def number_segments(masks):
+    """Segment ids [B, H, W], whatever they are, as 0, 1, ... for each image of its own."""
+    ids = masks - masks.min()
+    apart = (ids.max() + 1) * torch.arange(len(masks), device=masks.device).view(-1, 1, 1)
+    labels = torch.unique(ids + apart, return_inverse=True)[1]
+    return labels - labels.flatten(1).amin(1)[:, None, None]
+
+
+def middle_pixels(size, device):
+    """The two in the middle of each patch along an axis: all that bilinear downsampling to patches looks at."""
+    return torch.arange(size, device=device).view(-1, PATCH)[:, PATCH // 2 - 1 : PATCH // 2 + 1].flatten()
+
+
 def blend_segments(features, masks, alpha):
     """alpha * features + (1 - alpha) * the mean over each pixel's segment.
 
@@ -1471,8 +1484,8 @@ class SplatAndDistill(nn.Module):
     def splat(self, context, target, has_masks):
         """Steps 1 to 7: the teacher's features of the context, seen from the target camera.
 
-        Returns {"splatted" features [B, C, h, w], "holes" [B, h, w] bool, "rendered" features [B, C, H, W], "alphas"
-        [B, H, W], "gaussians"}.
+        Returns {"splatted" features [B, C, h, w], "holes" [B, h, w] bool, "rendered" features [B, C, H, W] (in
+        training only of the pixels that count), "alphas" [B, H, W], "gaussians"}.
         """
         B, V, _, H, W = context["images"].shape
         # 1. Reconstruct: one Gaussian per context pixel
@@ -1487,15 +1500,25 @@ class SplatAndDistill(nn.Module):
         masks = context["masks"].flatten(0, 1)
         if self.upsampling == "bilinear":
             masks = torch.zeros_like(masks)  # one segment
-        features = lift_features(tokens, masks, V, factored=tokens.is_cuda)
-        # 5. Splat into the target camera
+        features = lift_features(tokens, masks, V, factored=tokens.is_cuda or self.training)
+        # 5. Splat into the target camera; in training only what the next two steps read
+        blends = self.blend < 1 and bool(has_masks.any())
+        at = tuple(middle_pixels(n, tokens.device) for n in (H, W)) if self.training else None
+        labels = number_segments(target["masks"]) if self.training and blends else None
         scene = gaussians.means, gaussians.covars, gaussians.opacities, features
-        rendered, alphas = rasterize(*scene, viewmats, target["Ks"][:, None], W, H, near_plane=NEAR_PLANE)
+        rendered, alphas, *means = rasterize(
+            *scene, viewmats, target["Ks"][:, None], W, H, near_plane=NEAR_PLANE, at=at,
+            labels=None if labels is None else labels[:, None],
+        )  # fmt: skip
         # (B, 1, H, W, C), (B, 1, H, W)
         rendered, alphas = rendered[:, 0].permute(0, 3, 1, 2), alphas[:, 0]
         # 6. Semantic blending, in the scenes that have segments
-        if self.blend < 1 and has_masks.any():
-            keep = torch.where(has_masks, self.blend, 1.0).to(rendered.dtype).view(B, 1, 1, 1)
+        keep = torch.where(has_masks, self.blend, 1.0).to(rendered.dtype).view(B, 1, 1, 1)
+        if means:
+            labels = labels[:, at[0][:, None], at[1]]
+            own = means[0][torch.arange(B, device=labels.device)[:, None, None], 0, labels]
+            rendered = torch.lerp(own.permute(0, 3, 1, 2), rendered, keep)
+        elif blends:
             rendered = blend_segments(rendered, target["masks"], keep)
         # 7. Down to the student's grid, and which of its locations nothing was splatted to
         size = tokens.shape[-2:]

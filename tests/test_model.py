@@ -417,6 +417,18 @@ def test_blending_is_only_where_there_are_masks():
     assert (expected[1] - plain[1]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("blend,has_masks", [(1.0, [True, True]), (0.3, [True, False])])
+def test_training_splats_what_the_whole_image_gives(blend, has_masks):
+    """In training only the pixels that count are splatted, and segments as means: the same, as splatting is linear."""
+    batch, method = wall(B=2), build(blend=blend)
+    batch["target"]["masks"] = 7 * batch["target"]["masks"] - 3
+    parts = batch["context"], batch["target"], torch.tensor(has_masks)
+    whole, part = method.eval().splat(*parts), method.train().splat(*parts)
+    assert whole["rendered"].shape[-2:] == (70, 126) and part["rendered"].shape[-2:] == (10, 18)
+    torch.testing.assert_close(part["splatted"], whole["splatted"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(part["holes"], whole["holes"])
+
+
 def test_a_step_is_the_method_step_by_step():
     """The whole step written out with the parts that are tested above, on a scene where each of them matters: two
     segments, a target that is hidden in part, heads that differ, temperatures that are not 1."""
