@@ -675,9 +675,15 @@ def number_segments(masks):
     return labels - labels.flatten(1).amin(1)[:, None, None]
 
 
-def middle_pixels(size, device):
-    """The two in the middle of each patch along an axis: all that bilinear downsampling to patches looks at."""
-    return torch.arange(size, device=device).view(-1, PATCH)[:, PATCH // 2 - 1 : PATCH // 2 + 1].flatten()
+def bilinear_taps(pixels, cells, device=None):
+    """Which pixels of an axis bilinear downsampling reads (align_corners=False): two for each cell.
+
+    Returns the pixels [2 * cells] and their weights [cells, 2].
+    """
+    at = ((torch.arange(cells, device=device) + 0.5) * pixels / cells - 0.5).clamp(min=0)
+    low = at.floor().long()
+    taps = torch.stack([low, (low + 1).clamp(max=pixels - 1)], -1)
+    return taps.flatten(), torch.stack([1 - (at - low), at - low], -1)
 
 
 def blend_segments(features, masks, alpha):
@@ -1503,7 +1509,9 @@ class SplatAndDistill(nn.Module):
         features = lift_features(tokens, masks, V, factored=tokens.is_cuda or self.training)
         # 5. Splat into the target camera; in training only what the next two steps read
         blends = self.blend < 1 and bool(has_masks.any())
-        at = tuple(middle_pixels(n, tokens.device) for n in (H, W)) if self.training else None
+        h, w = tokens.shape[-2:]
+        (rows, wy), (columns, wx) = (bilinear_taps(*n, tokens.device) for n in ((H, h), (W, w)))
+        at = (rows, columns) if self.training else None
         labels = number_segments(target["masks"]) if self.training and blends else None
         scene = gaussians.means, gaussians.covars, gaussians.opacities, features
         rendered, alphas, *means = rasterize(
@@ -1515,15 +1523,16 @@ class SplatAndDistill(nn.Module):
         # 6. Semantic blending, in the scenes that have segments
         keep = torch.where(has_masks, self.blend, 1.0).to(rendered.dtype).view(B, 1, 1, 1)
         if means:
-            labels = labels[:, at[0][:, None], at[1]]
+            labels = labels[:, rows[:, None], columns]
             own = means[0][torch.arange(B, device=labels.device)[:, None, None], 0, labels]
             rendered = torch.lerp(own.permute(0, 3, 1, 2), rendered, keep)
         elif blends:
             rendered = blend_segments(rendered, target["masks"], keep)
         # 7. Down to the student's grid, and which of its locations nothing was splatted to
-        size = tokens.shape[-2:]
-        splatted = F.interpolate(rendered, size, mode="bilinear", align_corners=False)
-        holes = F.interpolate((alphas < 0.5).float()[:, None], size, mode="nearest")[:, 0] > 0.5
+        taps = rendered if self.training else rendered[:, :, rows[:, None], columns]  # (B, C, 2h, 2w)
+        weights = wy[:, :, None, None] * wx  # (h, 2, w, 2): bilinear, as F.interpolate would
+        splatted = (taps.unflatten(3, (w, 2)).unflatten(2, (h, 2)) * weights.to(taps.dtype)).sum((3, 5))
+        holes = F.interpolate((alphas < 0.5).float()[:, None], (h, w), mode="nearest")[:, 0] > 0.5
         return dict(splatted=splatted, holes=holes, rendered=rendered, alphas=alphas, gaussians=gaussians)
 
     def forward(self, batch):

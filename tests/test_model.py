@@ -404,6 +404,15 @@ def test_splatted_features_land_where_the_target_sees_them():
     assert aligned["cosine_splatted"] > aligned["cosine_unwarped"] + 0.1
 
 
+@pytest.mark.parametrize("pixels,cells", [(70, 5), (576, 41), (880, 62), (97, 6), (17, 17), (16, 1)])
+def test_taps_are_bilinear_downsampling(pixels, cells):
+    row = torch.randn(1, 1, 1, pixels)
+    taps, weights = M.bilinear_taps(pixels, cells)
+    found = (row[0, 0, 0, taps].view(cells, 2) * weights).sum(1)
+    expected = F.interpolate(row, (1, cells), mode="bilinear", align_corners=False)[0, 0, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=3e-4)
+
+
 def test_blending_is_only_where_there_are_masks():
     batch, method = wall(B=2), build().eval()
     batch["has_masks"] = torch.tensor([True, False])
