@@ -156,7 +156,8 @@ def parse_settings(arguments=None):
     check(settings)
     for flags, reader, name in unread(settings):
         if wrong := sorted(flags & given.keys()):
-            raise SystemExit(f"--{wrong[0].replace('_', '-')} is not read with --{name.replace("_", "-")} {settings[name]}: {reader}")
+            flag, other = (n.replace("_", "-") for n in (wrong[0], name))
+            raise SystemExit(f"--{flag} is not read with --{other} {settings[name]}: {reader}")
     for name in {"data", "teacher_weights", "geometry", "start"} & settings.keys():  # to resume from anywhere
         if settings[name] not in WORDS and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
