@@ -906,8 +906,9 @@ class Crops(torch.utils.data.Dataset):
         size: of the crops, pixels, square.
         seed, length: the sequence of samples and its length.
 
-    A sample: {"crops" [2, 3, size, size] in 0..1, "first_to_second" [2, 3]}: the affine map from the first crop's
-    coordinates to the second's, both x, y in -1..1 from corner to corner.
+    A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]}: affine maps from
+    the crops' coordinates to the photo's, and from the first crop's to the second's, all x, y in -1..1 from corner to
+    corner.
     """
 
     def __init__(self, photos, size, seed=0, *, length):
@@ -921,15 +922,21 @@ class Crops(torch.utils.data.Dataset):
             raise IndexError(f"sample {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index])
         photo = self.photos[int(rng.integers(len(self.photos)))]
-        first, second = (random_window(rng) for _ in range(2))
-        crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in (first, second)])
-        return {"crops": crops, "first_to_second": torch.from_numpy((np.linalg.inv(second) @ first)[:2]).float()}
+        share = self.size / min(photo.shape[1:])
+        windows = np.stack([random_window(rng, share) for _ in range(2)])
+        crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in windows])
+        first_to_second = np.linalg.inv(windows[1]) @ windows[0]
+        return {
+            "crops": crops, "windows": torch.from_numpy(windows[:, :2]).float(),
+            "first_to_second": torch.from_numpy(first_to_second[:2]).float(),
+        }  # fmt: skip
 
 
-def random_window(rng):
-    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1: 0.35 to 0.9 of the
-    photo's sides, a quarter longer or shorter, turned by up to 20 degrees, mirrored half the time, inside the photo."""
-    scale, turn = rng.uniform(0.35, 0.9), rng.uniform(-0.35, 0.35)
+def random_window(rng, share):
+    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1: 0.7 to 1.8 times
+    `share` of the photo's sides, up to an eighth longer or shorter, turned by up to 20 degrees, mirrored half the time,
+    and all of it inside the photo."""
+    scale, turn = rng.uniform(0.7, 1.8) * share, rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
     c, s = np.cos(turn), np.sin(turn)
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]

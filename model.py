@@ -1637,30 +1637,51 @@ class Pretraining(nn.Module):
     """One training step of a teacher: the same spot in two crops of one photo is to have the same feature, and no
     other spot of the batch (dense contrast, as VADeR, arXiv 2011.05499, on the features themselves, without a head).
 
-    It trains what a teacher is asked for, features that tell where they are, and from single photos: no geometry.
+    With place_weight above 0 a linear layer also has to tell from each patch's feature where in the photo it lies. From
+    a crop that takes an idea of the whole: of what is above and below, near and far.
+
+    Args:
+        vit: a ViT (`load_vit`).
+        temperature: of the contrast.
+        place_weight: of the mean squared error of places, in half photos.
+        fresh: begin from random weights made for this, whatever those of the ViT.
     """
 
-    def __init__(self, vit, temperature):
+    def __init__(self, vit, temperature, place_weight, fresh):
         super().__init__()
-        self.vit, self.temperature = vit.requires_grad_(True), temperature
-        for name, p in vit.named_parameters():  # residual branches count fully from the start: few blocks, few steps
-            if name.endswith("gamma"):
+        self.vit, self.temperature, self.place_weight = vit.requires_grad_(True), temperature, place_weight
+        for name, p in vit.named_parameters() if fresh else ():
+            if name.endswith("gamma"):  # residual branches count fully from the start: few blocks, few steps
                 nn.init.ones_(p)
             elif p.ndim >= 2:
                 nn.init.trunc_normal_(p, std=0.04 if name.endswith("weight") else 0.02)
+        if place_weight:
+            self.place = nn.Linear(vit.embed_dim, 2)
 
     def forward(self, batch):
-        """A batch {"crops": [B, 2, 3, S, S], "first_to_second": [B, 2, 3]} (data.Crops). Returns the loss, metrics
-        {name: scalar tensor} and {}."""
+        """A batch {"crops": [B, 2, 3, S, S], "windows": [B, 2, 2, 3], "first_to_second": [B, 2, 3]} (data.Crops).
+        Returns the loss, metrics {name: scalar tensor} and {}."""
         tokens = patch_tokens(self.vit, batch["crops"])  # (B, 2, C, h, w)
         queries, keys = tokens[:, 0].flatten(2).mT, tokens[:, 1]  # (B, h*w, C), (B, C, h, w)
         # Where the centres of the first crop's patches lie in the second crop, in -1..1
         h, w = keys.shape[-2:]
         y, x = ((torch.arange(n, device=keys.device) + 0.5) / n * 2 - 1 for n in (h, w))
-        centres = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).view(1, h * w, 2)
-        to_second = batch["first_to_second"]
-        places = centres @ to_second[..., :2].mT + to_second[:, None, :, 2]  # (B, h*w, 2)
+        centres = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).view(h * w, 2)
+        places = moved(centres, batch["first_to_second"])  # (B, h*w, 2)
         inside = places.abs().amax(-1) < 1 - 1 / (2 * w)  # half a patch from the border there is no feature yet
         keys = F.grid_sample(keys, places[:, None], align_corners=False)[:, :, 0].mT  # (B, h*w, C)
         loss, matched = contrastive_loss(queries[inside].float(), keys[inside].float(), self.temperature)
-        return loss, {"loss": loss.detach(), "matched": matched}, {}
+        metrics = {"matched": matched}
+        if self.place_weight:
+            in_photo = moved(centres, batch["windows"])  # (B, 2, h*w, 2)
+            # A mirrored crop looks like one of a mirrored photo, and counts as that
+            mirrored = torch.linalg.det(batch["windows"][..., :2]).sign()[..., None]  # (B, 2, 1)
+            in_photo = torch.stack([in_photo[..., 0] * mirrored, in_photo[..., 1]], -1)
+            metrics["place"] = error = F.mse_loss(self.place(tokens.flatten(3).mT).float(), in_photo)
+            loss = loss + self.place_weight * error
+        return loss, {"loss": loss.detach()} | {k: v.detach() for k, v in metrics.items()}, {}
+
+
+def moved(points, affine):
+    """Points [P, 2] under affine maps [..., 2, 3]. [..., P, 2]"""
+    return points @ affine[..., :2].mT + affine[..., None, :, 2]

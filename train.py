@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Subset
 
@@ -64,11 +65,13 @@ SETTINGS = {
     "distill": VIEWS | {
         "height": (224, 576, "of the images, pixels; the ViT sees the multiple of its patch below"),
         "width": (224, 880, "likewise"),
-        "geometry": ("shipped", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
-        "steps": (100, 300_000, "of the optimiser"),
-        "lr": (5e-4, 2e-5, "peak learning rate; the demo has 3,000 times fewer steps to get anywhere"),
+        "min_gap": (16, 8, "frames between the first and the last context view, at least: parallax"),
+        "max_gap": (32, 12, "at most: overlap; rooms' depth is exact, so views far apart teach more"),
+        "geometry": ("depth", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
+        "steps": (300, 300_000, "of the optimiser"),
+        "lr": (1e-3, 2e-5, "peak learning rate; the demo has 1,000 times fewer steps to get anywhere"),
         "warmup": (0.1, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "lora_rank": (8, 8, "of the student's LoRA on qkv and proj; 0 trains all weights"),
+        "lora_rank": (0, 8, "of the student's LoRA; 0 trains all weights, which learns more in few steps"),
         "lora_alpha": (8.0, 8.0, "its scale is alpha / rank"),
         "lora_dropout": (0.1, 0.1, "on LoRA's input"),
         "loss": ("contrastive", "prototypes", "prototypes is the paper's; or contrastive, or both"),
@@ -78,14 +81,14 @@ SETTINGS = {
         "head_dim": (512, 2048, "hidden width of the heads"),
         "bottleneck_dim": (128, 256, "width before the prototypes"),
         "upsampling": ("mask-aware", "mask-aware", "of the teacher's features to pixels, or bilinear across segments"),
-        "blend": (0.5, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
+        "blend": (1.0, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
         "centring": (1.0, 1.0, "momentum of the mean that is taken off the teacher's logits; 1 keeps it 0: none"),
-        "teacher_temperature": (1.0, 1.0, "that the teacher's logits are divided by"),
-        "student_temperature": (1.0, 1.0, "likewise the student's"),
-        "momentum": (0.999, 0.999, "of the teacher's exponential moving average"),
-        "ema_every": (10, 10, "steps between updates of the teacher"),
-        "preview_every": (50, 1000, "steps between previews"),
-        "checkpoint_every": (50, 1000, "steps between checkpoints"),
+        "teacher_temperature": (0.1, 1.0, "that the teacher's logits are divided by"),
+        "student_temperature": (0.1, 1.0, "likewise the student's"),
+        "momentum": (0.95, 0.999, "of the teacher's moving average; a teacher that follows fast learns with the student"),
+        "ema_every": (1, 10, "steps between updates of the teacher"),
+        "preview_every": (100, 1000, "steps between previews"),
+        "checkpoint_every": (100, 1000, "steps between checkpoints"),
     },
     "reconstruct": VIEWS | {
         "height": (224, 256, "of the images, pixels; a multiple of 16"),
@@ -111,6 +114,8 @@ SETTINGS = {
         "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
         "weight_decay": (0.05, 0.05, "of AdamW"),
         "temperature": (0.07, 0.07, "of the contrast between spots"),
+        "place_weight": (0.0, 0.0, "of telling where in the photo a patch lies, beside the contrast"),
+        "start": ("random", "random", "weights to begin with, or a file"),
         "preview_every": (500, 1000, "steps between previews"),
         "checkpoint_every": (250, 1000, "steps between checkpoints"),
     },
@@ -151,7 +156,7 @@ def parse_settings(arguments=None):
             raise SystemExit("--resume goes on with the run's own settings: no other flag goes with it")
         return {"resume": given["resume"]}
     preset = given["preset"] or ("paper" if given["data"] else "demo")
-    settings = {**preset_of(stage, preset), **given, "preset": preset}
+    settings = {**preset_of(stage, preset, given["data"]), **given, "preset": preset}
     del settings["resume"]
     check(settings)
     for flags, reader, name in unread(settings):
@@ -182,8 +187,13 @@ def unread(settings):
         yield {"lora_alpha", "lora_dropout"}, "without LoRA all weights are trained", "lora_rank"
 
 
-def preset_of(stage, preset):
-    return {name: values[preset == "paper"] for name, values in SETTINGS[stage].items()}
+OF_FOLDERS = ("geometry", "min_gap", "max_gap")  # on photos of a folder both presets are the paper's in these
+
+
+def preset_of(stage, preset, folder):
+    """{setting: value} of a preset."""
+    paper = {n for n in SETTINGS[stage] if preset == "paper" or (folder and n in OF_FOLDERS)}
+    return {name: values[name in paper] for name, values in SETTINGS[stage].items()}
 
 
 def check(settings):
@@ -194,7 +204,7 @@ def check(settings):
         if name in settings and not settings[name] > 0:
             raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
     patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
-    for name, least in (("height", patch), ("width", patch), ("workers", 0), ("seed", 0), ("depth_weight", 0),
+    for name, least in (("height", patch), ("width", patch), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("place_weight", 0),
                         ("coarse", 0), ("lora_rank", 0), ("weight_decay", 0), ("crop", 2 * patch)):  # fmt: skip
         if name in settings and not settings[name] >= least:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
@@ -219,7 +229,7 @@ def command(settings):
     """What to type for these settings."""
     preset = "paper" if settings["data"] else "demo"
     usual = {"stage": "distill", "teacher": None if settings["stage"] == "distill" else "vit_tiny14", "teacher_weights": None, "data": None, "name": None, "preset": preset}
-    usual |= preset_of(settings["stage"], settings["preset"])
+    usual |= preset_of(settings["stage"], settings["preset"], settings["data"])
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k]]
     return " ".join(["python train.py", *sorted(flags, key=lambda f: not f.startswith("--stage"))])
 
@@ -303,7 +313,9 @@ def build(settings, vit, device):
                  "targets")  # fmt: skip
         model = SplatAndDistill(vit, geometry(settings), **{k: settings[k] for k in names})
     elif settings["stage"] == "pretrain":
-        model = Pretraining(load_vit(settings["teacher"], "random", settings["seed"]), settings["temperature"])
+        start = settings["start"]
+        vit = load_vit(settings["teacher"], start, settings["seed"])
+        model = Pretraining(vit, settings["temperature"], settings["place_weight"], fresh=start == "random")
     else:
         sizes = {"small": SMALL, "published": ReconstructorConfig()}
         start = settings["start"]
@@ -367,6 +379,9 @@ def save(folder, step, seconds, settings, warning, model, optimizer, schedule, m
         metadata["config"] = json.dumps(dataclasses.asdict(network.config))
     if warning:
         metadata["warning"] = warning
+    if str(settings.get("start")).endswith(".safetensors"):  # how the weights that this run began with were made
+        with safe_open(settings["start"], "pt") as file:
+            metadata["start"] = json.dumps(file.metadata() or {})
     replace_file(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
     replace_file(folder / name, lambda path: save_file(weights, path, metadata))
 
@@ -587,7 +602,7 @@ SUMMARIES = {
     "pretrain": "Of spots in photos that it has not seen, {shown_matched} find themselves in the other crop",
 }  # fmt: skip
 TITLES = {
-    "loss": "loss", "above_entropy": "above the teacher's entropy", "matched": "spots that find themselves",
+    "loss": "loss", "above_entropy": "above the teacher's entropy", "matched": "spots that find themselves", "place": "place",
     "mse": "photo", "log_depth": "log depth",
 }  # fmt: skip
 

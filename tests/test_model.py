@@ -567,7 +567,7 @@ def test_pretraining_pairs_the_same_spots(monkeypatch):
     """Features that are the photo's own colours match at the places that the crops say, and at no others."""
     monkeypatch.setattr(data, "jitter", lambda photo, rng: photo)
     photo = F.interpolate(torch.rand(1, 3, 7, 7), (224, 224), mode="bicubic", align_corners=True)[0].clamp(0, 1)
-    batch, model = crops_of(photo), M.Pretraining(PixelFeatures(), 0.001)
+    batch, model = crops_of(photo), M.Pretraining(PixelFeatures(), 0.001, 0.0, False)
     loss, metrics, _ = model(batch)
     batch["first_to_second"] = batch["first_to_second"].roll(1, 0)
     shuffled, wrong, _ = model(batch)
@@ -576,7 +576,7 @@ def test_pretraining_pairs_the_same_spots(monkeypatch):
 
 def test_pretraining_learns(monkeypatch):
     photos = [F.interpolate(torch.rand(1, 3, 16, 16), (112, 112), mode="bilinear")[0] for _ in range(4)]
-    model = M.Pretraining(tiny_vit(), 0.1)
+    model = M.Pretraining(tiny_vit(), 0.1, 0.0, True)
     crops = data.Crops(photos, 56, 0, length=8)
     batch = torch.utils.data.default_collate([crops[i] for i in range(8)])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

@@ -146,7 +146,7 @@ def test_a_reconstructor_is_trained_resumed_and_used(monkeypatch, capsys):
 
 PRETRAIN = (
     "--stage pretrain --teacher dinov2_vits14 --steps 4 --batch-size 2 --photos 4 --height 42 --width 42 --crop 28 "
-    "--workers 0 --preview-every 2 --checkpoint-every 2"
+    "--workers 0 --preview-every 2 --checkpoint-every 2 --place-weight 0.1"
 ).split()
 
 
