@@ -482,6 +482,16 @@ class Room:
         linear = albedo * (light + self.glow[which])
         return np.power(1 - np.exp(-1.4 * linear), 1 / 2.2), t, which, normal
 
+    def pose(self, i):
+        """Camera-to-world of frame i, OpenCV axes. (4, 4) float32"""
+        forward = self.forwards[i] / np.linalg.norm(self.forwards[i])
+        right = np.cross(forward, (0, 0, 1))
+        right /= np.linalg.norm(right)
+        pose = np.eye(4, dtype=np.float32)
+        pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], 1)  # columns: x, y, z
+        pose[:3, 3] = self.eyes[i]
+        return pose
+
     def frame(self, i, height, width):
         """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is the room's own,
         so other sizes of the same shape show the same view.
@@ -490,11 +500,8 @@ class Room:
         """
         if not 0 <= i < self.num_frames:
             raise IndexError(f"{self.name} has frames 0 to {self.num_frames - 1}, not {i}")
-        eye = self.eyes[i].astype(np.float32)
-        forward = self.forwards[i] / np.linalg.norm(self.forwards[i])
-        right = np.cross(forward, (0, 0, 1))
-        right /= np.linalg.norm(right)
-        rotation = np.stack([right, np.cross(forward, right), forward], 1).astype(np.float32)  # columns: x, y, z
+        pose = self.pose(i)
+        eye, rotation = pose[:3, 3].copy(), pose[:3, :3].copy()
         focal = height / 2 / np.tan(self.fov / 2)
 
         def see(rows, columns):  # pixel coordinates; with z = 1 in camera axes, t is the z-depth
@@ -516,8 +523,6 @@ class Room:
                                                                            (columns, [-0.25, 0.25, -0.25, 0.25]))))[0]
         colour[:, again] = finer.reshape(3, -1, 4).mean(2)
 
-        pose = np.eye(4, dtype=np.float32)
-        pose[:3, :3], pose[:3, 3] = rotation, eye
         K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
         return {
             "images": torch.from_numpy(image.astype(np.float32)),  # (3, H, W)
@@ -720,6 +725,98 @@ class Views(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Single photos, and crops of them, to pretrain a teacher with
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Photos(torch.utils.data.Dataset):
+    """Single photos [3, height, width] in 0..1: of a folder, sub-folders included, scaled to cover the size and cropped
+    about the centre; or without a folder `count` views of rooms, eight of each, which are kept once drawn.
+
+    Raises ValueError: the folder holds no photo.
+    """
+
+    def __init__(self, path, height, width, count=0, split="train"):
+        self.size, self.files, self.rooms, self.kept = (height, width), None, Rooms(split), {}
+        self.count = count
+        if path is not None:
+            found = Path(path).rglob("*") if Path(path).is_dir() else ()
+            self.files = sorted(f for f in found if f.suffix.lower() in PHOTO_SUFFIXES and f.is_file())
+            self.count = len(self.files)
+            if not self.files:
+                raise ValueError(f"{path}: no photos ({', '.join(PHOTO_SUFFIXES)}) in it or below")
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if self.files:
+            photo = open_picture(self.files[i], "a photo", self.files[i].parent).convert("RGB")
+            return Crop(photo, *self.size).colours()
+        if i not in self.kept:  # a view takes a tenth of a second to draw, and bytes are small
+            room = self.rooms[i // 8]
+            frame = int(np.random.default_rng([i, len(room)]).integers(len(room)))
+            self.kept[i] = (room.frame(frame, *self.size)["images"] * 255).round().byte()
+        return self.kept[i] / 255
+
+
+class Crops(torch.utils.data.Dataset):
+    """Two crops of one photo, and where they overlap; crops[index] is a function of (seed, index) alone.
+
+    Args:
+        photos: a sequence of photos [3, H, W]: `Photos`.
+        size: of the crops, pixels, square.
+        seed, length: the sequence of samples and its length.
+
+    A sample: {"crops" [2, 3, size, size] in 0..1, "first_to_second" [2, 3]}: the affine map from the first crop's
+    coordinates to the second's, both x, y in -1..1 from corner to corner.
+    """
+
+    def __init__(self, photos, size, seed=0, *, length):
+        self.photos, self.size, self.seed, self.length = photos, size, seed, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of {self.length}")
+        rng = np.random.default_rng([self.seed, index])
+        photo = self.photos[int(rng.integers(len(self.photos)))]
+        first, second = (random_window(rng) for _ in range(2))
+        crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in (first, second)])
+        return {"crops": crops, "first_to_second": torch.from_numpy((np.linalg.inv(second) @ first)[:2]).float()}
+
+
+def random_window(rng):
+    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1: 0.35 to 0.9 of the
+    photo's sides, a quarter longer or shorter, turned by up to 20 degrees, mirrored half the time, inside the photo."""
+    scale, turn = rng.uniform(0.35, 0.9), rng.uniform(-0.35, 0.35)
+    stretch, mirror = np.exp(rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
+    c, s = np.cos(turn), np.sin(turn)
+    A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
+    reach = np.abs(A).sum(1)  # half its bounding box
+    A, reach = A / max(1, reach.max()), reach / max(1, reach.max())
+    window = np.eye(3)
+    window[:2, :2], window[:2, 2] = A, rng.uniform(-1, 1, 2) * (1 - reach)
+    return window
+
+
+def cut_out(photo, window, size):
+    """The part of a photo [3, H, W] that a window shows, [3, size, size]."""
+    grid = torch.nn.functional.affine_grid(torch.from_numpy(window[None, :2]).float(), (1, 3, size, size), False)
+    return torch.nn.functional.grid_sample(photo[None], grid, padding_mode="border", align_corners=False)[0]
+
+
+def jitter(photo, rng):
+    """Another exposure, white balance and gamma, and a little noise: what tells nothing about the place."""
+    gains = np.exp(rng.uniform(-0.15, 0.15) + rng.uniform(-0.06, 0.06, (3, 1, 1)))
+    photo = (photo * torch.from_numpy(gains).float()).clamp(1e-4, 1) ** float(np.exp(rng.uniform(-0.12, 0.12)))
+    return (photo + 0.01 * torch.from_numpy(rng.standard_normal(photo.shape, np.float32))).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Views and labels to probe with (evaluate.py)
 
 
@@ -788,9 +885,11 @@ def room_pair(room, rng, degrees, tries=20):
         i, j = (int(k) for k in rng.integers(len(room), size=2))
         if i == j:
             continue
-        a, b = (room.frame(k, 24, 24) for k in (i, j))
-        to_b = torch.linalg.inv(b["extrinsics"]) @ a["extrinsics"]
-        if degrees[0] <= rotation_angle(to_b) < degrees[1] and overlap(a, b, to_b) > 0.3:
+        pose_a, pose_b = (torch.from_numpy(room.pose(k)) for k in (i, j))
+        to_b = torch.linalg.inv(pose_b) @ pose_a
+        if not degrees[0] <= rotation_angle(to_b) < degrees[1]:
+            continue  # before anything is drawn
+        if overlap(room.frame(i, 24, 24), room.frame(j, 24, 24), to_b) > 0.3:
             return room, i, j
 
 

@@ -36,10 +36,10 @@ from torch import nn
 import data
 from data import BINS, rotation_angle
 from model import (
-    PATCH, FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit, normalise, read_state, render,
+    FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit, normalise, read_state, render,
     save_ply,
 )  # fmt: skip
-from train import RANDOM, banner, depth_colours, free_folder, load_teacher, move, replace_file, write_sheet
+from train import RANDOM, TEACHERS, banner, depth_colours, free_folder, load_teacher, move, replace_file, write_sheet
 
 # Settings by task: (on rooms, on other data, why). The latter are the protocols' own.
 PROBE = {
@@ -54,7 +54,7 @@ LINEAR = PROBE | {
 }
 SETTINGS = {
     "correspondence": PROBE | {
-        "pairs": (20, 1500, "of views, for each seed"),
+        "pairs": (60, 1500, "of views, for each seed"),
         "matches": (1000, 1000, "best of a pair by the ratio test"),
     },
     "depth": LINEAR | {"lr": (1e-3, 1e-4, "of AdamW; on rooms there are few steps")},
@@ -87,9 +87,9 @@ def parse_settings(arguments=None):
     if task == "reconstruction":
         add("--weights", nargs="+", default=["shipped"], metavar="FILE", help="reconstructors; shipped: in weights/")
     else:
-        add("--weights", nargs="+", metavar="FILE", help="DINOv2-shaped weights to compare, instead of a run's")
+        add("--weights", nargs="+", metavar="FILE", help="weights of a DINOv2 or DINOv3 to compare, instead of a run's")
         add("--run", help="folder of the run whose student and teacher to compare; nothing is the newest")
-        add("--teacher", help="alone, without a run: dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
+        add("--teacher", help=f"alone, without a run: {TEACHERS}")
         add("--teacher-weights", help='of --teacher: a file; "random"; or nothing for the public weights')
         add("--layers", nargs="+", type=int, help="blocks whose tokens are put side by side, from 0; nothing: the last")
         add("--norm", action=argparse.BooleanOptionalAction, help="the final norm; nothing: for segmentation alone")
@@ -107,11 +107,9 @@ def parse_settings(arguments=None):
         if not value >= (0 if name in ("seed", "train_frames", "test_frames") else 1e-12):
             raise SystemExit(f"--{name.replace('_', '-')} cannot be {value}")
     unit = 16 if task == "reconstruction" else 4 if task in ("correspondence", "all") else 1
-    if any(size < PATCH or size % unit for size in given.image_size):
-        what = f"multiples of {unit} and " if unit > 1 else ""
-        raise SystemExit(
-            f"--image-size must be {what}at least {PATCH}, not {given.image_size[0]} {given.image_size[1]}"
-        )
+    if any(size < unit or size % unit for size in given.image_size):
+        what = f"multiples of {unit}" if unit > 1 else "more than 0"
+        raise SystemExit(f"--image-size must be {what}, not {given.image_size[0]} {given.image_size[1]}")
     for name, what in (("weights", "file"), ("layers", "block")):
         values = getattr(given, name, None) or ()
         if len(set(values)) < len(values):
@@ -131,7 +129,7 @@ def parse_settings(arguments=None):
 class Model(NamedTuple):
     name: str
     vits: list  # whose features are put side by side
-    random: bool  # is one of them random?
+    warning: str | None  # what is to be said of the weights wherever results appear
 
 
 def load_models(settings):
@@ -140,13 +138,13 @@ def load_models(settings):
         models = []
         for path in settings.weights:
             vit = load_vit(architecture_of(read_state(path), path), path)
-            models.append(Model(str(path), [vit], metadata_of(path).get("random_weights") == "true"))
+            models.append(Model(str(path), [vit], metadata_of(path).get("warning")))
         home = Path("runs")
     elif settings.teacher or not (settings.run or newest_run()):
         name = settings.teacher or "dinov2_vits14"
         wanted = dict(teacher=name, teacher_weights=settings.teacher_weights, seed=0, data=settings.data)
-        vit, random = load_teacher(wanted)
-        models, home = [Model(name, [vit], random)], Path("runs")
+        vit, warning = load_teacher(wanted)
+        models, home = [Model(wanted["teacher"], [vit], warning)], Path("runs")
     else:
         home = Path(settings.run or newest_run())
         path = home / "student.safetensors"
@@ -160,25 +158,37 @@ def load_models(settings):
             raise ValueError(
                 f"{path}: its metadata has no settings of a run of train.py; pass it by --weights"
             ) from None
-        teacher, random = load_teacher(wanted)
-        if about.get("random_weights") != str(random).lower():
+        teacher, warning = load_teacher(wanted)
+        if about.get("warning") != warning:
             raise ValueError(f"{path}: its teacher's weights are not those found now, random or not; pass --weights")
         student = load_vit(wanted["teacher"], path)
-        models = [Model(f"teacher {wanted['teacher']}", [teacher], random), Model(f"student {home}", [student], random)]
+        models = [Model(f"teacher {wanted['teacher']}", [teacher], warning)]
+        models.append(Model(f"student {home}", [student], warning))
     if settings.concat:
         if len(models) == 1:
             raise ValueError(
                 f"--concat puts the first model's features beside another's, and there is only {models[0].name}"
             )
         first = models[0]
-        models[1:] = [Model(m.name + " + first", m.vits + first.vits, m.random or first.random) for m in models[1:]]
+        models[1:] = [Model(m.name + " + first", m.vits + first.vits, m.warning or first.warning) for m in models[1:]]
     depth = min(len(vit.blocks) for m in models for vit in m.vits)
     if settings.layers and not all(0 <= i < depth for i in settings.layers):
         raise ValueError(f"--layers {settings.layers}: there are {depth} blocks, counted from 0")
     for model in models:
         for vit in model.vits:
+            if min(settings.image_size) < vit.patch_size:
+                raise ValueError(
+                    f"--image-size must be at least {vit.patch_size}, a patch of {model.name}, "
+                    f"not {settings.image_size[0]} {settings.image_size[1]}"
+                )
             vit.to(DEVICE)
     return models, home
+
+
+def warning_of(models):
+    """What is to be said of the models' weights: that some are random before all else."""
+    said = {m.warning for m in models} - {None}
+    return RANDOM if RANDOM in said else min(said, default=None)
 
 
 def newest_run():
@@ -200,14 +210,20 @@ def metadata_of(path):
 @torch.no_grad()
 def extract(model, images, settings):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C], half precision, in main memory.
-    Images are resized to the multiples of 14 at or below their size."""
-    size = [s // PATCH * PATCH for s in images.shape[-2:]]
-    x = F.interpolate(images.to(DEVICE), size, mode="bilinear", align_corners=False)
-    x, parts = normalise(x), []
+    Each ViT sees them resized to the multiples of its patch_size at or below their size. Where its
+    grid of patches is another than the first ViT's, its features are resampled to that one."""
+    images, parts = images.to(DEVICE), []
     for vit in model.vits:
+        size = [s // vit.patch_size * vit.patch_size for s in images.shape[-2:]]
+        x = normalise(F.interpolate(images, size, mode="bilinear", align_corners=False))
         layers = settings.layers or [len(vit.blocks) - 1]
         parts += vit.get_intermediate_layers(x, layers, True, True, settings.norm)
     patches, classes = zip(*parts)
+    grid = patches[0].shape[-2:]
+    patches = [
+        p if p.shape[-2:] == grid else F.interpolate(p, grid, mode="bilinear", align_corners=False)
+        for p in patches
+    ]
     patches, classes = torch.cat(patches, 1).half().cpu(), torch.cat(classes, 1).half().cpu()
     if not torch.isfinite(patches).all():
         raise ValueError(f"{model.name}: features that are NaN, or too large for half precision")
@@ -264,7 +280,8 @@ def match_errors(feat0, feat1, depth0, depth1, K, Rt, num_matches):
 
 
 def correspondence(models, settings, folder):
-    """{model: [one {metric: value} per seed]}: recall within 5, 10, 20 pixels, and within 10 by viewpoint change.
+    """{model: [one {metric: value} per seed]}: recall within 2, 5, 10, 20 pixels, and within 5 and 10 by viewpoint
+    change; and {model: {metric: [one value a pair]}}, by which models are compared pair by pair.
 
     Pixels are those of depth at a quarter of --image-size, as in Probe3D, where that is 120 x 160. A pair in which a
     view has less than two pixels of depth counts for none of them.
@@ -277,9 +294,9 @@ def correspondence(models, settings, folder):
         print("All pairs that there are get measured: nothing is left for a seed to choose, and there is no spread.")
         chosen = {settings.seed: chosen[settings.seed]}
     results, progress = {m.name: [] for m in models}, Progress(sum(map(len, chosen.values())), "pair")
+    paired = {m.name: [] for m in models}
     for seed, pairs in chosen.items():
-        recalls = {m.name: [] for m in models}  # per pair, (within 5, 10, 20)
-        angles = []
+        recalls = {m.name: [] for m in models}  # per pair, {metric: value}
         for n, (view0, view1) in enumerate(loaded(pairs)):
             Rt = torch.linalg.inv(view1["extrinsics"]) @ view0["extrinsics"]
             progress.step()
@@ -288,28 +305,50 @@ def correspondence(models, settings, folder):
             K = torch.stack([view0["Ks"], view1["Ks"]]) / torch.tensor([4.0, 4.0, 1.0])[:, None]
             depths = [view["depths"][::4, ::4] for view in (view0, view1)]
             images = torch.stack([view0["images"], view1["images"]])
-            angles.append(float(rotation_angle(Rt)))
             drawn = []
             for model in models:
                 features = extract(model, images, settings)[0]
                 views = [t.to(DEVICE) for t in (*features, *depths, K)]
                 errors = match_errors(*views, Rt.to(DEVICE), settings.matches)
-                recalls[model.name].append(
-                    [float((errors < r).float().mean()) if len(errors) else None for r in (5, 10, 20)]
-                )
+                recalls[model.name].append(recall(errors, float(rotation_angle(Rt))))
                 if seed == settings.seed and n < 4:
                     drawn.append((model, [points.cpu() for points in find_matches(*views, 30)]))
             if drawn:
                 draw_matches(folder / f"matches_{n}.png", images, drawn, K, Rt)
-        if not angles:
+        if not recalls[models[0].name]:
             raise ValueError(f"{settings.data}: no two of its frames show {pairs.least_overlap:.0%} of the same")
-        for model in models:
-            row = {f"recall_{r}px": mean([p[k] for p in recalls[model.name]]) for k, r in enumerate((5, 10, 20))}
-            for low, high in zip(BINS, BINS[1:]):
-                inside = [p[1] for p, angle in zip(recalls[model.name], angles) if low <= angle < high]
-                row[f"recall_10px_{low}_{high}deg"] = mean(inside)
-            results[model.name].append(row)
-    return results
+        for name, rows in recalls.items():
+            results[name].append({k: mean([row.get(k) for row in rows]) for k in METRICS})
+            paired[name] += rows
+    return results, paired
+
+
+METRICS = [f"recall_{r}px" for r in (2, 5, 10, 20)] + [
+    f"recall_{r}px_{low}_{high}deg" for r in (2, 5, 10) for low, high in zip(BINS, BINS[1:])
+]
+
+
+def recall(errors, angle):
+    """{metric: share of a pair's matches that are that near} for errors [M] in pixels, of a pair whose viewpoint
+    changes by an angle in degrees; {} without matches."""
+    low = max((b for b in BINS[:-1] if b <= angle), default=0)
+    bin = f"_{low}_{BINS[BINS.index(low) + 1]}deg"
+    within = {f"recall_{r}px": float((errors < r).float().mean()) for r in (2, 5, 10, 20)} if len(errors) else {}
+    return within | {k + bin: v for k, v in within.items() if k + bin in METRICS}
+
+
+def paired_differences(paired):
+    """{"B - A": {metric: (mean over the pairs of B minus A, its standard error)}} of every further model and every one
+    before it. Paired, what makes a pair easy or hard for all cancels; the error is None for a single pair."""
+    rows, names = {}, list(paired)
+    for j, other in enumerate(names):
+        for first in names[:j]:
+            row = rows[f"{other} - {first}"] = {}
+            for k in METRICS:
+                apart = [b[k] - a[k] for a, b in zip(paired[first], paired[other]) if k in a and k in b]
+                error = float(np.std(apart, ddof=1) / math.sqrt(len(apart))) if len(apart) > 1 else None
+                row[k] = (mean(apart), error)
+    return rows
 
 
 def draw_matches(path, images, drawn, K, Rt):
@@ -319,7 +358,7 @@ def draw_matches(path, images, drawn, K, Rt):
     pen = ImageDraw.Draw(sheet)
     for row, (model, (points0, points1)) in enumerate(drawn):
         top = row * (H + 18)
-        pen.text((2, top + 3), model.name + (", RANDOM TEACHER WEIGHTS" if model.random else ""), fill="black")
+        pen.text((2, top + 3), f"{model.name}   {(model.warning or '').split(':')[0]}", fill="black")
         for i, image in enumerate(images):
             pixels = (image.permute(1, 2, 0).numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8)
             sheet.paste(Image.fromarray(pixels), (i * W, top + 18))
@@ -562,7 +601,7 @@ def linear(task, models, settings, folder):
         for name, predictions in panels.items():
             two = probe.draw(predictions[n], frame)
             drawn |= {"truth": two["truth"], name: two["predicted"]}
-        write_sheet(folder / f"{task}_{n}.png", drawn, RANDOM if any(m.random for m in models) else None)
+        write_sheet(folder / f"{task}_{n}.png", drawn, warning_of(models))
     return results
 
 
@@ -767,29 +806,27 @@ def cell(value, spread):
 
 
 def print_table(summary):
-    keys = [k for k in next(iter(summary.values())) if not k.startswith("iou_")]
-    keys += [k for row in summary.values() for k in row if k not in keys and not k.startswith("iou_")]
-    width = max(map(len, summary))
-    print("\n" + " " * width + "".join(f"  {k:>22}" for k in keys))
-    for name, row in summary.items():
-        cells = []
-        for k in keys:
-            value, spread = row.get(k, (None, None))
-            cells.append(cell(value, spread))
-        print(f"{name:<{width}}" + "".join(f"  {c:>22}" for c in cells))
+    """A line for each metric, a column for each model, of {model: {metric: (value, spread)}}."""
+    keys = list({k: None for row in summary.values() for k in row if not k.startswith("iou_")})
+    cells = [["", *summary]]
+    cells += [[k, *(cell(*row.get(k, (None, None))) for row in summary.values())] for k in keys]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print()
+    for first, *rest in cells:
+        print(f"{first:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:])))
 
 
 def measure(task, settings, models, home):
     """One task: run, print, write."""
     folder = free_folder(home / "evaluation", task)  # what was measured before stays
     folder.mkdir(parents=True)
-    random = any(m.random for m in models)
+    warning = warning_of(models)
     started = time.time()
     try:
         if task == "reconstruction":
             results = reconstruction(settings, folder)
         elif task == "correspondence":
-            results = correspondence(models, settings, folder)
+            results, paired = correspondence(models, settings, folder)
         else:
             results = linear(task, models, settings, folder)
     except BaseException:
@@ -799,15 +836,23 @@ def measure(task, settings, models, home):
     compared = results if task == "reconstruction" else results | differences(results)
     summary = summarise(compared)
     print_table(summary)
+    if task == "correspondence" and len(models) > 1:
+        by_pair = paired_differences(paired)
+        print("\nPair by pair: mean difference +- its standard error")
+        print_table(by_pair)
     report = {
-        "task": task, "random_weights": random, "settings": vars(settings), "seconds": round(time.time() - started, 1),
+        "task": task, "random_weights": warning == RANDOM, "settings": vars(settings), "seconds": round(time.time() - started, 1),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "summary": {name: {k: {"mean": m, "spread": s} for k, (m, s) in row.items()} for name, row in summary.items()},
         "per_seed": results,
     }  # fmt: skip
-    if random:
-        report["warning"] = RANDOM
-        banner(RANDOM)
+    if task == "correspondence" and len(models) > 1:
+        report["paired"] = {
+            name: {k: {"mean": m, "standard_error": e} for k, (m, e) in row.items()} for name, row in by_pair.items()
+        }
+    if warning:
+        report["warning"] = warning
+        banner(warning)
     replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(report, indent=1)))
     print(f"Written to {folder}/ in {report['seconds']:.0f} s")
 
@@ -817,8 +862,8 @@ def main(arguments=None):
     warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     try:
         models, home = ([], Path("runs")) if settings.task == "reconstruction" else load_models(settings)
-        if any(m.random for m in models):
-            banner(RANDOM)
+        if warning := warning_of(models):
+            banner(warning)
         for task in PROBES if settings.task == "all" else [settings.task]:
             # --task all has the tasks' settings for rooms; for one task all are given already
             each = argparse.Namespace(**{k: v[0] for k, v in SETTINGS[task].items()} | vars(settings))

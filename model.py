@@ -1,7 +1,7 @@
 """The model of Splat and Distill (arXiv 2602.06032), parts first, the method last.
 
-    load_vit             DINOv2's vision transformer, its weights and names
-    add_lora, merge_lora the student's few trainable numbers, and back to a plain DINOv2
+    load_vit             the vision transformer of DINOv2 and DINOv3, its weights and names
+    add_lora, merge_lora the student's few trainable numbers, and back to a plain ViT
     DINOHead             features to prototype logits
     upsample_features    patch tokens to pixels without crossing segment borders
     blend_segments       features drawn towards their segment's mean
@@ -10,7 +10,8 @@
     SplatAndDistill      the method: one step, from a batch to its loss
 
 Legend, used in trailing comments:  B scenes, V context views (one target view per scene), H x W pixels,
-C channels, h = H // 14, w = W // 14 patches, N = V * H * W Gaussians, D tokens' width inside the transformer.
+C channels, h x w patches (14 or 16 pixels wide: `vit.patch_size`), N = V * H * W Gaussians,
+D tokens' width inside the transformer.
 Cameras: OpenCV axes (x right, y down, z forward); extrinsics camera-to-world, viewmats world-to-camera, Ks in pixels.
 """
 
@@ -32,31 +33,80 @@ from torch import nn
 
 from kernels import Mixture, rasterize
 
-PATCH = 14
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# ----------------------------------------------------------------------------- DINOv2's vision transformer
+# ----------------------------------------------------------------------------- the vision transformer
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, patch):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, PATCH, PATCH)
+        self.proj = nn.Conv2d(3, dim, patch, patch)
 
     def forward(self, images):  # (B, 3, H, W) -> (B, h*w, D)
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
+def rope_periods(count):
+    """Of DINOv3's angles, in halves of the image: 1 and up, towards 100. (count,)
+
+    timm and transformers compute these too. A file of Meta's has its own, perhaps rounded; they
+    are taken as they are."""
+    return 100.0 ** (torch.arange(count) / count)
+
+
+class Rope(nn.Module):
+    """A patch's position as angles (DINOv3, arXiv 2508.10104; RoFormer, 2104.09864)."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.register_buffer("periods", rope_periods(head_dim // 4))  # Meta's files keep them
+
+    def forward(self, h, w):  # -> cosines and sines (h*w, D/heads/2), rows' angles before columns'
+        periods = self.periods.float()
+        y, x = (2 * (torch.arange(n, device=periods.device) + 0.5) / n - 1 for n in (h, w))
+        centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(-1, 2, 1)  # in -1..1
+        angles = (2 * math.pi * centres / periods).flatten(1)  # float32, under autocast too
+        return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Queries or keys (B, heads, tokens, D/heads), the patches' turned: they are the last tokens.
+    A channel's partner in the plane of its angle is half the channels further on."""
+    others, patches = x.split([x.shape[-2] - len(cos), len(cos)], dim=-2)
+    a, b = patches.chunk(2, dim=-1)  # (B, heads, h*w, D/heads/2)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([others, turned.to(x.dtype)], -2)
+
+
+def key_mask(size):
+    """1 for queries and values, 0 for keys. (size,)"""
+    return torch.ones(3, size // 3).index_fill(0, torch.tensor([1]), 0.0).flatten()
+
+
+class MaskedLinear(nn.Linear):
+    """DINOv3's qkv: a mask beside the bias, which switches the keys' off."""
+
+    def __init__(self, inside, outside):
+        super().__init__(inside, outside)
+        self.register_buffer("bias_mask", key_mask(outside))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias * self.bias_mask)
+
+
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, linear=nn.Linear):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):  # (B, tokens, D)
+    def forward(self, x, angles=None):  # (B, tokens, D)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, D/heads)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -84,6 +134,19 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
+class GatedMlp(nn.Module):
+    """vits16plus's MLP: the same of DINOv3, gate and value from a matrix each, and not narrower."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.w1 = nn.Linear(dim, 4 * dim)
+        self.w2 = nn.Linear(dim, 4 * dim)
+        self.w3 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
 class LayerScale(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -94,37 +157,44 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, mlp):
+    def __init__(self, dim, heads, mlp, eps, linear):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, linear)
         self.ls1 = LayerScale(dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = mlp(dim)
         self.ls2 = LayerScale(dim)
 
-    def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x, angles=None):
+        x = x + self.ls1(self.attn(self.norm1(x), angles))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
     """DINOv2's transformer with its parameter names (facebookresearch/dinov2, arXiv 2304.07193 and 2309.16588).
 
-    Images [B, 3, H, W] are ImageNet-normalised, H and W any multiples of 14.
+    With rope=True it is DINOv3's, likewise (facebookresearch/dinov3, arXiv 2508.10104): positions
+    by rotation, a masked bias, a larger epsilon; and its registers are called storage tokens.
+    Images [B, 3, H, W] are ImageNet-normalised, H and W any multiples of `patch_size`.
     """
 
-    def __init__(self, dim, depth, heads, mlp=Mlp, registers=0):
+    def __init__(self, dim, depth, heads, mlp=Mlp, registers=0, patch=14, rope=False):
         super().__init__()
-        self.embed_dim, self.registers = dim, registers
-        self.patch_embed = PatchEmbed(dim)
+        self.embed_dim, self.registers, self.patch_size = dim, registers, patch
+        self.patch_embed = PatchEmbed(dim, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 * 37, dim))  # cls, then a 37 x 37 grid: 518 pixels
+        if not rope:
+            # cls, then a 37 x 37 grid: 518 pixels
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 * 37, dim))
+        self.rope_embed = Rope(dim // heads) if rope else None
+        self.register_name = "storage_tokens" if rope else "register_tokens"
         if registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, dim))  # unused here; DINOv2's files have it
-        self.blocks = nn.ModuleList([Block(dim, heads, mlp) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+            setattr(self, self.register_name, nn.Parameter(torch.zeros(1, registers, dim)))
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))  # unused here; the public files have it
+        eps, linear = (1e-5, MaskedLinear) if rope else (1e-6, nn.Linear)
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp, eps, linear) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=eps)
 
     def _positions(self, h, w):
         """The position embedding for a grid of h x w. (1, 1 + h*w, D)"""
@@ -139,21 +209,30 @@ class ViT(nn.Module):
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], dim=1)
 
     def _tokens(self, images):  # (B, 3, H, W) -> (B, 1 + registers + h*w, D)
-        H, W = images.shape[-2:]
-        if H % PATCH or W % PATCH or not H * W:
-            raise ValueError(f"images must be multiples of {PATCH} pixels high and wide, not {H} x {W}")
+        (H, W), patch = images.shape[-2:], self.patch_size
+        if H % patch or W % patch or not H * W:
+            raise ValueError(
+                f"images must be multiples of {patch} pixels high and wide, not {H} x {W}"
+            )
         x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self._positions(H // PATCH, W // PATCH)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if self.rope_embed is None:
+            x = x + self._positions(H // patch, W // patch)
         if self.registers:
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+            registers = getattr(self, self.register_name).expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
         return x
+
+    def _angles(self, images):  # that every block turns its queries and keys by; None is DINOv2
+        h, w = (size // self.patch_size for size in images.shape[-2:])
+        return None if self.rope_embed is None else self.rope_embed(h, w)
 
     def forward_features(self, images):
         """Dict, as DINOv2's: x_norm_clstoken [B, D], x_norm_regtokens [B, registers, D], x_norm_patchtokens
         [B, h*w, D] after the final norm, x_prenorm [B, tokens, D] before it."""
-        x = self._tokens(images)
+        x, angles = self._tokens(images), self._angles(images)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, angles)
         normed = self.norm(x)
         return {
             "x_norm_clstoken": normed[:, 0],
@@ -165,29 +244,37 @@ class ViT(nn.Module):
     def get_intermediate_layers(self, images, n=1, reshape=False, return_class_token=False, norm=True):
         """Tuple of patch tokens [B, h*w, D] ([B, D, h, w] if reshape), with their cls token [B, D] if
         return_class_token, of the last n blocks or of the blocks whose indices n lists, normed or not."""
-        x, kept = self._tokens(images), []
+        x, angles, kept = self._tokens(images), self._angles(images), []
         wanted = range(len(self.blocks) - n, len(self.blocks)) if isinstance(n, int) else n
         if not all(0 <= i < len(self.blocks) for i in wanted):
             raise ValueError(f"n asks for blocks {list(wanted)}; there are {len(self.blocks)}, counted from 0")
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, angles)
             if i in wanted:
                 kept.append(self.norm(x) if norm else x)
         patches, classes = [x[:, 1 + self.registers :] for x in kept], [x[:, 0] for x in kept]
         if reshape:
-            patches = [p.transpose(1, 2).unflatten(2, (images.shape[-2] // PATCH, -1)) for p in patches]
+            h = images.shape[-2] // self.patch_size
+            patches = [p.transpose(1, 2).unflatten(2, (h, -1)) for p in patches]
         return tuple(zip(patches, classes)) if return_class_token else tuple(patches)
 
     def forward(self, images):  # as torch hub's DINOv2: the normed cls token (B, D)
         return self.forward_features(images)["x_norm_clstoken"]
 
 
+DINOV3 = dict(registers=4, patch=16, rope=True)
 ARCHITECTURES = {
     "dinov2_vits14": dict(dim=384, depth=12, heads=6),
     "dinov2_vitb14": dict(dim=768, depth=12, heads=12),
     "dinov2_vitl14": dict(dim=1024, depth=24, heads=16),
     "dinov2_vitg14": dict(dim=1536, depth=40, heads=24, mlp=SwiGLU),
+    "dinov3_vits16": dict(dim=384, depth=12, heads=6, **DINOV3),
+    "dinov3_vits16plus": dict(dim=384, depth=12, heads=6, mlp=GatedMlp, **DINOV3),
+    "dinov3_vitb16": dict(dim=768, depth=12, heads=12, **DINOV3),
+    "dinov3_vitl16": dict(dim=1024, depth=24, heads=16, **DINOV3),
+    "vit_tiny14": dict(dim=192, depth=6, heads=3),  # ours: its weights ship in weights/
 }
+SHIPPED_TEACHER = Path(__file__).parent / "weights" / "teacher.safetensors"
 
 
 class WeightsNotFound(ValueError):
@@ -195,40 +282,63 @@ class WeightsNotFound(ValueError):
 
 
 def load_vit(name, weights=None, seed=0):
-    """A DINOv2 ViT in eval mode.
+    """A DINOv2 or DINOv3 ViT in eval mode.
 
     Args:
-        name: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14; with `_reg` the one with 4 registers.
-        weights: a path to a .pth or .safetensors file with DINOv2's names (the public files, the released Splat and
-            Distill weights, our students) or timm's (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`); None for
-            the public weights, from torch hub's cache or by download; "random" for a random initialisation.
+        name: vit_tiny14, the small one that this repository trained; dinov2_vits14, dinov2_vitb14,
+            dinov2_vitl14 or dinov2_vitg14, each with `_reg` the one with 4 registers; dinov3_vits16,
+            dinov3_vits16plus, dinov3_vitb16 or dinov3_vitl16.
+        weights: a path to a .pth or .safetensors file with Meta's names (the public files, the
+            released Splat and Distill weights, our students), timm's (`vit_*_patch14_dinov2`,
+            `vit_*_patch14_reg4_dinov2`, `vit_*_patch16_dinov3`) or, for DINOv3, transformers'
+            (`facebook/dinov3-*`); None for the public weights, from torch hub's cache, or for
+            DINOv2 by download, or the shipped ones of vit_tiny14; "random" for a random
+            initialisation.
         seed: of the random initialisation.
 
     Raises:
-        ValueError: the name is unknown, or the file is missing, is no weights file, or does not fit the architecture.
-        WeightsNotFound (a ValueError): weights is None, and they are neither in the cache nor to be downloaded.
+        ValueError: the name is unknown, or the file is missing, is no weights file, or does not fit
+            the architecture; or weights is None, and DINOv3's, which need a form, are not cached.
+        WeightsNotFound (a ValueError): weights is None, and DINOv2's are neither in the cache nor
+            to be downloaded.
     """
-    base, registers = name.removesuffix("_reg"), name.endswith("_reg")
-    if base not in ARCHITECTURES:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(ARCHITECTURES)}, each also with _reg")
     with torch.device("meta"):  # the weights come next; do not spend seconds on initialising what they replace
-        vit = ViT(**ARCHITECTURES[base], registers=4 if registers else 0)
+        vit = ViT(**sizes_of(name))
     if weights == "random":
         _initialise(vit.to_empty(device="cpu"), seed)
-    else:
-        state, source = (read_state(weights), weights) if weights is not None else _public_weights(base, registers)
-        load_strictly(vit, _dinov2_names(state, vit), source)
+        return vit.eval()
+    if weights is None and name == "vit_tiny14":
+        weights = SHIPPED_TEACHER
+    state, source = (read_state(weights), weights) if weights is not None else _public_weights(name)
+    metas_names = _dinov2_names if vit.rope_embed is None else _dinov3_names
+    load_strictly(vit, metas_names(state, vit), source)
     return vit.eval()
 
 
+def sizes_of(name):
+    """`ViT`'s arguments for a name, "patch" among them. ValueError: `load_vit` knows no such name."""
+    sizes, registers = ARCHITECTURES.get(name.removesuffix("_reg")), name.endswith("_reg")
+    if sizes is None or registers and "registers" in sizes:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"unknown model {name!r}; known are {known}; dinov2's each also with _reg")
+    return dict(patch=14) | sizes | (dict(registers=4) if registers else {})
+
+
 def architecture_of(state, source):
-    """The name that `load_vit` knows a state dict's architecture by. ValueError: it is that of no DINOv2."""
-    token = state.get("cls_token")
+    """The name that `load_vit` knows a state dict's architecture by. ValueError: it is of none."""
+    names = state.keys()
+    token = state.get("cls_token", state.get("embeddings.cls_token"))
     dim = token.shape[-1] if token is not None and token.ndim else None
+    rope = bool({"storage_tokens", "embeddings.register_tokens"} & names)
+    rope |= "reg_token" in names and "pos_embed" not in names  # timm's DINOv3
+    gates = (".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # Meta's, timm's, transformers'
+    gated = any(gate in name for name in names for gate in gates)
     for name, sizes in ARCHITECTURES.items():
-        if sizes["dim"] == dim:
-            return name + ("_reg" if {"register_tokens", "reg_token"} & state.keys() else "")
-    raise ValueError(f"{source}: not a DINOv2: no cls_token of a known width")
+        found = sizes["dim"], sizes.get("rope", False), sizes.get("mlp") is GatedMlp
+        if found == (dim, rope, gated):
+            registers = not rope and {"register_tokens", "reg_token"} & names
+            return name + ("_reg" if registers else "")
+    raise ValueError(f"{source}: not a DINOv2 or DINOv3: no cls_token of a known width")
 
 
 def read_state(path):
@@ -267,12 +377,30 @@ def load_strictly(module, state, source):
     module.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
 
 
-def _public_weights(base, registers):
+# Meta's names for the files have the beginning of their hash
+DINOV3_FILES = {
+    "dinov3_vits16": "dinov3_vits16_pretrain_lvd1689m-08c60483.pth",
+    "dinov3_vits16plus": "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
+    "dinov3_vitb16": "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth",
+    "dinov3_vitl16": "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth",
+}
+DINOV3_FORM = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
+
+
+def _public_weights(name):
     """Torch hub's way: its cache, else the public address (which is where the cache's file names come from)."""
-    url = f"https://dl.fbaipublicfiles.com/dinov2/{base}/{base}{'_reg4' if registers else ''}_pretrain.pth"
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    base = name.removesuffix("_reg")
+    file = f"{base}{'_reg4' if name != base else ''}_pretrain.pth"
+    url = f"https://dl.fbaipublicfiles.com/dinov2/{base}/{file}"
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / DINOV3_FILES.get(name, file)
     if cached.is_file():
         return read_state(cached), cached
+    if name in DINOV3_FILES:
+        raise ValueError(
+            f"{name}'s weights are behind a licence form: fill it in at {DINOV3_FORM}, "
+            f"fetch {cached.name} and put it in {cached.parent}, "
+            "or pass the file itself as the weights"
+        )
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # torch hub sets none, and a firewall that drops packets would hang us
     try:
@@ -280,7 +408,7 @@ def _public_weights(base, registers):
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
         cached.unlink(missing_ok=True)  # what a proxy or a broken line left is not to be found there next time
         raise WeightsNotFound(
-            f"{base}'s weights are not in torch hub's cache ({cached}), nor to be downloaded ({_first_line(error)}): "
+            f"{name}'s weights are not in torch hub's cache ({cached}), nor to be downloaded ({_first_line(error)}): "
             f"fetch {url} on another machine and put it there, or pass the file itself as the weights"
         ) from None
     finally:
@@ -302,6 +430,71 @@ def _dinov2_names(state, vit):
     return state
 
 
+# One after another, in this order: what of a name of theirs is called what by Meta
+TRANSFORMERS_NAMES = {
+    "embeddings.patch_embeddings.": "patch_embed.proj.", "embeddings.register_": "storage_",
+    "embeddings.": "", "model.layer.": "layer.", "layer.": "blocks.",
+    "attention.o_proj.": "attn.proj.", "attention.": "attn.",
+    "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
+}  # fmt: skip
+TIMM_NAMES = {
+    "reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma",
+    "attn.q_bias": "attn.q_proj.bias", "attn.v_bias": "attn.v_proj.bias",
+}  # fmt: skip
+MLP_NAMES = {"mlp.up_proj.": "mlp.fc1.", "mlp.down_proj.": "mlp.fc2."}
+GATED_MLP_NAMES = {
+    "mlp.fc1_g.": "mlp.w1.", "mlp.fc1_x.": "mlp.w2.", "mlp.fc2.": "mlp.w3.",
+    "mlp.gate_proj.": "mlp.w1.", "mlp.up_proj.": "mlp.w2.", "mlp.down_proj.": "mlp.w3.",
+}  # fmt: skip
+
+
+def _dinov3_names(state, vit):
+    """Timm's or transformers' names and layout turned into Meta's, which are left alone."""
+    if "embeddings.cls_token" in state:
+        names = TRANSFORMERS_NAMES
+    elif "reg_token" in state:
+        names = TIMM_NAMES
+    else:
+        return state
+    gated = isinstance(vit.blocks[0].mlp, GatedMlp)
+    names = names | (GATED_MLP_NAMES if gated else MLP_NAMES)
+    ours = {}
+    for name, tensor in state.items():
+        for theirs, metas in names.items():
+            name = name.replace(theirs, metas)
+        ours[name] = tensor
+    for i in range(len(vit.blocks)):
+        _join_qkv(ours, f"blocks.{i}.attn.", vit.embed_dim)
+    # timm drops it; transformers' has a dimension more
+    mask = ours.get("mask_token", torch.zeros(1, vit.embed_dim))
+    return ours | {"mask_token": mask.flatten(0, -2)} | _constants(vit)
+
+
+def _join_qkv(state, prefix, dim):
+    """One matrix and one bias for queries, keys and values, in place. What is missing or does not
+    fit stays as it is, for `load_strictly` to name."""
+    q, k, v = (f"{prefix}{part}_proj" for part in "qkv")
+    zeros = torch.zeros(dim)
+
+    def join(kind, names, parts, shape):
+        fits = all(part is not None and part.shape == shape for part in parts)
+        if fits and f"{prefix}qkv.{kind}" not in state:
+            state[f"{prefix}qkv.{kind}"] = torch.cat(parts)
+            for name in names:
+                state.pop(f"{name}.{kind}", None)
+
+    join("weight", (q, k, v), [state.get(f"{name}.weight") for name in (q, k, v)], (dim, dim))
+    # The keys' bias is masked, and in no such file. Where the others are 0, they may be left out
+    q_bias, v_bias = (state.get(f"{name}.bias", zeros) for name in (q, v))
+    join("bias", (q, v), [q_bias, zeros, v_bias], (dim,))
+
+
+def _constants(vit):
+    """The buffers of a DINOv3, which no training changes, by name. A DINOv2 has none."""
+    made = {"periods": rope_periods, "bias_mask": key_mask}
+    return {name: made[name.rsplit(".", 1)[1]](len(b)) for name, b in vit.named_buffers()}
+
+
 @torch.no_grad()
 def _initialise(vit, seed):
     """Random weights that make lively features: unit variance through every layer, and positions and what attention
@@ -313,6 +506,8 @@ def _initialise(vit, seed):
             p.normal_(0, std, generator=generator)
         else:
             p.fill_(0.0 if name.endswith("bias") else 0.1 if name.endswith("gamma") else 1.0)
+    for name, value in _constants(vit).items():
+        vit.get_buffer(name).copy_(value)
 
 
 def normalise(images):
@@ -322,18 +517,19 @@ def normalise(images):
 
 
 def patch_tokens(vit, images):
-    """Images [..., 3, H, W] in 0..1 -> normed patch tokens [..., C, h, w], h = H // 14, w = W // 14.
+    """Images [..., 3, H, W] in 0..1 -> normed patch tokens [..., C, h, w], h = H // patch_size.
 
-    The image is resized to the multiples of 14 at or below its size.
+    The image is resized to the multiples of the ViT's patch_size at or below its size.
+    ValueError: it is smaller than a patch.
     """
-    H, W = images.shape[-2:]
-    if H < PATCH or W < PATCH:
-        raise ValueError(f"images of {H} x {W} pixels are smaller than one {PATCH} x {PATCH} patch")
+    (H, W), patch = images.shape[-2:], vit.patch_size
+    if H < patch or W < patch:
+        raise ValueError(f"images of {H} x {W} pixels are smaller than one {patch} x {patch} patch")
+    h, w = H // patch, W // patch
     x = images.flatten(0, -4)  # (B*, 3, H, W)
-    x = F.interpolate(x, (H // PATCH * PATCH, W // PATCH * PATCH), mode="bilinear", align_corners=False)
+    x = F.interpolate(x, (h * patch, w * patch), mode="bilinear", align_corners=False)
     tokens = vit.forward_features(normalise(x))["x_norm_patchtokens"]  # (B*, h*w, C)
-    tokens = tokens.transpose(1, 2).unflatten(2, (H // PATCH, W // PATCH))
-    return tokens.unflatten(0, images.shape[:-3])
+    return tokens.transpose(1, 2).unflatten(2, (h, w)).unflatten(0, images.shape[:-3])
 
 
 # ----------------------------------------------------------------------------- LoRA
@@ -366,15 +562,14 @@ def add_lora(vit, rank=8, alpha=8, dropout=0.1):
 
 @torch.no_grad()
 def merge_lora(vit):
-    """A plain DINOv2 state dict (its names, contiguous CPU copies) that computes what the ViT with LoRA does in eval
-    mode."""
+    """A plain state dict (DINOv2's or DINOv3's names, contiguous CPU copies) that computes what the
+    ViT with LoRA does in eval mode."""
     state = {k: v.cpu() for k, v in vit.state_dict().items()}  # merged on the CPU, where a product is float32
     for name, module in vit.named_modules():
         if isinstance(module, LoRALinear):
             A, B = state.pop(f"{name}.A"), state.pop(f"{name}.B")
-            state[f"{name}.weight"] = state.pop(f"{name}.linear.weight") + module.scale * B @ A
-            state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
-    return {k: v.clone().contiguous() for k, v in state.items()}
+            state[f"{name}.linear.weight"] = state[f"{name}.linear.weight"] + module.scale * B @ A
+    return {k.replace(".linear.", "."): v.clone().contiguous() for k, v in state.items()}
 
 
 # ----------------------------------------------------------------------------- the head
@@ -470,6 +665,25 @@ def lift_features(tokens, masks, V, factored):
     scenes = V * h * w * torch.arange(BV // V, device=tokens.device)[:, None, None]
     table = tokens.permute(0, 2, 3, 1).reshape(BV // V, V * h * w, C)
     return Mixture(table, indices.view(BV // V, -1, 4) - scenes, weights.view(BV // V, -1, 4))
+
+
+def number_segments(masks):
+    """Segment ids [B, H, W], whatever they are, as 0, 1, ... for each image of its own."""
+    ids = masks - masks.min()
+    apart = (ids.max() + 1) * torch.arange(len(masks), device=masks.device).view(-1, 1, 1)
+    labels = torch.unique(ids + apart, return_inverse=True)[1]
+    return labels - labels.flatten(1).amin(1)[:, None, None]
+
+
+def bilinear_taps(pixels, cells, device=None):
+    """Which pixels of an axis bilinear downsampling reads (align_corners=False): two for each cell.
+
+    Returns the pixels [2 * cells] and their weights [cells, 2].
+    """
+    at = ((torch.arange(cells, device=device) + 0.5) * pixels / cells - 0.5).clamp(min=0)
+    low = at.floor().long()
+    taps = torch.stack([low, (low + 1).clamp(max=pixels - 1)], -1)
+    return taps.flatten(), torch.stack([1 - (at - low), at - low], -1)
 
 
 def blend_segments(features, masks, alpha):
@@ -1239,7 +1453,7 @@ class SplatAndDistill(nn.Module):
     """One training step of Splat and Distill (arXiv 2602.06032, section 3).
 
     Args:
-        vit: a DINOv2 (`load_vit`). It becomes the student, with LoRA; the teacher starts as a copy of the student.
+        vit: a ViT (`load_vit`). It becomes the student, with LoRA; the teacher starts as a copy of the student.
         reconstruct: context views -> Gaussians (`SensorDepth`, `FeedForward`).
         prototypes, head_dim, bottleneck_dim: of the heads.
         lora_rank, lora_alpha, lora_dropout: of the student's LoRA.
@@ -1247,19 +1461,31 @@ class SplatAndDistill(nn.Module):
         blend: how much of its own a splatted feature keeps against its segment's mean; 1 is no blending.
         centring: momentum of the running mean that is taken off the teacher's logits (DINO); 1 keeps it at 0.
         teacher_temperature, student_temperature: that logits are divided by.
+        loss: "prototypes" (the paper's), "contrastive" (`contrastive_loss` of the features themselves) or "both".
+        temperature: of the contrastive loss.
+        targets: "splatted" features, or "own": the teacher's features of the target view itself. The latter is the
+            control: the same training without geometry.
     """
 
     def __init__(
         self, vit, reconstruct, *, prototypes, head_dim, bottleneck_dim, lora_rank, lora_alpha, lora_dropout,
         upsampling, blend, centring, teacher_temperature, student_temperature,
+        loss="prototypes", temperature=0.07, targets="splatted",
     ):  # fmt: skip
         super().__init__()
-        if upsampling not in ("mask-aware", "bilinear"):
-            raise ValueError(f"upsampling is mask-aware or bilinear, not {upsampling!r}")
         self.reconstruct = reconstruct
+        self.loss, self.temperature, self.targets = loss, temperature, targets
         self.upsampling, self.blend, self.centring = upsampling, blend, centring
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
-        self.student = add_lora(vit, lora_rank, lora_alpha, lora_dropout)
+        for name, value, known in (
+            ("upsampling", upsampling, ("mask-aware", "bilinear")),
+            ("loss", loss, ("prototypes", "contrastive", "both")),
+            ("targets", targets, ("splatted", "own")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")
+        # Rank 0 trains all weights instead
+        self.student = add_lora(vit, lora_rank, lora_alpha, lora_dropout) if lora_rank else vit.requires_grad_(True)
         self.student_head = DINOHead(vit.embed_dim, prototypes, head_dim, bottleneck_dim)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
@@ -1275,8 +1501,8 @@ class SplatAndDistill(nn.Module):
     def splat(self, context, target, has_masks):
         """Steps 1 to 7: the teacher's features of the context, seen from the target camera.
 
-        Returns {"splatted" features [B, C, h, w], "holes" [B, h, w] bool, "rendered" features [B, C, H, W], "alphas"
-        [B, H, W], "gaussians"}.
+        Returns {"splatted" features [B, C, h, w], "holes" [B, h, w] bool, "rendered" features [B, C, H, W] (in
+        training only of the pixels that count), "alphas" [B, H, W], "gaussians"}.
         """
         B, V, _, H, W = context["images"].shape
         # 1. Reconstruct: one Gaussian per context pixel
@@ -1291,23 +1517,36 @@ class SplatAndDistill(nn.Module):
         masks = context["masks"].flatten(0, 1)
         if self.upsampling == "bilinear":
             masks = torch.zeros_like(masks)  # one segment
-        features = lift_features(tokens, masks, V, factored=tokens.is_cuda)
-        # 5. Splat into the target camera
+        features = lift_features(tokens, masks, V, factored=tokens.is_cuda or self.training)
+        # 5. Splat into the target camera; in training only what the next two steps read
+        blends = self.blend < 1 and bool(has_masks.any())
+        h, w = tokens.shape[-2:]
+        (rows, wy), (columns, wx) = (bilinear_taps(*n, tokens.device) for n in ((H, h), (W, w)))
+        at = (rows, columns) if self.training else None
+        labels = number_segments(target["masks"]) if self.training and blends else None
         scene = gaussians.means, gaussians.covars, gaussians.opacities, features
-        rendered, alphas = rasterize(*scene, viewmats, target["Ks"][:, None], W, H, near_plane=NEAR_PLANE)
+        rendered, alphas, *means = rasterize(
+            *scene, viewmats, target["Ks"][:, None], W, H, near_plane=NEAR_PLANE, at=at,
+            labels=None if labels is None else labels[:, None],
+        )  # fmt: skip
         # (B, 1, H, W, C), (B, 1, H, W)
         rendered, alphas = rendered[:, 0].permute(0, 3, 1, 2), alphas[:, 0]
         # 6. Semantic blending, in the scenes that have segments
-        if self.blend < 1 and has_masks.any():
-            keep = torch.where(has_masks, self.blend, 1.0).to(rendered.dtype).view(B, 1, 1, 1)
+        keep = torch.where(has_masks, self.blend, 1.0).to(rendered.dtype).view(B, 1, 1, 1)
+        if means:
+            labels = labels[:, rows[:, None], columns]
+            own = means[0][torch.arange(B, device=labels.device)[:, None, None], 0, labels]
+            rendered = torch.lerp(own.permute(0, 3, 1, 2), rendered, keep)
+        elif blends:
             rendered = blend_segments(rendered, target["masks"], keep)
         # 7. Down to the student's grid, and which of its locations nothing was splatted to
-        size = H // PATCH, W // PATCH
-        splatted = F.interpolate(rendered, size, mode="bilinear", align_corners=False)
+        taps = rendered if self.training else rendered[:, :, rows[:, None], columns]  # (B, C, 2h, 2w)
+        weights = wy[:, :, None, None] * wx  # (h, 2, w, 2): bilinear, as F.interpolate would
+        splatted = (taps.unflatten(3, (w, 2)).unflatten(2, (h, 2)) * weights.to(taps.dtype)).sum((3, 5))
         unseen = alphas < 0.5
         if "valid" in target:
             unseen = unseen | ~target["valid"]
-        holes = F.interpolate(unseen.float()[:, None], size, mode="nearest")[:, 0] > 0.5
+        holes = F.interpolate(unseen.float()[:, None], (h, w), mode="nearest")[:, 0] > 0.5
         return dict(splatted=splatted, holes=holes, rendered=rendered, alphas=alphas, gaussians=gaussians)
 
     def forward(self, batch):
@@ -1317,23 +1556,43 @@ class SplatAndDistill(nn.Module):
         returns and "student" features [B, C, h, w].
         """
         target = batch["target"]
-        drawn = self.splat(batch["context"], target, batch["has_masks"])
-        splatted, holes = drawn["splatted"], drawn["holes"]
+        if self.targets == "own":  # the control: no geometry, and so no holes
+            with torch.no_grad():
+                own = patch_tokens(self.teacher, target["images"])  # (B, C, h, w)
+            drawn = dict(splatted=own, holes=torch.zeros_like(own[:, 0], dtype=torch.bool))
+        else:
+            drawn = self.splat(batch["context"], target, batch["has_masks"])
+        seen = ~drawn["holes"]
         # 8. The student looks through the target camera
         student = patch_tokens(self.student, target["images"])  # (B, C, h, w)
-        # 9. Cross-entropy between the two heads' distributions over prototypes, at every location that is no hole
+        # 9. Compare the two at every location that is no hole
+        teacher_features, student_features = (
+            f.permute(0, 2, 3, 1)[seen].float() for f in (drawn["splatted"], student)
+        )  # (locations, C)
+        loss, metrics = student_features.new_zeros(()), {}
+        if self.loss != "contrastive":
+            prototypes, entropy = self.prototypes_loss(teacher_features, student_features)
+            loss = loss + prototypes
+            # It cannot fall below the teacher's entropy; what is above that is the distance to the teacher
+            metrics["above_entropy"] = prototypes.detach() - entropy
+        if self.loss != "prototypes":
+            contrast, metrics["matched"] = contrastive_loss(student_features, teacher_features, self.temperature)
+            loss = loss + contrast
+        metrics |= {"loss": loss.detach(), "holes": drawn["holes"].float().mean()}
+        return loss, metrics, dict(drawn, student=student.detach())
+
+    def prototypes_loss(self, teacher_features, student_features):
+        """The paper's: cross-entropy between the two heads' distributions over prototypes. Features [locations, C].
+        Returns it and the teacher's entropy."""
         with torch.no_grad():
-            teacher_logits = self.teacher_head(splatted.permute(0, 2, 3, 1)[~holes]).float()  # (locations, prototypes)
+            teacher_logits = self.teacher_head(teacher_features).float()  # (locations, prototypes)
             centre = self.centre.clone()
             if self.training and len(teacher_logits):
                 self.centre.lerp_(teacher_logits.mean(0), 1 - self.centring)
-        student_logits = self.student_head(student.permute(0, 2, 3, 1)[~holes]).float()
-        loss, entropy = distillation_loss(
+        student_logits = self.student_head(student_features).float()
+        return distillation_loss(
             (teacher_logits - centre) / self.teacher_temperature, student_logits / self.student_temperature
         )
-        # The loss cannot fall below the teacher's entropy; what is above it is the distance to the teacher
-        metrics = {"loss": loss.detach(), "above_entropy": loss.detach() - entropy, "holes": holes.float().mean()}
-        return loss, metrics, dict(drawn, student=student.detach())
 
     @torch.no_grad()
     def update_teacher(self, momentum):
@@ -1363,3 +1622,59 @@ def distillation_loss(teacher_logits, student_logits):
     p = teacher_log.exp()
     locations = max(1, len(p))
     return -(p * student_log).sum() / locations, -(p * teacher_log).sum() / locations
+
+
+def contrastive_loss(queries, keys, temperature):
+    """InfoNCE both ways between features [locations, C], of which row i of the one belongs to row i of the other.
+
+    With unit vectors q_i and k_j and temperature t, location i is to be told from all others j of the batch:
+
+        s_ij = q_i . k_j / t        L = - mean_i log( exp s_ii / sum_j exp s_ij )
+
+    and the same with i and j swapped. The first pulls q_i to its own k_i and pushes it from every other: the softmax is
+    what nearest-neighbour matching decides by, at a temperature. (CPC, arXiv 1807.03748; both ways as CLIP, 2103.00020.)
+
+    Returns the mean of the two, 0 without locations, and the share of queries whose nearest key is their own.
+    """
+    scores = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature  # (locations, locations)
+    own = torch.arange(len(scores), device=scores.device)
+    locations = max(1, len(scores))
+    both = F.cross_entropy(scores, own, reduction="sum") + F.cross_entropy(scores.T, own, reduction="sum")
+    matched = (scores.detach().argmax(1) == own).sum() / locations if len(scores) else scores.new_zeros(())
+    return both / (2 * locations), matched
+
+
+# ----------------------------------------------------------------------------- a teacher from single photos
+
+
+class Pretraining(nn.Module):
+    """One training step of a teacher: the same spot in two crops of one photo is to have the same feature, and no
+    other spot of the batch (dense contrast, as VADeR, arXiv 2011.05499, on the features themselves, without a head).
+
+    It trains what a teacher is asked for, features that tell where they are, and from single photos: no geometry.
+    """
+
+    def __init__(self, vit, temperature):
+        super().__init__()
+        self.vit, self.temperature = vit.requires_grad_(True), temperature
+        for name, p in vit.named_parameters():  # residual branches count fully from the start: few blocks, few steps
+            if name.endswith("gamma"):
+                nn.init.ones_(p)
+            elif p.ndim >= 2:
+                nn.init.trunc_normal_(p, std=0.04 if name.endswith("weight") else 0.02)
+
+    def forward(self, batch):
+        """A batch {"crops": [B, 2, 3, S, S], "first_to_second": [B, 2, 3]} (data.Crops). Returns the loss, metrics
+        {name: scalar tensor} and {}."""
+        tokens = patch_tokens(self.vit, batch["crops"])  # (B, 2, C, h, w)
+        queries, keys = tokens[:, 0].flatten(2).mT, tokens[:, 1]  # (B, h*w, C), (B, C, h, w)
+        # Where the centres of the first crop's patches lie in the second crop, in -1..1
+        h, w = keys.shape[-2:]
+        y, x = ((torch.arange(n, device=keys.device) + 0.5) / n * 2 - 1 for n in (h, w))
+        centres = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).view(1, h * w, 2)
+        to_second = batch["first_to_second"]
+        places = centres @ to_second[..., :2].mT + to_second[:, None, :, 2]  # (B, h*w, 2)
+        inside = places.abs().amax(-1) < 1 - 1 / (2 * w)  # half a patch from the border there is no feature yet
+        keys = F.grid_sample(keys, places[:, None], align_corners=False)[:, :, 0].mT  # (B, h*w, C)
+        loss, matched = contrastive_loss(queries[inside].float(), keys[inside].float(), self.temperature)
+        return loss, {"loss": loss.detach(), "matched": matched}, {}

@@ -1,15 +1,19 @@
 """Train a student: python train.py --teacher dinov2_vits14 [--data FOLDER] [--SETTING VALUE ...]
 or the network that turns its photos into Gaussians: python train.py --stage reconstruct [...]
+or a small teacher, from single photos: python train.py --stage pretrain [...]
 
 Without --data on procedural rooms made on the fly, sized for a CPU; with --data on posed photos, with the paper's
 numbers. Everything is written to runs/NAME/:
 
-    student.safetensors         the student under DINOv2's parameter names, LoRA merged; the settings in its metadata
+    student.safetensors         the student under its teacher's parameter names, LoRA merged; the
+                                settings in its metadata
     or reconstructor.safetensors, which load_reconstructor reads and --geometry takes
+    or teacher.safetensors, which load_vit reads and --teacher-weights takes
     checkpoint.pt               to go on from: python train.py --resume runs/NAME
     metrics.jsonl               one line a step
     preview_000100.png          target photo, splatted and student features (one PCA for both), alpha, depth
                                 or target photo, rendering, its error, depth
+                                or photos that training does not see, and the teacher's features of them
 
 Ctrl-C finishes the step, saves, and stops.
 """
@@ -36,13 +40,18 @@ from torch.utils.data import DataLoader, Subset
 
 import data
 from model import (
-    SMALL, FeedForward, Reconstruction, ReconstructorConfig, SensorDepth, SplatAndDistill, WeightsNotFound,
-    load_reconstructor, load_vit, merge_lora, new_reconstructor, render,
+    SMALL, FeedForward, Pretraining, Reconstruction, ReconstructorConfig, SensorDepth, SplatAndDistill,
+    WeightsNotFound, load_reconstructor, load_vit, merge_lora, new_reconstructor, patch_tokens, render, sizes_of,
 )  # fmt: skip
 
 # Every setting: (on rooms, on photos, why). On photos the numbers are the papers' (Splat and Distill on ScanNet++;
 # MVSplat on RealEstate10K); on rooms they are for two cores: minutes to distill, an hour or two to reconstruct.
-VIEWS = {
+TRAINING = {
+    "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the network off"),
+    "seed": (0, 0, "of everything random"),
+    "workers": (1, 4, "processes that load data"),
+}
+VIEWS = TRAINING | {
     "context_views": (2, 2, "that are lifted to 3D"),
     "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
     "max_gap": (12, 12, "at most: overlap"),
@@ -50,22 +59,22 @@ VIEWS = {
     "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
     "far": (50.0, 50.0, "likewise farthest; both as the shipped weights were trained (the papers: 1, 100 units)"),
     "batch_size": (1, 1, "scenes a step"),
-    "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the network off"),
     "weight_decay": (0.0, 0.0, "0 makes AdamW the Adam of the papers"),
-    "seed": (0, 0, "of everything random"),
-    "workers": (1, 4, "processes that load data"),
 }
 SETTINGS = {
     "distill": VIEWS | {
-        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of 14 below"),
+        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of its patch below"),
         "width": (224, 880, "likewise"),
         "geometry": ("shipped", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
         "steps": (100, 300_000, "of the optimiser"),
         "lr": (5e-4, 2e-5, "peak learning rate; the demo has 3,000 times fewer steps to get anywhere"),
         "warmup": (0.1, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "lora_rank": (8, 8, "of the student's LoRA on qkv and proj"),
+        "lora_rank": (8, 8, "of the student's LoRA on qkv and proj; 0 trains all weights"),
         "lora_alpha": (8.0, 8.0, "its scale is alpha / rank"),
         "lora_dropout": (0.1, 0.1, "on LoRA's input"),
+        "loss": ("contrastive", "prototypes", "prototypes is the paper's; or contrastive, or both"),
+        "temperature": (0.07, 0.07, "of the contrastive loss"),
+        "targets": ("splatted", "splatted", "or own: the control, the teacher's own features of the target view"),
         "prototypes": (1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU"),
         "head_dim": (512, 2048, "hidden width of the heads"),
         "bottleneck_dim": (128, 256, "width before the prototypes"),
@@ -92,8 +101,26 @@ SETTINGS = {
         "preview_every": (250, 1000, "steps between previews"),
         "checkpoint_every": (250, 1000, "steps between checkpoints"),
     },
+    "pretrain": TRAINING | {
+        "height": (224, 224, "of the photos, pixels"),
+        "width": (224, 224, "likewise"),
+        "crop": (112, 112, "side of the crops, pixels; a multiple of the patch"),
+        "photos": (2400, 2400, "views of rooms to train on; of a folder all are"),
+        "batch_size": (16, 64, "photos a step"),
+        "steps": (6000, 100_000, "of the optimiser"),
+        "lr": (1e-3, 1e-3, "peak learning rate"),
+        "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
+        "weight_decay": (0.05, 0.05, "of AdamW"),
+        "temperature": (0.07, 0.07, "of the contrast between spots"),
+        "preview_every": (500, 1000, "steps between previews"),
+        "checkpoint_every": (250, 1000, "steps between checkpoints"),
+    },
 }  # fmt: skip
+TEACHERS = (
+    "dinov2_{vits,vitb,vitl,vitg}14, each also with _reg, dinov3_{vits16,vits16plus,vitb16,vitl16}, vit_tiny14"
+)
 RANDOM = "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
+SHIPPED = "Teacher: vit_tiny14, this repository's own, trained on procedural rooms (weights/teacher.safetensors)"
 
 
 def parse_settings(arguments=None):
@@ -107,11 +134,14 @@ def parse_settings(arguments=None):
     stage = first.parse_known_args(arguments)[0].stage
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[first], **about)
     add = parser.add_argument
+    if stage != "reconstruct":
+        least = "dinov2_vits14" if stage == "distill" else "vit_tiny14"
+        add("--teacher", default=least, help=TEACHERS)
     if stage == "distill":
-        add("--teacher", default="dinov2_vits14", help="dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
         add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
     add("--data", help="folder of posed photos (README, Data); nothing for procedural rooms")
-    add("--split", help="text file of the names of the scenes in --data to take, one a line")
+    if stage != "pretrain":
+        add("--split", help="text file of the names of the scenes in --data to take, one a line")
     add("--preset", choices=["demo", "paper"], help="nothing is paper with --data and demo without")
     add("--name", help="of the run; nothing is the stage or preset and the next free number")
     add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
@@ -126,11 +156,13 @@ def parse_settings(arguments=None):
     preset = given["preset"] or ("paper" if given["data"] else "demo")
     settings = {**preset_of(stage, preset), **given, "preset": preset}
     del settings["resume"]
-    if given["data"] and not {"near", "far"} & given.keys():
+    if stage != "pretrain" and given["data"] and not {"near", "far"} & given.keys():
         settings["points"] = True  # may say near and far: see bounds
     check(settings)
-    if settings.get("geometry") == "depth" and {"near", "far"} & given.keys():
-        raise SystemExit("--near and --far bound what photos are taken to show: --geometry depth reads neither")
+    for flags, reader, name in unread(settings):
+        if wrong := sorted(flags & given.keys()):
+            flag, other = (n.replace("_", "-") for n in (wrong[0], name))
+            raise SystemExit(f"--{flag} is not read with --{other} {settings[name]}: {reader}")
     paths = {"data", "split", "teacher_weights", "geometry", "start"}
     for name in paths & settings.keys():  # to resume from anywhere
         if settings[name] not in WORDS and Path(settings[name]).exists():
@@ -141,6 +173,21 @@ def parse_settings(arguments=None):
 WORDS = (None, "random", "shipped", "depth", "small", "published")  # values that are no path
 
 
+def unread(settings):
+    """(settings that nothing reads, what they are for, the setting that makes them so), of these settings."""
+    if settings["stage"] != "distill":
+        return
+    if settings["geometry"] == "depth":
+        yield {"near", "far"}, "it bounds what photos are taken to show", "geometry"
+    if settings["loss"] == "contrastive":
+        heads = {"prototypes", "head_dim", "bottleneck_dim", "centring", "teacher_temperature", "student_temperature"}
+        yield heads, "it belongs to the heads of the prototypes' loss", "loss"
+    if settings["loss"] == "prototypes":
+        yield {"temperature"}, "it is the contrastive loss's", "loss"
+    if settings["lora_rank"] == 0:
+        yield {"lora_alpha", "lora_dropout"}, "without LoRA all weights are trained", "lora_rank"
+
+
 def preset_of(stage, preset):
     return {name: values[preset == "paper"] for name, values in SETTINGS[stage].items()}
 
@@ -148,16 +195,22 @@ def preset_of(stage, preset):
 def check(settings):
     """SystemExit for the first setting that is out of its range."""
     for name in ("context_views", "near", "batch_size", "clip", "steps", "lr", "preview_every", "checkpoint_every",
-                 "lora_rank", "prototypes", "head_dim", "bottleneck_dim", "teacher_temperature", "student_temperature",
-                 "ema_every"):  # fmt: skip
+                 "prototypes", "head_dim", "bottleneck_dim", "teacher_temperature", "student_temperature",
+                 "ema_every", "temperature", "photos"):  # fmt: skip
         if name in settings and not settings[name] > 0:
             raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
-    for name, least in (("height", 14), ("width", 14), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("coarse", 0)):
+    patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
+    for name, least in (("height", patch), ("width", patch), ("workers", 0), ("seed", 0), ("depth_weight", 0),
+                        ("coarse", 0), ("lora_rank", 0), ("weight_decay", 0), ("crop", 2 * patch)):  # fmt: skip
         if name in settings and not settings[name] >= least:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
     for name in ("warmup", "lora_dropout", "blend", "centring", "momentum"):
         if name in settings and not 0 <= settings[name] <= 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
+    if settings["stage"] == "pretrain":
+        if settings["crop"] % patch:
+            raise SystemExit(f"--crop {settings['crop']} does not fit: multiples of {patch} do")
+        return
     if settings["split"] and not settings["data"]:
         raise SystemExit("--split lists scenes of --data, which is not given")
     if settings["far"] <= settings["near"]:
@@ -173,8 +226,9 @@ def check(settings):
 def command(settings):
     """What to type for these settings."""
     preset = "paper" if settings["data"] else "demo"
-    usual = {"stage": "distill", "preset": preset}
-    usual |= dict.fromkeys(("teacher", "teacher_weights", "data", "split", "name"))
+    teacher = None if settings["stage"] == "distill" else "vit_tiny14"
+    usual = {"stage": "distill", "teacher": teacher, "preset": preset}
+    usual |= dict.fromkeys(("teacher_weights", "data", "split", "name"))
     usual |= preset_of(settings["stage"], settings["preset"])
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k]]
     return " ".join(["python train.py", *sorted(flags, key=lambda f: not f.startswith("--stage"))])
@@ -184,20 +238,22 @@ def command(settings):
 
 
 def load_teacher(settings):
-    """The teacher's ViT; where its weights cannot be had and all is on procedural rooms, a random one.
+    """The teacher's ViT; where its weights cannot be had and all is on procedural rooms, the shipped one.
 
-    Returns the ViT and whether its weights are random.
+    Returns the ViT and what is to be said of it in all that is written, or None. Where the shipped teacher stands in,
+    it is the settings' teacher from then on.
     """
     name, weights, seed = settings["teacher"], settings["teacher_weights"], settings["seed"]
     if weights == "random":
-        return load_vit(name, "random", seed), True
+        return load_vit(name, "random", seed), RANDOM
     try:
-        return load_vit(name, weights), False
+        return load_vit(name, weights), SHIPPED if (name, weights) == ("vit_tiny14", None) else None
     except WeightsNotFound as error:
         if settings["data"]:
             raise SystemExit(f"{error} (--teacher-weights FILE)") from None
-        print(f"{error}\nOn procedural rooms that need not end it: going on with random weights.")
-        return load_vit(name, "random", seed), True
+        print(f"{error}\nOn procedural rooms the shipped teacher, vit_tiny14, stands in for it.")
+        settings["teacher"] = "vit_tiny14"
+        return load_vit("vit_tiny14"), SHIPPED
 
 
 def load_views(settings):
@@ -205,6 +261,8 @@ def load_views(settings):
 
     A single capture has nothing to hold out; its preview is of its own frames.
     """
+    if settings["stage"] == "pretrain":
+        return load_crops(settings)
     options = {k: settings[k] for k in ("min_gap", "max_gap", "target")}
     options["num_context"] = settings["context_views"]
     size = settings["height"], settings["width"]
@@ -243,6 +301,17 @@ def bounds(settings, views):
     return {"near": near, "far": far}
 
 
+def load_crops(settings):
+    """The same of single photos: two crops for every photo of every step, and photos that training does not see."""
+    height, width, count, crop, seed = (settings[k] for k in ("height", "width", "photos", "crop", "seed"))
+    photos = data.Photos(settings["data"], height, width, count)
+    crops = data.Crops(photos, crop, seed, length=settings["steps"] * settings["batch_size"])
+    held_out = photos if settings["data"] else data.Photos(None, height, width, 8, "val")
+    shown = data.Crops(held_out, crop, seed + 1, length=8)
+    shown = torch.utils.data.default_collate([shown[i] for i in range(8)])
+    return crops, shown | {"photos": torch.stack([held_out[i % len(held_out)] for i in range(8)])}
+
+
 def geometry(settings):
     near, far = settings["near"], settings["far"]
     if settings["geometry"] == "depth":
@@ -257,8 +326,11 @@ def build(settings, vit, device):
     torch.manual_seed(settings["seed"])
     if settings["stage"] == "distill":
         names = ("prototypes", "head_dim", "bottleneck_dim", "lora_rank", "lora_alpha", "lora_dropout", "upsampling",
-                 "blend", "centring", "teacher_temperature", "student_temperature")  # fmt: skip
+                 "blend", "centring", "teacher_temperature", "student_temperature", "loss", "temperature",
+                 "targets")  # fmt: skip
         model = SplatAndDistill(vit, geometry(settings), **{k: settings[k] for k in names})
+    elif settings["stage"] == "pretrain":
+        model = Pretraining(load_vit(settings["teacher"], "random", settings["seed"]), settings["temperature"])
     else:
         sizes = {"small": SMALL, "published": ReconstructorConfig()}
         start = settings["start"]
@@ -292,10 +364,15 @@ def replace_file(path, write):
     os.replace(temporary, path)
 
 
-def save(folder, step, seconds, settings, random_weights, model, optimizer, schedule, measured):
+WEIGHTS = {
+    "distill": "student.safetensors", "reconstruct": "reconstructor.safetensors", "pretrain": "teacher.safetensors"
+}  # fmt: skip
+
+
+def save(folder, step, seconds, settings, warning, model, optimizer, schedule, measured):
     state = model.state_dict()
     checkpoint = dict(
-        step=step, seconds=seconds, measured=measured, settings=settings, random_weights=random_weights,
+        step=step, seconds=seconds, measured=measured, settings=settings, random_weights=warning == RANDOM,
         model={name: state[name] for name in trained(model)},
         optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
         rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
@@ -305,15 +382,18 @@ def save(folder, step, seconds, settings, random_weights, model, optimizer, sche
         "command": command(settings), "settings": json.dumps(settings), "step": str(step), "device": device,
         "hours": f"{seconds / 3600:.2f}", "measured": json.dumps(measured),
     }  # fmt: skip
+    name = WEIGHTS[settings["stage"]]
     if settings["stage"] == "distill":
-        name, weights = "student.safetensors", merge_lora(model.student)
-        metadata["random_weights"] = str(random_weights).lower()
+        weights = merge_lora(model.student)
+        metadata["random_weights"] = str(warning == RANDOM).lower()
+    elif settings["stage"] == "pretrain":  # half precision: 6 MB to ship
+        weights = {k: v.cpu().half().contiguous() for k, v in model.vit.state_dict().items()}
     else:
-        name, network = "reconstructor.safetensors", model.reconstruct.reconstructor
+        network = model.reconstruct.reconstructor
         weights = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
         metadata["config"] = json.dumps(dataclasses.asdict(network.config))
-    if random_weights:
-        metadata["warning"] = RANDOM
+    if warning:
+        metadata["warning"] = warning
     replace_file(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
     replace_file(folder / name, lambda path: save_file(weights, path, metadata))
 
@@ -327,9 +407,9 @@ def load_checkpoint(folder):
         wanted = set("step seconds measured settings random_weights model optimizer schedule rng cuda_rng".split())
         if not isinstance(checkpoint, dict) or checkpoint.keys() != wanted:
             raise ValueError("it has other contents")
-        found, beside = checkpoint["settings"], {"stage", "data", "split", "preset", "name"}
-        if found.get("stage") == "distill":
-            beside |= {"teacher", "teacher_weights"}
+        found, beside = checkpoint["settings"], {"stage", "data", "preset", "name"}
+        beside |= {"distill": {"teacher", "teacher_weights"}, "pretrain": {"teacher"}}.get(found.get("stage"), set())
+        beside |= {"split"} if found.get("stage") != "pretrain" else set()
         if found.keys() != SETTINGS.get(found.get("stage"), {}).keys() | beside:
             raise ValueError("its settings are those of another version")
     except Exception as error:  # torch.load raises a dozen kinds
@@ -384,7 +464,8 @@ def depth_colours(depth, valid):
 @torch.no_grad()
 def draw_distillation(model, batch):
     """Panels {title: (H, W, 3)} of a batch's first scene, and how well splatting aligns {name: number}."""
-    drawn = model(batch)[2]
+    drawn = model.splat(batch["context"], batch["target"], batch["has_masks"])
+    drawn["student"] = patch_tokens(model.student, batch["target"]["images"])
     target, gaussians, alpha = batch["target"], drawn["gaussians"], drawn["alphas"][0].cpu()
     H, W = alpha.shape
     grey = torch.zeros(*gaussians.opacities.shape, 3, 1, device=gaussians.means.device)
@@ -417,7 +498,7 @@ def draw_reconstruction(model, batch):
         "error x 4": 4 * error[0].permute(1, 2, 0),
         "depth": depth_colours(depth[0].cpu(), (alphas[0] > 0.5).cpu()),
     }
-    measured = {"shown_psnr": number(-10 * (error**2).mean((1, 2, 3)).log10().mean())}
+    measured = {"shown_psnr": number(-10 * (error**2).mean((1, 2, 3)).log10().mean()), "shown_abs_rel": None}
     if "depths" in target:
         known = (target["depths"] > 0) & (alphas > 0.5)
         panels["true depth"] = depth_colours(target["depths"][0].cpu(), (target["depths"][0] > 0).cpu())
@@ -425,13 +506,30 @@ def draw_reconstruction(model, batch):
     return panels, measured
 
 
-def preview(path, model, batch, step, random_weights):
+@torch.no_grad()
+def draw_pretraining(model, batch):
+    """Panels of a batch's first photos, and the share of spots that find themselves in the other crop."""
+    photos = batch["photos"][:4]
+    features = patch_tokens(model.vit, photos)  # (n, C, h, w)
+    basis = shared_pca(features.transpose(0, 1).flatten(1).T)
+    panels = {}
+    for i, (photo, f) in enumerate(zip(photos, features)):
+        panels[f"photo {i + 1}"] = photo.permute(1, 2, 0)
+        colours = to_rgb(f, basis).permute(2, 0, 1)[None]
+        panels[f"features {i + 1}"] = F.interpolate(colours, photo.shape[1:], mode="nearest")[0].permute(1, 2, 0)
+    return panels, {"shown_matched": number(model(batch)[1]["matched"])}
+
+
+DRAW = {"distill": draw_distillation, "reconstruct": draw_reconstruction, "pretrain": draw_pretraining}
+
+
+def preview(path, model, batch, step, settings, warning):
     """Draw a batch's first scene to a PNG, and measure. Returns {name: number}."""
     model.eval()
-    panels, measured = (draw_distillation if isinstance(model, SplatAndDistill) else draw_reconstruction)(model, batch)
+    panels, measured = DRAW[settings["stage"]](model, batch)
     model.train()
-    write_sheet(path, {f"step {step}: {title}" if i == 0 else title: p for i, (title, p) in enumerate(panels.items())},
-                RANDOM if random_weights else None)  # fmt: skip
+    panels = {f"step {step}: {title}" if i == 0 else title: p for i, (title, p) in enumerate(panels.items())}
+    write_sheet(path, panels, warning)
     return measured
 
 
@@ -467,18 +565,17 @@ def move(batch, device):
 
 def train_step(model, batch, optimizer, schedule, step, settings):
     """Step number `step`, counted from 1. Returns {metric: scalar tensor}."""
-    distill = settings["stage"] == "distill"  # to reconstruct is a matter of positions, which need float32
-    with torch.autocast("cuda", torch.bfloat16, enabled=distill and batch["has_masks"].is_cuda):
-        if distill:
-            loss, metrics, _ = model(batch)
-        else:
-            loss, metrics, _ = model(batch, coarse=step % (settings["coarse"] + 1) != 0)
+    reconstruct = settings["stage"] == "reconstruct"
+    options = {"coarse": step % (settings["coarse"] + 1) != 0} if reconstruct else {}
+    # To reconstruct is a matter of positions, which need float32
+    with torch.autocast("cuda", torch.bfloat16, enabled=not reconstruct and torch.cuda.is_available()):
+        loss, metrics, _ = model(batch, **options)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings["clip"])
     optimizer.step()
     schedule.step()
-    if distill and step % settings["ema_every"] == 0:
+    if settings["stage"] == "distill" and step % settings["ema_every"] == 0:
         model.update_teacher(settings["momentum"])
     return metrics
 
@@ -511,8 +608,14 @@ def progress(step, steps, first, started, recent):
     print(f"step {step}/{steps}   {said}   {rate:.2f} steps/s   {clock} left", flush=True)
 
 
+SUMMARIES = {
+    "distill": "Cosine with the teacher's own features of the target view: splatted {cosine_splatted}, "
+               "context left unwarped {cosine_unwarped}",
+    "reconstruct": "Views that were shown: {shown_psnr} dB, depth abs rel {shown_abs_rel}",
+    "pretrain": "Of spots in photos that it has not seen, {shown_matched} find themselves in the other crop",
+}  # fmt: skip
 TITLES = {
-    "loss": "loss", "above_entropy": "above the teacher's entropy",
+    "loss": "loss", "above_entropy": "above the teacher's entropy", "matched": "spots that find themselves",
     "mse": "photo", "log_depth": "log depth",
 }  # fmt: skip
 
@@ -533,12 +636,12 @@ def run(settings):
         checkpoint = load_checkpoint(folder)
         settings = checkpoint["settings"]
     views, shown = load_views(settings)
-    vit, random_weights = load_teacher(settings) if settings["stage"] == "distill" else (None, False)
+    vit, warning = load_teacher(settings) if settings["stage"] == "distill" else (None, None)
     model, optimizer, schedule = build(settings, vit, device)
 
     step, seconds, measured = 0, 0.0, {}
     if checkpoint:
-        if checkpoint["random_weights"] != random_weights:
+        if checkpoint["random_weights"] != (warning == RANDOM):
             began = "random" if checkpoint["random_weights"] else "real"
             raise SystemExit(f"{folder}: began with {began} teacher weights, which are not what is found now")
         step, seconds, measured = (checkpoint[k] for k in ("step", "seconds", "measured"))
@@ -559,12 +662,10 @@ def run(settings):
             )
         folder.mkdir(parents=True, exist_ok=True)
         truncate_metrics(folder / "metrics.jsonl", 0)
-    if random_weights:
-        banner(RANDOM)
+    if warning:
+        banner(warning)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = (
-        settings["teacher"] if settings["stage"] == "distill" else f"reconstructor, {settings['start']} to begin with,"
-    )
+    what = settings.get("teacher") or f"reconstructor, {settings['start']} to begin with,"
     print(f"{folder}: {what} on {device}, {trainable / 1e6:.1f} M trainable, {settings['steps']} steps")
 
     shown = move(shown, device)
@@ -587,11 +688,11 @@ def run(settings):
 
     def checkpoint_now():
         spent = seconds + time.time() - started
-        save(folder, step, spent, settings, random_weights, model, optimizer, schedule, measured)
+        save(folder, step, spent, settings, warning, model, optimizer, schedule, measured)
 
     with open(folder / "metrics.jsonl", "a") as log:
         if step == 0:
-            measured = preview(folder / "preview_000000.png", model, shown, 0, random_weights)
+            measured = preview(folder / "preview_000000.png", model, shown, 0, settings, warning)
         for batch in saved_if_it_fails(loader, checkpoint_now):
             metrics = train_step(model, move(batch, device), optimizer, schedule, step + 1, settings)
             step += 1
@@ -602,9 +703,9 @@ def run(settings):
                 )
             recent.append(dict(line))
             if step % settings["preview_every"] == 0 or step == settings["steps"]:
-                measured = preview(folder / f"preview_{step:06d}.png", model, shown, step, random_weights)
+                measured = preview(folder / f"preview_{step:06d}.png", model, shown, step, settings, warning)
                 line.update(measured)
-            log.write(json.dumps(line | ({"random_weights": random_weights} if vit else {})) + "\n")
+            log.write(json.dumps(line | ({"random_weights": warning == RANDOM} if vit else {})) + "\n")
             log.flush()
             if step % 10 == 0 or step == settings["steps"]:
                 progress(step, settings["steps"], first, started, recent)
@@ -614,31 +715,27 @@ def run(settings):
             if asked_to_stop and step < settings["steps"]:
                 print(f"Stopped after step {step}. To go on: python train.py --resume {folder}")
                 return
-    report(folder, measured, settings, random_weights)
+    report(folder, measured, settings, warning)
 
 
-def report(folder, measured, settings, random_weights):
+def report(folder, measured, settings, warning):
     """What came of it, and what to do next."""
-    distill = settings["stage"] == "distill"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tenth = max(1, len(lines) // 10)
-    name = "above_entropy" if distill else "loss"
+    name = "above_entropy" if settings.get("loss") == "prototypes" else "loss"
     early, late = (sum(m[name] for m in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
     change = f"{100 * (late / early - 1):+.0f} %" if early > 0 else "nothing was ever splatted into a target view"
-    title = TITLES["above_entropy"] if distill else "of photo and depth"
-    print(f"\nLoss {title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
-    said = {k: "none" if v is None else f"{v:.4f}" for k, v in measured.items()}
-    if distill:
-        print(f"Cosine with the teacher's own features of the target view: splatted {said['cosine_splatted']}, "
-              f"context left unwarped {said['cosine_unwarped']}")  # fmt: skip
-    else:
-        print(f"Views that were shown: {said['shown_psnr']} dB, depth abs rel {said.get('shown_abs_rel', 'unknown')}")
-    weights = folder / ("student.safetensors" if distill else "reconstructor.safetensors")
+    title = {"above_entropy": f"Loss {TITLES['above_entropy']}", "loss": "Loss"}[name]
+    print(f"\n{title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
+    weights = folder / WEIGHTS[settings["stage"]]
+    print(SUMMARIES[settings["stage"]].format(**{k: "none" if v is None else f"{v:.4f}" for k, v in measured.items()}))
     print(f"Written to {folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
-    if random_weights:
-        banner(RANDOM)
-    if not distill:
+    if warning:
+        banner(warning)
+    if settings["stage"] == "reconstruct":
         print(f"Next, distill with it: python train.py --geometry {weights}")
+    elif settings["stage"] == "pretrain":
+        print(f"Next, a student of it: python train.py --teacher {settings['teacher']} --teacher-weights {weights}")
     elif settings["data"]:
         print(f"Next, load it: model.load_vit('{settings['teacher']}', '{weights}')")
     else:

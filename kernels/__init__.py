@@ -50,6 +50,8 @@ def rasterize(
     eps2d=0.3,
     backend=None,
     precision="tf32",
+    at=None,
+    labels=None,
 ):
     """Splat B scenes of N Gaussians with C channels each into V cameras per scene.
 
@@ -67,15 +69,21 @@ def rasterize(
             triton for CUDA tensors, torch for others.
         precision: of the triton backend's products of float32 features: "tf32" (10 bits of mantissa, on tensor cores),
             "tf32x3" (three such products, nearly exact) or "ieee". The torch backend is always exact.
+        at: None, or (rows, columns), two increasing index tensors: features of those pixels only.
+        labels: None, or integers [B, V, height, width] from 0: the mean over each label's pixels is returned too.
+            On a CPU neither needs the images: splatting is linear, and sums weights before it looks at features.
 
     Returns:
-        features [B, V, height, width, C] in the features' dtype, and alphas [B, V, height, width].
+        features [B, V, height, width, C] in the features' dtype (with `at`: [B, V, rows, columns, C]), alphas
+        [B, V, height, width], and, with labels, means [B, V, labels.max() + 1, C].
 
     Raises:
         ValueError: an argument's shape, dtype or device does not fit, a value is NaN or infinite, a camera requires
             gradients, or the backend does not run on these tensors.
     """
     _check(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d)
+    if labels is not None and labels.shape != (*viewmats.shape[:2], height, width):
+        raise ValueError(f"labels must be {[*viewmats.shape[:2], height, width]}, not {list(labels.shape)}")
     if precision not in ("tf32", "tf32x3", "ieee"):
         raise ValueError(f'precision is {precision!r}; it must be "tf32", "tf32x3" or "ieee"')
     if backend is None:
@@ -83,7 +91,7 @@ def rasterize(
     if backend == "torch":
         with torch.autocast(means.device.type, enabled=False):
             return torch_backend.rasterize(
-                means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d
+                means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d, at, labels
             )
     if backend != "triton":
         raise ValueError(f'backend is {backend!r}; it must be "triton", "torch" or None')
@@ -95,9 +103,20 @@ def rasterize(
     tokens = features.tokens if isinstance(features, Mixture) else features
     if means.dtype != torch.float32 or tokens.dtype == torch.float64:
         raise ValueError('backend "triton" takes float32 Gaussians; for float64 use backend="torch"')
-    return _rasterize_triton(
+    out, alphas = _rasterize_triton(
         means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d, precision
     )
+    sampled = out if at is None else out[:, :, at[0][:, None], at[1]]
+    return (sampled, alphas) if labels is None else (sampled, alphas, _label_means(out, labels))
+
+
+def _label_means(out, labels):
+    """Means [B, V, L, C] of images [B, V, H, W, C] over the pixels of each label."""
+    (B, V), C, L = labels.shape[:2], out.shape[-1], int(labels.max()) + 1
+    label = (labels + L * torch.arange(B * V, device=out.device).view(B, V, 1, 1)).flatten()
+    sums = torch.zeros(B * V * L, C, device=out.device).index_add(0, label, out.reshape(-1, C).float())
+    count = torch.bincount(label, minlength=B * V * L).clamp(min=1)[:, None]
+    return (sums / count).to(out.dtype).view(B, V, L, C)
 
 
 def _rasterize_triton(
@@ -171,13 +190,14 @@ def _check(means, covars, opacities, features, viewmats, Ks, width, height, near
         raise ValueError(f"features must be of a float type, not {features.dtype}")
     if not (isinstance(width, int) and isinstance(height, int) and C >= 1 and width >= 1 and height >= 1):
         raise ValueError(f"at least one channel and one whole pixel are needed, not C={C}, {width} x {height}")
-    # Sums read each tensor once and make no copy, and one look at all of them waits for the device once; only if they
-    # are off (or so large that they overflow) look for the culprit
-    if (
-        not compiling
-        and not torch.isfinite(torch.stack([tensor.detach().sum().float() for tensor, _ in arguments.values()])).all()
-    ):
-        for name, (tensor, _) in arguments.items():
+    # One look at sums waits for the device once; if they are off, or overflow, look for the culprit.
+    # Of large features the first channel is looked at: what makes NaN makes it in all of them.
+    looked = {name: tensor.detach() for name, (tensor, _) in arguments.items()}
+    if features.numel() > 2**20:
+        looked["features"] = features.detach()[..., 0]
+    sums = [] if compiling else [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in looked.values()]
+    if sums and not torch.isfinite(torch.stack([t.to(means.dtype) for t in sums])).all():
+        for name, tensor in looked.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has values that are NaN or infinite")
     for name, camera in (("viewmats", viewmats), ("Ks", Ks)):

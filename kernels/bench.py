@@ -90,7 +90,7 @@ def mixture(B, views, C, height, width, seed=0):
     """Patch tokens, and how pixel-aligned Gaussians mix them."""
     import model
 
-    h, w = height // model.PATCH, width // model.PATCH
+    h, w = height // 14, width // 14  # DINOv2's patches
     indices, weights = model.upsample_weights(torch.zeros(views, height, width), h, w)
     tokens = torch.randn(B, views * h * w, C, generator=torch.Generator().manual_seed(seed))
     return Mixture(tokens, *(t.reshape(1, -1, 4).repeat(B, 1, 1) for t in (indices, weights)))
@@ -215,10 +215,10 @@ def demand(scene, C, width, height):
         means, covars, viewmats, Ks, width, height, near_plane=0.01, far_plane=1e10, eps2d=0.3
     )
     radii = torch_backend.image_radii(covars2d, opacities, visible)
-    tiles = (means2d.new_tensor([width, height]) / TILE).ceil()
+    tiles = (means2d.new_tensor([width, height]) / TILE).ceil().view(2, 1, 1, 1)
     low = torch.minimum(((means2d - radii) / TILE).floor().clamp(min=0), tiles)
     high = torch.minimum(((means2d + radii) / TILE).ceil().clamp(min=0), tiles)
-    pairs = (high - low).clamp(min=0).prod(-1) * (radii[..., 0] >= 0)  # (B, V, N)
+    pairs = (high - low).clamp(min=0).prod(0) * (radii[0] >= 0)  # (B, V, N)
     seen = int(pairs.any(1).sum())
     read = seen * (3 + 9 + 1 + C) + viewmats.numel() + Ks.numel()
     written = viewmats.shape[0] * viewmats.shape[1] * width * height * (C + 1)

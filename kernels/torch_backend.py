@@ -27,6 +27,8 @@ thresholds and stopping rule. One liberty: where rounding makes q negative (need
 takes q = 0; of a covariance that is one, q is never negative.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -40,149 +42,260 @@ MIN_TRANSMITTANCE = 9.999999747378752e-05
 def project(means, covars, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
     """Means [B, N, 3] and covars [B, N, 3, 3] seen by viewmats [B, V, 4, 4] and Ks [B, V, 3, 3].
 
-    Returns means2d [B, V, N, 2] in pixels, conics [B, V, N, 3] = the entries (xx, xy, yy) of the inverse image
-    covariance, covars2d [B, V, N, 2] = the variances along x and y, depths [B, V, N], and visible [B, V, N] bool:
-    near < z < far and a covariance that can be inverted. Entries that are not visible are finite, and mean nothing.
+    Returns means2d [2, B, V, N] in pixels, conics [3, B, V, N] = the entries (xx, xy, yy) of the
+    inverse image covariance, covars2d [2, B, V, N] = the variances along x and y, depths [B, V, N],
+    and visible [B, V, N] bool: near < z < far and a covariance that can be inverted. Entries that
+    are not visible are finite, and mean nothing.
     """
-    R, t = viewmats[..., :3, :3], viewmats[..., :3, 3]
-    camera = torch.einsum("bvij,bnj->bvni", R, means) + t[:, :, None]  # (B, V, N, 3)
-    depths = camera[..., 2]
+    R, t = viewmats[..., :3, :3], viewmats[..., :3, 3:]
+    x, y, depths = (R @ means.mT[:, None] + t).unbind(2)  # (B, V, N) each, as all below
     visible = (depths > near_plane) & (depths < far_plane)
     z = torch.where(visible, depths, 1.0)
-    f = torch.stack([Ks[..., 0, 0], Ks[..., 1, 1]], -1)[:, :, None]  # (B, V, 1, 2)
-    c = torch.stack([Ks[..., 0, 2], Ks[..., 1, 2]], -1)[:, :, None]
-    size = f.new_tensor([width, height])
-    slope = torch.where(visible[..., None], camera[..., :2], 0.0) / z[..., None]
-    means2d = f * slope + c
+    # S in the camera's axes: all nine entries are one product with those of S
+    kron = torch.einsum("bvij,bvkl->bvikjl", R, R).reshape(*R.shape[:2], 9, 9)
+    S = (kron @ covars.flatten(2).mT[:, None]).unflatten(2, (3, 3))
 
-    margin = 0.3 * 0.5 * size / f
-    u = torch.minimum(torch.maximum(slope, -c / f - margin), (size - c) / f + margin)
-    zero = torch.zeros_like(z)
-    fx, fy = f[..., 0], f[..., 1]
-    J = torch.stack([fx / z, zero, -fx * u[..., 0] / z, zero, fy / z, -fy * u[..., 1] / z], -1)
-    M = J.unflatten(-1, (2, 3)) @ R[:, :, None]  # (B, V, N, 2, 3)
-    S2 = M @ covars[:, None] @ M.transpose(-1, -2)
-    a, b, d = S2[..., 0, 0], 0.5 * (S2[..., 0, 1] + S2[..., 1, 0]), S2[..., 1, 1]
+    def axis(k, coordinate, size):  # mean, f / z and -f u / z along one axis of the image
+        f, c = Ks[..., k, k, None], Ks[..., k, 2, None]
+        slope = torch.where(visible, coordinate, 0.0) / z
+        margin = 0.3 * 0.5 * size / f
+        u = torch.minimum(torch.maximum(slope, -c / f - margin), (size - c) / f + margin)
+        return f * slope + c, f / z, -f * u / z
+
+    (mx, x0, x2), (my, y1, y2) = axis(0, x, width), axis(1, y, height)
+    a = x0 * x0 * S[:, :, 0, 0] + x0 * x2 * (S[:, :, 0, 2] + S[:, :, 2, 0]) + x2 * x2 * S[:, :, 2, 2]
+    d = y1 * y1 * S[:, :, 1, 1] + y1 * y2 * (S[:, :, 1, 2] + S[:, :, 2, 1]) + y2 * y2 * S[:, :, 2, 2]
+    half = S + S.transpose(2, 3)
+    b = x0 * (y1 * half[:, :, 0, 1] + y2 * half[:, :, 0, 2])
+    b = 0.5 * (b + x2 * (y1 * half[:, :, 1, 2] + y2 * half[:, :, 2, 2]))
     # det(S2 + eps I), expanded so that the eps terms survive where a d - b^2 is lost to rounding
     det = a * d - b * b + eps2d * (a + d) + eps2d * eps2d
     a, d = a + eps2d, d + eps2d
     visible = visible & (det > 0) & (a > 0)
     det = torch.where(visible, det, 1.0)
-    conics = torch.stack([d, -b, a], -1) / det[..., None]
-    return means2d, conics, torch.stack([a, d], -1), depths, visible
+    conics = torch.stack([d / det, -b / det, a / det])
+    return torch.stack([mx, my]), conics, torch.stack([a, d]), depths, visible
 
 
 def image_radii(covars2d, opacities, visible):
-    """Half width and half height [B, V, N, 2] of the box outside which alpha < 1/255; -1 where there is none.
+    """Half width and half height [2, B, V, N] of the box outside which alpha < 1/255; -1: none.
 
-    alpha >= 1/255 is q <= ln(255 opacity), an ellipse whose half extent along an axis is sqrt(2 q variance).
+    alpha >= 1/255 is q <= ln(255 opacity): an ellipse, half as wide as sqrt(2 q variance).
     """
     reach = 2 * torch.log(opacities.clamp(min=1e-12) / MIN_ALPHA)[:, None]  # (B, 1, N)
     visible = visible & (reach >= 0)
-    return torch.where(visible[..., None], torch.sqrt(reach.clamp(min=0)[..., None] * covars2d), -1.0)
+    return torch.where(visible, torch.sqrt(reach.clamp(min=0) * covars2d), -1.0)
 
 
-def _spread(counts):
-    """For counts [M], the owner of each of counts.sum() items and the item's number within its owner."""
+def _spread(first, past):
+    """Owner and value, int32, of all integers that the ranges first[i]..past[i] - 1 hold together."""
+    counts = (past - first).clamp(min=0)
     owner = torch.repeat_interleave(counts)
-    first = torch.cumsum(counts, 0) - counts
-    return owner, torch.arange(len(owner), device=counts.device) - first[owner]
+    shift = first - (torch.cumsum(counts, 0, dtype=counts.dtype) - counts)
+    return owner, pick(shift, owner) + torch.arange(len(owner), dtype=owner.dtype, device=owner.device)
 
 
-def _pair_alpha(image_gaussians, owner, pixel_x, pixel_y):
-    """Alpha [P] of the pairs; image_gaussians [M, 6] holds mean (2), conic (3) and opacity, together for one gather."""
-    # index_select, not [owner], whose backward is many times slower
-    mx, my, a, b, d, opacity = image_gaussians.index_select(0, owner).unbind(-1)
-    dx, dy = mx - (pixel_x + 0.5), my - (pixel_y + 0.5)
-    q = 0.5 * (a * dx * dx + d * dy * dy) + b * dx * dy
-    return (opacity * torch.exp(-q.clamp(min=0))).clamp(max=MAX_ALPHA)
+def pick(values, index):
+    """values[index] of one dimension: for long indices several times as fast as the brackets."""
+    return values.index_select(0, index)
 
 
-@torch.no_grad()
 def list_pairs(image_gaussians, radii, depths, width, height):
-    """All pairs with alpha >= 1/255, sorted by image and pixel, then by depth, then by index.
+    """All pairs that may count, sorted by image and pixel, then by depth, then by index.
 
-    Takes image_gaussians [I*N, 6] (see `_pair_alpha`), radii [I, N, 2] and depths [I, N] of I images.
-    Returns owner [P], an index into I*N, and pixel [P], an index into I*H*W.
-    A Gaussian is spread into the image rows that it touches, and each row into just the pixels inside the ellipse.
+    Takes image_gaussians [6, I*N] (mean, conic, opacity), radii [2, I, N] and depths [I, N].
+    Returns owner [P], an index into I*N, pixel [P], one into I*H*W (both int32), and alpha [P], 0
+    where it is below 1/255. A Gaussian is spread into the rows of pixels that it touches, and each
+    row into the pixels within the ellipse.
     """
     I, N = depths.shape
     order = torch.sort(depths, dim=1, stable=True).indices  # stable: ties go by index
     order = (order + N * torch.arange(I, device=order.device)[:, None]).reshape(-1)
-    radii = radii.reshape(-1, 2)
-    order = order[radii[order, 0] >= 0]
+    radii = radii.flatten(1)
+    order = order[pick(radii[1], order) >= 0].int()
     slack = 0.01  # pixels; rounding may list a pixel too many (its alpha decides), never one too few
 
-    my, ry = image_gaussians[order, 1], radii[order, 1] + slack
-    top = torch.ceil((my - ry - 0.5).clamp(0, height)).long()  # pixel centres lie at +0.5
-    bottom = torch.floor((my + ry - 0.5).clamp(-1, height - 1)).long() + 1
-    row, nth = _spread((bottom - top).clamp(min=0))
-    y = top[row] + nth
-    owner = order[row]
+    my, ry = pick(image_gaussians[1], order), pick(radii[1], order) + slack
+    top = torch.ceil((my - ry - 0.5).clamp(0, height))  # pixel centres lie at +0.5
+    bottom = torch.floor((my + ry - 0.5).clamp(-1, height - 1)) + 1
+    row, y = _spread(top.int(), bottom.int())
+    owner = pick(order, row)
 
-    # In row y, q <= reach is an interval around the ellipse's own centre line
-    mx, my, a, b, d, opacity = image_gaussians[owner].unbind(-1)
+    # In a row q = (a/2 dx + b dy) dx + d/2 dy^2 <= reach: an interval around the centre line
+    mx, my, a, b, d, opacity = (pick(column, owner) for column in image_gaussians)
     dy = my - (y + 0.5)
-    reach = 2 * torch.log(opacity / MIN_ALPHA)
-    half = torch.sqrt(((reach - (d - b * b / a) * dy * dy) / a).clamp(min=0)) + slack
+    reach = torch.log(opacity / MIN_ALPHA)
+    half = torch.sqrt((2 * reach - (d - b * b / a) * dy * dy).div_(a).clamp_(min=0)).add_(slack)
     centre = mx + b / a * dy
-    left = torch.ceil((centre - half - 0.5).clamp(0, width)).long()
-    right = torch.floor((centre + half - 0.5).clamp(-1, width - 1)).long() + 1
-    row, nth = _spread((right - left).clamp(min=0))
-    x, y, owner = left[row] + nth, y[row], owner[row]
+    left = torch.ceil((centre - half - 0.5).clamp(0, width))
+    right = torch.floor((centre + half - 0.5).clamp(-1, width - 1)) + 1
+    row, x = _spread(left.int(), right.int())
+    pixel = pick((owner // N * height + y) * width, row).add_(x)
+    pixel, by_pixel = torch.sort(pixel, stable=True)
 
-    counts = _pair_alpha(image_gaussians, owner, x, y) >= MIN_ALPHA
-    owner, pixel = owner[counts], ((owner // N * height + y) * width + x)[counts]
-    pixel, by_pixel = torch.sort(pixel.int() if I * height * width < 2**31 else pixel, stable=True)
-    return owner[by_pixel], pixel.long()
+    dx = pick(mx - 0.5, row).sub_(x)
+    q = (pick(0.5 * a, row).mul_(dx).add_(pick(b * dy, row)).mul_(dx)).add_(pick(0.5 * d * dy * dy, row))
+    alpha = q.clamp_(min=0).neg_().exp_().mul_(pick(opacity, row)).clamp_(max=MAX_ALPHA)
+    alpha.mul_(alpha >= MIN_ALPHA)
+    return pick(owner, pick(row, by_pixel)), pixel, pick(alpha, by_pixel)
 
 
-def blend(image_gaussians, features, owner, pixel, V, width, height):
-    """Blend the pairs of `list_pairs` into V images per scene, given image_gaussians [B*V*N, 6] and features [B, N, C]
-    or their factors (tokens [B, M, C], indices [B, N, J], weights [B, N, J]).
+# Backward. Given v_w, the gradient by the weights, and with S_k what lies behind k in its pixel:
+#
+#     S_k = sum_{j>k} w_j v_w_j
+#     v_a = T_k v_w_k - S_k / (1 - a_k),      v_q = -a v_a where alpha was not cut off at 0.99
+#     v_m = sum (A d_x + B d_y, B d_x + C d_y) v_q,    v_opacity = -sum v_q / opacity
+#     v_A = sum 1/2 d_x^2 v_q,    v_B = sum d_x d_y v_q,    v_C = sum 1/2 d_y^2 v_q
+class PairWeights(torch.autograd.Function):
+    """What each Gaussian adds to each pixel: weights [P], owner [P] and pixel [P], as list_pairs."""
 
-    Returns features [B, V, H, W, C] and alphas [B, V, H, W], differentiable in everything but the pairs.
-    """
-    tokens, indices, mix = features if isinstance(features, tuple) else (features, None, None)
-    B, M, C = tokens.shape
-    N = len(image_gaussians) // max(1, B * V)
-    pixels = B * V * height * width
-    alpha = _pair_alpha(image_gaussians, owner, pixel % width, pixel // width % height)
-    # Transmittance before each pair: the sum of logs since its pixel's first pair. One sum runs over all pixels,
-    # in float64 because it grows to millions while differences of 1e-6 decide where blending stops.
-    logs = torch.log1p(-alpha.double())
-    summed = torch.cumsum(logs, 0)
-    first = torch.searchsorted(pixel, torch.arange(pixels + 1, device=pixel.device))
-    before = torch.cat([summed.new_zeros(1), summed])[first[pixel]]
-    blended = summed.detach() - before.detach() > torch.log(summed.new_tensor(MIN_TRANSMITTANCE))
-    weights = alpha * torch.exp(summed - logs - before).to(alpha.dtype)
-    weights, owner, pixel = weights[blended], owner[blended], pixel[blended]
+    @staticmethod
+    def forward(ctx, image_gaussians, radii, depths, width, height):
+        owner, pixel, alpha = list_pairs(image_gaussians, radii, depths, width, height)
+        first = starts(pixel, len(depths) * height * width)
+        # The log of R sums logs since the pixel's first pair. One sum runs over all pixels, in
+        # float64: it grows to millions, and differences of 1e-6 decide where blending stops.
+        logs = torch.log1p(-alpha)
+        summed = logs.new_zeros(len(logs) + 1, dtype=torch.float64)
+        torch.cumsum(logs, 0, dtype=torch.float64, out=summed[1:])
+        before = pick(summed, first)
+        R = summed[1:].sub_(pick(before, pixel))
+        kept = ((R > math.log(MIN_TRANSMITTANCE)) & (alpha > 0)).nonzero()[:, 0]
+        T = R.sub_(logs).to(alpha.dtype).exp_()
+        owner, pixel, alpha, T = (pick(t, kept) for t in (owner, pixel, alpha, T))
+        ctx.mark_non_differentiable(owner, pixel)
+        ctx.save_for_backward(image_gaussians, owner, pixel, alpha, T)
+        ctx.size = len(depths) * height * width, height, width
+        return alpha * T, owner, pixel
 
-    first = torch.searchsorted(pixel, torch.arange(pixels + 1, device=pixel.device))
-    alphas = weights.new_zeros(pixels).index_add(0, pixel, weights)
-    scene = owner // N // V
-    row = scene * N + owner % N
-    if indices is not None:  # a pair becomes J
-        J = indices.shape[-1]
-        weights = (weights[:, None] * mix.reshape(B * N, J)[row]).flatten()
-        row = (indices.reshape(B * N, J)[row] + scene[:, None] * M).flatten()
-        first = first * J
-    out = F.embedding_bag(  # the sparse product: one "bag" of rows per pixel
-        row, tokens.to(weights.dtype).reshape(B * M, C), first, mode="sum", per_sample_weights=weights,
+    @staticmethod
+    def backward(ctx, v_w, _owner, _pixel):
+        image_gaussians, owner, pixel, alpha, T = ctx.saved_tensors
+        mx, my, A, B, C, opacity = image_gaussians
+        pixels, height, width = ctx.size
+        dx = pick(mx, owner) - (pixel % width + 0.5)
+        dy = pick(my, owner) - (pixel // width % height + 0.5)
+        summed = torch.cumsum(alpha * T * v_w, 0, dtype=torch.float64)
+        total = pick(F.pad(summed, (1, 0)), starts(pixel, pixels)[1:])
+        S = (pick(total, pixel) - summed).to(v_w.dtype)
+        v_q = (S / (1 - alpha) - T * v_w) * alpha * (alpha < MAX_ALPHA)
+        x, y = v_q * dx, v_q * dy
+        moments = torch.stack([v_q, x, y, x * dx, x * dy, y * dy])
+        one, x, y, xx, xy, yy = torch.zeros_like(image_gaussians).index_add_(1, owner.long(), moments)
+        v_opacity = -one / opacity.clamp(min=1e-12)
+        gradients = A * x + B * y, B * x + C * y, 0.5 * xx, xy, 0.5 * yy, v_opacity
+        return torch.stack(gradients), None, None, None, None
+
+
+def starts(index, count):
+    """Where each of 0..count-1 starts in a sorted index, and its end: [count + 1] int32."""
+    each = torch.arange(count + 1, dtype=index.dtype, device=index.device)
+    return torch.searchsorted(index, each, out_int32=True)
+
+
+class SparseProduct(torch.autograd.Function):
+    """out [rows, C]: the sum of weights [P] * table[column] over the pairs of each row (sorted)."""
+
+    @staticmethod
+    def forward(ctx, weights, table, row, column, rows):
+        ctx.save_for_backward(weights, table, row, column)
+        return sparse_product(weights.detach(), table.detach(), row, column, rows)
+
+    @staticmethod
+    def backward(ctx, v_out):
+        weights, table, row, column = ctx.saved_tensors
+        v_weights = v_table = None
+        if ctx.needs_input_grad[0]:  # v_out[row] . table[column] of every pair
+            bags = starts(row, len(v_out)), row, 0  # what embedding_bag's own backward calls
+            v_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                v_out, table, column, *bags
+            )
+        if ctx.needs_input_grad[1]:
+            column, order = torch.sort(column, stable=True)
+            of_order = pick(weights, order), v_out, column, pick(row, order)
+            v_table = sparse_product(*of_order, len(table))
+        return v_weights, v_table, None, None, None
+
+
+def sparse_product(weights, table, row, column, rows):
+    return F.embedding_bag(  # one "bag" of the table's rows for each row of the product
+        column, table, starts(row, rows), mode="sum", per_sample_weights=weights,
         include_last_offset=True,
     )  # fmt: skip
-    return out.view(B, V, height, width, C).to(tokens.dtype), alphas.view(B, V, height, width)
 
 
-def rasterize(means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
+def _expand(weights, row, column, indices, mix):
+    """Pairs with Gaussians as pairs with tokens, J for each. indices and mix: [Gaussians, J]."""
+    weights = torch.stack([weights * pick(m, column) for m in mix.T], -1).flatten()
+    column = torch.stack([pick(i, column) for i in indices.T], -1).flatten()
+    return weights, row.repeat_interleave(indices.shape[1]), column
+
+
+def _images(weights, pixel, column, table, factors, size, at):
+    """Features [B, V, H, W, C] of size (B, V, H, W), or only at some rows and columns of pixels."""
+    B, V, H, W = size
+    if at is not None:
+        size = B, V, len(at[0]), len(at[1])
+        new = torch.full((B * V, H * W), -1, dtype=torch.int32, device=pixel.device)
+        numbers = torch.arange(math.prod(size), dtype=torch.int32, device=pixel.device)
+        new[:, (at[0][:, None] * W + at[1]).flatten()] = numbers.view(B * V, -1)
+        pixel = pick(new.flatten(), pixel)
+        there = (pixel >= 0).nonzero()[:, 0]
+        weights, pixel, column = (pick(t, there) for t in (weights, pixel, column))
+    if factors:
+        weights, pixel, column = _expand(weights, pixel, column, *factors)
+    out = SparseProduct.apply(weights, table, pixel, column, math.prod(size))
+    return out.view(*size, table.shape[1])
+
+
+def _means(weights, pixel, column, table, factors, labels):
+    """Mean features [B, V, L, C] over the pixels of each label.
+
+    A Gaussian's weights in a label are summed first, then a token's: channels hardly matter.
+    """
+    B, V, L = *labels.shape[:2], int(labels.max()) + 1
+    image = torch.arange(B * V, device=labels.device).view(B, V, 1, 1)
+    count = torch.bincount((labels + L * image).flatten(), minlength=B * V * L).view(B, V * L, 1)
+    label = pick((labels + L * (image % V)).flatten(), pixel)
+    gaussians = len(factors[0]) if factors else len(table)
+    sums = weights.new_zeros(gaussians * V * L).index_add(0, column * (V * L) + label, weights)
+    sums = sums.view(gaussians, V * L)
+    if factors:
+        each = torch.arange(gaussians, dtype=torch.int32, device=labels.device)
+        mix, each, token = _expand(torch.ones_like(sums[:, 0]), each, each, *factors)
+        token, order = torch.sort(token, stable=True)
+        sums = SparseProduct.apply(pick(mix, order), sums, token, pick(each, order), len(table))
+    sums = sums.view(B, -1, V * L).mT @ table.view(B, -1, table.shape[-1])
+    return (sums / count.clamp(min=1)).view(B, V, L, table.shape[1])
+
+
+def rasterize(
+    means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d,
+    at=None, labels=None,
+):  # fmt: skip
     """`kernels.rasterize` after its checks; shapes as there."""
-    B, N = opacities.shape
-    V = viewmats.shape[1]
+    (B, N), V = opacities.shape, viewmats.shape[1]
     means2d, conics, covars2d, depths, visible = project(
         means, covars, viewmats, Ks, width, height, near_plane, far_plane, eps2d
     )
     radii = image_radii(covars2d.detach(), opacities.detach(), visible)
-    opacities = opacities[:, None, :, None].expand(B, V, N, 1)
-    image_gaussians = torch.cat([means2d, conics, opacities], -1).view(B * V * N, 6)
-    owner, pixel = list_pairs(image_gaussians, radii.flatten(0, 1), depths.flatten(0, 1), width, height)
-    return blend(image_gaussians, features, owner, pixel, V, width, height)
+    opacities = opacities[:, None].expand(B, V, N)[None]
+    weights, owner, pixel = PairWeights.apply(
+        torch.cat([means2d, conics, opacities]).flatten(1),
+        radii.flatten(1, 2), depths.flatten(0, 1), width, height,
+    )  # fmt: skip
+    alphas = weights.new_zeros(B * V * height * width).index_add(0, pixel, weights)
+
+    # Rows of all scenes' Gaussians, and of all scenes' tokens
+    column = owner if V == 1 else owner // (V * N) * N + owner % N
+    tokens, *factors = features if isinstance(features, tuple) else (features,)
+    table = tokens.flatten(0, 1).to(weights.dtype)
+    if factors:
+        indices = factors[0] + tokens.shape[1] * torch.arange(B, device=owner.device)[:, None, None]
+        factors = [t.flatten(0, 1) for t in (indices.int(), factors[1])]
+    pairs = weights, pixel, column, table, factors
+    out = _images(*pairs, (B, V, height, width), at).to(tokens.dtype)
+    alphas = alphas.view(B, V, height, width)
+    if labels is None:
+        return out, alphas
+    return out, alphas, _means(*pairs, labels).to(tokens.dtype)

@@ -16,6 +16,7 @@ import data
 import evaluate as E
 import model as M
 import train
+from train import SHIPPED
 from test_reconstructor import save_small
 from test_train import SMALL as TRAIN
 from test_train import capture
@@ -125,13 +126,13 @@ def test_the_task_hands_poses_and_sizes_on_rightly(monkeypatch):
     monkeypatch.setattr(E, "loaded", loaded)
     few = "--pairs 8 --image-size 112 112 --seeds 1 --matches 80".split()
     settings = E.parse_settings(["--task", "correspondence", *few])
-    model = E.Model("place", [], False)
-    (row,) = E.correspondence([model], settings, Path("."))["place"]
+    model = E.Model("place", [], None)
+    (row,) = E.correspondence([model], settings, Path("."))[0]["place"]
     assert row["recall_5px"] > 0.9 and all(row[f"recall_10px_{a}_{b}deg"] > 0.9 for a, b in zip(E.BINS, E.BINS[1:]))
     shift = torch.zeros(4, 4)
     shift[0, 3] = 1.0
     error.append(shift)
-    (wrong,) = E.correspondence([model], settings, Path("."))["place"]
+    (wrong,) = E.correspondence([model], settings, Path("."))[0]["place"]
     assert wrong["recall_5px"] < 0.7 * row["recall_5px"]
     bins = [wrong[f"recall_10px_{a}_{b}deg"] for a, b in zip(E.BINS, E.BINS[1:])]
     assert sum(bins) / 4 == pytest.approx(wrong["recall_10px"])  # as many pairs in each
@@ -278,6 +279,24 @@ def test_a_probe_learns_what_features_tell():
         measured, _ = E.over_frames(probe, probe, (f[16:].half(), torch.zeros(8, 3).half()), frames[16:], (28, 28))
         errors[name] = float(measured["abs_rel"].mean())
     assert errors["telling"] < 0.6 * errors["noise"]
+
+
+def test_recall_of_a_pair_counts_in_its_viewpoints_bin():
+    row = E.recall(torch.tensor([1.0, 4.0, 6.0, 30.0]), 42.0)
+    assert row["recall_2px"] == 0.25 and row["recall_5px"] == 0.5 and row["recall_20px"] == 0.75
+    assert {k for k in row if "deg" in k} == {f"recall_{r}px_30_60deg" for r in (2, 5, 10)}
+    assert row["recall_10px_30_60deg"] == row["recall_10px"] == 0.75
+    assert E.recall(torch.tensor([]), 42.0) == {}
+
+
+def test_paired_differences_by_hand():
+    """What makes a pair hard for both cancels: means of 0.4 and 0.5, and every pair better by 0.1."""
+    a = [{"recall_2px": v} for v in (0.1, 0.4, 0.7)] + [{}]  # the last pair had no match
+    b = [{"recall_2px": v + d} for v, d in ((0.1, 0.0), (0.4, 0.1), (0.7, 0.2))] + [{}]
+    (name, row), = E.paired_differences({"a": a, "b": b}).items()
+    assert name == "b - a"
+    assert row["recall_2px"] == (pytest.approx(0.1), pytest.approx(0.1 / math.sqrt(3)))
+    assert row["recall_5px"] == (None, None)
 
 
 def test_spread_and_differences_are_over_seeds():
@@ -508,13 +527,13 @@ def test_features_are_of_the_layers_asked_for_and_concatenated():
     vits = [M.load_vit("dinov2_vits14", "random", seed) for seed in (1, 2)]
     images = torch.rand(2, 3, 30, 45)
     settings = E.parse_settings(["--task", "depth", "--layers", "0", "1", "--norm"])
-    features, classes = E.extract(E.Model("both", vits, False), images, settings)
+    features, classes = E.extract(E.Model("both", vits, None), images, settings)
     resized = F.interpolate(images, (28, 42), mode="bilinear")
     normalised = (resized - torch.tensor(M.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(M.IMAGENET_STD).view(3, 1, 1)
     expected = [f for vit in vits for f in vit.get_intermediate_layers(normalised, [0, 1], True, True, True)]
     torch.testing.assert_close(features, torch.cat([f for f, _ in expected], 1).half())
     torch.testing.assert_close(classes, torch.cat([c for _, c in expected], 1).half())
-    last = E.extract(E.Model("one", vits[:1], False), images, E.parse_settings(["--task", "depth"]))[0]
+    last = E.extract(E.Model("one", vits[:1], None), images, E.parse_settings(["--task", "depth"]))[0]
     torch.testing.assert_close(last, vits[0].get_intermediate_layers(normalised, 1, True, norm=False)[0].half())
 
 
@@ -532,8 +551,10 @@ def test_without_a_run_the_teacher_alone(asked, capsys, monkeypatch):
 
     monkeypatch.setattr(M, "_public_weights", offline)
     E.main(["--task", "correspondence", *QUICK["correspondence"].split(), *asked])
-    assert list(results("runs", "correspondence-1")["summary"]) == ["dinov2_vits14"]
-    assert capsys.readouterr().out.count(E.RANDOM) == 2
+    warning = E.RANDOM if asked else SHIPPED  # offline the shipped teacher stands in
+    report = results("runs", "correspondence-1")
+    assert list(report["summary"]) == ["dinov2_vits14" if asked else "vit_tiny14"]
+    assert capsys.readouterr().out.count(warning) == 2 and report["warning"] == warning
 
 
 def test_the_final_norm_is_the_protocols_unless_told(monkeypatch):
@@ -689,9 +710,13 @@ def test_depth_errors_by_hand():
     [
         (
             ["--task", "correspondence", "--image-size", "57", "56"],
-            "--image-size must be multiples of 4 and at least 14",
+            "--image-size must be multiples of 4, not 57 56",
         ),
-        (["--task", "depth", "--image-size", "13", "56"], "--image-size must be at least 14, not 13 56"),
+        (["--task", "depth", "--image-size", "0", "56"], "--image-size must be more than 0, not 0 56"),
+        (
+            ["--task", "depth", "--image-size", "13", "56", "--teacher", "dinov2_vits14", "--teacher-weights", "random"],
+            "--image-size must be at least 14, a patch of dinov2_vits14, not 13 56",
+        ),
         (["--task", "depth", "--layers", "1", "1"], "--layers names a block twice"),
         (["--task", "depth", "--teacher", "dinov2_vits14", "--teacher-weights", "random", "--concat"], "there is only"),
         (["--task", "reconstruction", "--image-size", "40", "56"], "--image-size must be multiples of 16"),

@@ -415,6 +415,39 @@ def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J)
         close(f"gradient of {name}", a, b, 1e-3, 1e-3)
 
 
+# --------------------------------------------------------------------------- parts of images
+
+
+@both_backends
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("B,V,N", [(1, 1, 23), (2, 3, 17), (2, 1, 0)])
+def test_parts_of_images_are_those_of_the_whole(backend, mixed, B, V, N):
+    """Some rows and columns, and means over labels, one of which no pixel has: values and gradients by name."""
+    scene = make_scene(26, B, V, N, C=5, width=19, height=11)
+    if mixed:
+        scene[3] = mixture_for(scene, M=7)
+    g = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 4, (B, V, 11, 19), generator=g)
+    labels[labels == 2] = 4
+    labels, at = labels.to(DEVICE), (torch.tensor([1, 2, 7], device=DEVICE), torch.tensor([0, 18], device=DEVICE))
+    inputs = [t.detach().requires_grad_() for t in (*scene[:3], scene[3].tokens if mixed else scene[3])]
+    features = scene[3]._replace(tokens=inputs[3]) if mixed else inputs[3]
+    out, alphas = rasterize(*inputs[:3], features, *scene[4:], backend=backend)
+    some, again, means = rasterize(*inputs[:3], features, *scene[4:], backend=backend, at=at, labels=labels)
+    inside = (labels[..., None] == torch.arange(5, device=DEVICE)).to(out)  # (B, V, H, W, L)
+    expected = torch.einsum("bvhwl,bvhwc->bvlc", inside, out) / inside.sum((2, 3)).clamp(min=1)[..., None]
+    wanted = out[:, :, [1, 2, 7]][:, :, :, [0, 18]], alphas, expected
+    gradients = []
+    for what, a, b in zip(("pixels", "alphas", "means"), (some, again, means), wanted):
+        close(what, a, b, 1e-4, 1e-5)
+    for parts in ((some, again, means), wanted):
+        g = torch.Generator().manual_seed(4)
+        loss = sum((t * torch.randn(t.shape, generator=g).to(t)).sum() for t in parts)
+        gradients.append(torch.autograd.grad(loss, inputs, retain_graph=True))
+    for name, a, b in zip(NAMES, *gradients):
+        close(f"gradient of {name}", a, b, 1e-4, 1e-4)
+
+
 # --------------------------------------------------------------------------- torch.compile
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import data
 import model as M
 from kernels import rasterize
 
@@ -382,14 +383,14 @@ def test_unprojection_inverts_projection():
 class PixelFeatures(torch.nn.Module):
     """Stands in for the transformer: a patch's token is its mean colour, wherever it is."""
 
-    embed_dim, blocks = 3, []
+    embed_dim, blocks, patch_size = 3, [], 14
 
     def __init__(self):
         super().__init__()
         self.shift = torch.nn.Parameter(torch.zeros(3))
 
     def forward_features(self, images):
-        tokens = F.avg_pool2d(images, 14).flatten(2).transpose(1, 2)
+        tokens = F.avg_pool2d(images, self.patch_size).flatten(2).transpose(1, 2)
         return {"x_norm_patchtokens": tokens + self.shift}
 
 
@@ -403,6 +404,15 @@ def test_splatted_features_land_where_the_target_sees_them():
     assert aligned["cosine_splatted"] > aligned["cosine_unwarped"] + 0.1
 
 
+@pytest.mark.parametrize("pixels,cells", [(70, 5), (576, 41), (880, 62), (97, 6), (17, 17), (16, 1)])
+def test_taps_are_bilinear_downsampling(pixels, cells):
+    row = torch.randn(1, 1, 1, pixels)
+    taps, weights = M.bilinear_taps(pixels, cells)
+    found = (row[0, 0, 0, taps].view(cells, 2) * weights).sum(1)
+    expected = F.interpolate(row, (1, cells), mode="bilinear", align_corners=False)[0, 0, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=3e-4)
+
+
 def test_blending_is_only_where_there_are_masks():
     batch, method = wall(B=2), build().eval()
     batch["has_masks"] = torch.tensor([True, False])
@@ -414,6 +424,18 @@ def test_blending_is_only_where_there_are_masks():
     torch.testing.assert_close(blended[0], expected[0])
     torch.testing.assert_close(blended[1], plain[1])
     assert (expected[1] - plain[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("blend,has_masks", [(1.0, [True, True]), (0.3, [True, False])])
+def test_training_splats_what_the_whole_image_gives(blend, has_masks):
+    """In training only the pixels that count are splatted, and segments as means: the same, as splatting is linear."""
+    batch, method = wall(B=2), build(blend=blend)
+    batch["target"]["masks"] = 7 * batch["target"]["masks"] - 3
+    parts = batch["context"], batch["target"], torch.tensor(has_masks)
+    whole, part = method.eval().splat(*parts), method.train().splat(*parts)
+    assert whole["rendered"].shape[-2:] == (70, 126) and part["rendered"].shape[-2:] == (10, 18)
+    torch.testing.assert_close(part["splatted"], whole["splatted"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(part["holes"], whole["holes"])
 
 
 def test_a_step_is_the_method_step_by_step():
@@ -460,6 +482,112 @@ def test_geometry_stays_float32_under_autocast():
     for a, b, c in zip(plain[:3], inside, drawn["gaussians"]):
         assert torch.equal(a, b) and torch.equal(a, c)
     assert drawn["rendered"].dtype == torch.bfloat16  # features are to be lifted at half the memory
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.integers(2, 17), st.integers(2, 9), st.sampled_from([0.05, 0.07, 1.0]))
+def test_contrastive_loss_is_its_formula(seed, locations, C, temperature):
+    g = torch.Generator().manual_seed(seed)
+    queries, keys = (torch.randn(locations, C, generator=g) for _ in range(2))
+    loss, matched = M.contrastive_loss(queries, keys, temperature)
+    q, k = (f.double() / f.double().norm(dim=-1, keepdim=True) for f in (queries, keys))
+    expected, found = 0.0, 0
+    for i in range(locations):
+        from_query = [float(q[i] @ k[j]) / temperature for j in range(locations)]
+        from_key = [float(q[j] @ k[i]) / temperature for j in range(locations)]
+        for scores in (from_query, from_key):
+            expected -= math.log(math.exp(scores[i]) / sum(map(math.exp, scores))) / (2 * locations)
+        found += max(range(locations), key=from_query.__getitem__) == i
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert matched.item() == pytest.approx(found / locations)
+
+
+def test_contrastive_loss_knows_whose_key_is_whose():
+    features = torch.randn(31, 16)
+    loss, matched = M.contrastive_loss(features, features + 0.1 * torch.randn(31, 16), 0.07)
+    shuffled, found = M.contrastive_loss(features, features.roll(1, 0), 0.07)
+    assert loss < 0.1 and matched == 1 and shuffled > 5 and found == 0
+    assert M.contrastive_loss(features[:0], features[:0], 0.07)[0] == 0
+
+
+def test_the_student_contrasts_with_what_was_splatted_where_there_are_no_holes():
+    """Both scenes' locations are each other's negatives; locations in holes are none."""
+    batch, method = wall(B=2), build(PixelFeatures(), loss="contrastive", temperature=0.2, lora_rank=0).eval()
+    batch["target"]["images"][1] = batch["target"]["images"][1].flip(-1)
+    batch["context"]["depths"][1, ..., :63] = 0
+    loss, metrics, drawn = method(batch)
+    seen = ~drawn["holes"]
+    assert seen[0].all() and 0 < seen[1].float().mean() < 1
+    student, splatted = (drawn[k].movedim(1, -1)[seen] for k in ("student", "splatted"))
+    expected, matched = M.contrastive_loss(student, splatted, 0.2)
+    torch.testing.assert_close(loss, expected)
+    assert metrics["matched"] == matched
+    both, parts = build(PixelFeatures(), loss="both", temperature=0.2).eval(), {}
+    total, parts, _ = both(batch)
+    paper, _, _ = build(PixelFeatures()).eval()(batch)
+    torch.testing.assert_close(total, paper + expected)
+    batch["context"]["depths"][:] = 0
+    loss, _, _ = method(batch)
+    assert loss == 0
+    loss.backward()
+
+
+def test_the_control_sees_no_geometry():
+    batch, method = wall(), build(PixelFeatures(), loss="contrastive", targets="own").eval()
+    method.reconstruct = None
+    with torch.no_grad():
+        method.student.shift.add_(0.3)
+    loss, metrics, _ = method(batch)
+    student, own = (M.patch_tokens(v, batch["target"]["images"])[0].flatten(1).T for v in (method.student, method.teacher))
+    torch.testing.assert_close(loss, M.contrastive_loss(student, own, 0.07)[0])
+    assert metrics["holes"] == 0
+
+
+def test_rank_0_trains_every_weight():
+    method = build(lora_rank=0, loss="contrastive")
+    method.train()(wall())[0].backward()
+    still = {n for n, p in method.student.named_parameters() if p.grad is None or not p.grad.abs().sum()}
+    assert still == {"mask_token"}
+    for name, merged in M.merge_lora(method.student).items():
+        assert torch.equal(merged, method.student.state_dict()[name])
+
+
+@pytest.mark.parametrize("change", [{"loss": "infonce"}, {"targets": "teacher"}, {"upsampling": "nearest"}])
+def test_unknown_words_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} is .* or .*, not"):
+        build(**change)
+
+
+def crops_of(photo, count=6, seed=0):
+    crops = data.Crops([photo], 112, seed, length=count)
+    return torch.utils.data.default_collate([crops[i] for i in range(count)])
+
+
+def test_pretraining_pairs_the_same_spots(monkeypatch):
+    """Features that are the photo's own colours match at the places that the crops say, and at no others."""
+    monkeypatch.setattr(data, "jitter", lambda photo, rng: photo)
+    photo = F.interpolate(torch.rand(1, 3, 7, 7), (224, 224), mode="bicubic", align_corners=True)[0].clamp(0, 1)
+    batch, model = crops_of(photo), M.Pretraining(PixelFeatures(), 0.001)
+    loss, metrics, _ = model(batch)
+    batch["first_to_second"] = batch["first_to_second"].roll(1, 0)
+    shuffled, wrong, _ = model(batch)
+    assert metrics["matched"] > 3 * wrong["matched"] and loss < 0.3 * shuffled
+
+
+def test_pretraining_learns(monkeypatch):
+    photos = [F.interpolate(torch.rand(1, 3, 16, 16), (112, 112), mode="bilinear")[0] for _ in range(4)]
+    model = M.Pretraining(tiny_vit(), 0.1)
+    crops = data.Crops(photos, 56, 0, length=8)
+    batch = torch.utils.data.default_collate([crops[i] for i in range(8)])
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss, _, _ = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_holes_are_left_out_of_the_loss():

@@ -116,7 +116,8 @@ def test_projection_and_its_gradients(B, V, N):
         means2d, conics, covars2d, _, visible = torch_backend.project(
             means, covars, viewmats, Ks, width, height, **LIMITS
         )
-        return means2d, conics, torch_backend.image_radii(covars2d, opacities, visible)[..., 0] >= 0
+        visible = torch_backend.image_radii(covars2d, opacities, visible)[0] >= 0
+        return means2d.movedim(0, -1), conics.movedim(0, -1), visible
 
     def by_triton(*tensors):
         means2d, conics, _, radii = projection.project(*tensors, width, height, *LIMITS.values())

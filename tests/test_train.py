@@ -22,7 +22,7 @@ from test_data import colmap
 from test_reconstructor import save_small
 
 SMALL = (
-    "--teacher-weights random --geometry depth --height 42 --width 56 --steps 6 --workers 0 --prototypes 32 --head-dim 32 "
+    "--teacher-weights random --loss both --lora-rank 8 --geometry depth --height 42 --width 56 --steps 6 --workers 0 --prototypes 32 --head-dim 32 "
     "--bottleneck-dim 16 --preview-every 4 --checkpoint-every 4 --ema-every 2"
 ).split()
 
@@ -145,6 +145,62 @@ def test_a_reconstructor_is_trained_resumed_and_used(monkeypatch, capsys):
     assert all((whole[k] - again[k]).abs().max() < 1e-6 for k in whole)
 
 
+PRETRAIN = (
+    "--stage pretrain --teacher dinov2_vits14 --steps 4 --batch-size 2 --photos 4 --height 42 --width 42 --crop 28 "
+    "--workers 0 --preview-every 2 --checkpoint-every 2"
+).split()
+
+
+def test_a_teacher_is_pretrained_resumed_and_used(monkeypatch, capsys):
+    train.main([*PRETRAIN, "--name", "whole"])
+    assert {p.name for p in Path("runs/whole").iterdir()} >= {"teacher.safetensors", "preview_000004.png"}
+    restore = stop_after(2, monkeypatch)
+    train.main([*PRETRAIN, "--name", "halves"])
+    restore()
+    train.main(["--resume", "runs/halves"])
+    assert [m["loss"] for m in metrics("halves")] == [m["loss"] for m in metrics("whole")]
+    whole, halves = (load_file(f"runs/{name}/teacher.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[k], halves[k]) and whole[k].dtype == torch.half for k in whole)
+    with safe_open("runs/whole/teacher.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["command"].startswith("python train.py --stage pretrain") and about["step"] == "4"
+    assert "--teacher-weights runs/whole/teacher.safetensors" in capsys.readouterr().out
+    student = [a if a != "random" else "runs/whole/teacher.safetensors" for a in SMALL]
+    train.main([*student, "--steps", "1"])
+    assert all(m["random_weights"] is False for m in metrics("demo-1"))
+
+
+def test_a_teacher_is_pretrained_on_a_folder_of_photos(tmp_path):
+    for name in ("a.png", "b/c.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name)
+    train.main([*PRETRAIN, "--data", "photos"])
+    assert len(metrics("pretrain-1")) == 4 and all(0 <= m["matched"] <= 1 for m in metrics("pretrain-1"))
+    with pytest.raises(SystemExit, match="nowhere: no photos"):
+        train.main([*PRETRAIN, "--data", "nowhere"])
+
+
+def test_all_weights_are_trained_where_there_is_no_lora():
+    small = [a for a in SMALL if a not in ("--lora-rank", "8")]
+    train.main([*small, "--lora-rank", "0", "--steps", "2"])
+    student = M.load_vit("dinov2_vits14", "runs/demo-1/student.safetensors")
+    teacher = M.load_vit("dinov2_vits14", "random", seed=0)
+    same = [k for k, v in student.state_dict().items() if torch.equal(v, teacher.state_dict()[k])]
+    assert same == ["mask_token"]
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("--loss contrastive --prototypes 8", "--prototypes is not read with --loss contrastive"),
+    ("--loss prototypes --temperature 0.1", "--temperature is not read with --loss prototypes"),
+    ("--lora-rank 0 --lora-alpha 4", "--lora-alpha is not read with --lora-rank 0"),
+    ("--geometry depth --near 2", "--near is not read with --geometry depth"),
+])  # fmt: skip
+def test_a_flag_that_nothing_would_read_is_refused(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        train.parse_settings(flags.split())
+
+
 def test_reconstruction_learns_from_photos_alone(tmp_path):
     capture(tmp_path / "scan", depth=False)
     train.main([*RECONSTRUCT, "--data", "scan", "--preset", "demo", "--steps", "2", "--coarse", "0"])
@@ -226,7 +282,16 @@ def test_demo_goes_on_without_the_teachers_weights(monkeypatch, capsys):
     no_network(monkeypatch)
     small = [a for a in SMALL if a not in ("--teacher-weights", "random")]
     train.main([*small, "--steps", "1"])
-    assert capsys.readouterr().out.count(train.RANDOM) == 2
+    out = capsys.readouterr().out
+    assert out.count(train.SHIPPED) == 2 and train.RANDOM not in out
+    with safe_open("runs/demo-1/student.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["warning"] == train.SHIPPED and about["random_weights"] == "false"
+    assert json.loads(about["settings"])["teacher"] == "vit_tiny14" and "--teacher vit_tiny14" in about["command"]
+    assert Image.open("runs/demo-1/preview_000001.png").text["warning"] == train.SHIPPED
+    start, student = M.load_vit("vit_tiny14"), M.load_vit("vit_tiny14", "runs/demo-1/student.safetensors")
+    assert not torch.equal(start.blocks[0].attn.qkv.weight, student.blocks[0].attn.qkv.weight)
+    assert torch.equal(start.blocks[0].mlp.fc1.weight, student.blocks[0].mlp.fc1.weight)
 
 
 def test_with_data_missing_weights_stop_the_run(monkeypatch):
@@ -264,7 +329,7 @@ class Recorded(dict):
 def test_every_setting_is_read(tmp_path):
     save_small(tmp_path / "small.safetensors")
     photos = ["--height", "48", "--width", "64", "--geometry", str(tmp_path / "small.safetensors")]
-    for stage, arguments in (("distill", [*SMALL, *photos]), ("reconstruct", RECONSTRUCT)):
+    for stage, arguments in (("distill", [*SMALL, *photos]), ("reconstruct", RECONSTRUCT), ("pretrain", PRETRAIN)):
         settings = Recorded(train.parse_settings([*arguments, "--steps", "2"]))
         train.run(settings)
         assert set(train.SETTINGS[stage]) - settings.read == set()
@@ -421,7 +486,7 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
         (["--teacher", "vit"], "unknown model 'vit'; known are"),
         (["--teacher-weights", "nothing.pth"], "nothing.pth: no such file"),
         (["--near", "5", "--far", "2"], "--far must be more than --near, not 2.0 with 5.0"),
-        (["--near", "1"], "--geometry depth reads neither"),
+        (["--near", "1"], "--near is not read with --geometry depth"),
         (["--geometry", "shipped"], "--height 42 does not fit: multiples of 16 do; 32 and 48 do"),
         (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width 15 does not fit: .* 16 is the least"),
         (["--data", "nowhere"], "nowhere"),
