@@ -139,14 +139,19 @@ def open_photo(shot, listed_in):
                 size = f"{picture.width} x {picture.height}"
                 raise ValueError(f"it is {size} where {w:g} x {h:g} is expected")
             picture = ImageOps.exif_transpose(picture)
-        if picture.mode == "F":
-            raise ValueError("floating point is no photo")
-        if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
-            array = np.asarray(picture).clip(0, 65535) / 257
-            picture = Image.fromarray((array + 0.5).astype(np.uint8))
-        if "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-        return picture.convert("RGB")
+        return rgb(picture)
+
+
+def rgb(picture):
+    """A picture of any mode in 8-bit RGB. ValueError: it holds floating point."""
+    if picture.mode == "F":
+        raise ValueError("floating point is no photo")
+    if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
+        array = np.asarray(picture).clip(0, 65535) / 257
+        picture = Image.fromarray((array + 0.5).astype(np.uint8))
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
 
 
 def alike(size, other):
@@ -708,8 +713,10 @@ class Chunks:
         self.file = path / "index.json"
         with naming(self.file, "not the index of RealEstate10K's files"):
             index = json.loads(self.file.read_text())
-            self.index = {str(key): path / file for key, file in index.items()}
-        self.keys = list(self.index)
+            self.index = {key: path / file for key, file in index.items()}
+            self.keys = list(self.index)
+            if not self.keys:
+                raise ValueError("it lists no scenes")
 
     def __len__(self):
         return len(self.keys)

@@ -578,9 +578,9 @@ def context_pairs(numbers, num_context, min_gap, max_gap, target):
     last = starts[first] + np.arange(len(first)) - np.repeat(counts.cumsum() - counts, counts)
     gaps = numbers[last] - numbers[first]
     if num_context < 2 or min_gap <= others or not len(gaps):
-        longest = (numbers[ends - 1] - numbers).max(initial=0)
-        need = f"need {others + 2} frames and a gap of {others + 1}"
-        there = f"there are {len(numbers)}, the gap in their numbers is {longest} at most"
+        step = np.diff(numbers).min() if len(numbers) > 1 else 1
+        need = f"need {others + 2} frames and a gap of {others + 1} to {max_gap}"
+        there = f"there are {len(numbers)}, numbered {step} or more apart"
         raise NoViews(f"{num_context} context views and a target {target} {need}; {there}")
     kept = gaps >= min(min_gap, gaps.max())
     return first[kept], last[kept], gaps[kept]

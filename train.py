@@ -55,7 +55,7 @@ VIEWS = TRAINING | {
     "context_views": (2, 2, "that are lifted to 3D"),
     "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
     "max_gap": (12, 12, "at most: overlap"),
-    "target": ("between", "between", "them, as the paper says; any of them too, as its code does"),
+    "target": ("between", "between", "the context views (the paper) or any, them too (its code)"),
     "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
     "far": (50.0, 50.0, "likewise farthest; both as the shipped weights were trained (the papers: 1, 100 units)"),
     "batch_size": (1, 1, "scenes a step"),
