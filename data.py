@@ -622,7 +622,7 @@ class Views(torch.utils.data.Dataset):
         seed, length: the sequence of samples and its length.
 
     A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W]
-    (if any scene has depth), masks [V, H, W], valid [V, H, W] bool (of captures: what validity
+    (if any of `some` scenes has), masks [V, H, W], valid [V, H, W] bool (of captures: what validity
     masks leave)}, "target": the same without V, "has_masks": bool (), "scene": name, "frames":
     [V+1]}. Scenes that lack the frames are left out; ValueError if all that are looked at do.
     """
