@@ -1388,6 +1388,13 @@ class FeedForward(nn.Module):
         return out._replace(means=out.means * baseline, covars=out.covars * baseline[..., None] ** 2)
 
 
+def without_masked(gaussians, context):
+    """Gaussians of pixels that a validity mask leaves out, "valid" [B, V, H, W], get opacity 0."""
+    if "valid" not in context:
+        return gaussians
+    return gaussians._replace(opacities=gaussians.opacities * context["valid"].flatten(1))
+
+
 class Reconstruction(nn.Module):
     """One training step of a reconstructor (MVSplat, section 3.3): lift the context views, render the target view.
 
@@ -1414,9 +1421,13 @@ class Reconstruction(nn.Module):
             error = log_depth_error(self.reconstruct(context, coarse=True), known)
             loss = self.depth_weight * error
             return loss, {"loss": loss.detach(), "log_depth": error.detach()}, {}
-        gaussians = self.reconstruct(context)
+        gaussians = without_masked(self.reconstruct(context), context)
         photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
         loss = F.mse_loss(photo, target["images"])
+        if "valid" in target:
+            valid = target["valid"][:, None].expand_as(photo)
+            squares = torch.where(valid, photo - target["images"], 0.0) ** 2
+            loss = squares.sum() / valid.sum().clamp(min=1)
         metrics = {"mse": loss.detach()}
         if "depths" in context:
             forwards = torch.linalg.inv(context["extrinsics"])[:, :, 2]  # (B, V, 4): world to depth along z
@@ -1496,7 +1507,7 @@ class SplatAndDistill(nn.Module):
         B, V, _, H, W = context["images"].shape
         # 1. Reconstruct: one Gaussian per context pixel
         with torch.autocast(context["images"].device.type, enabled=False):  # positions do not survive bfloat16
-            gaussians = self.reconstruct(context)
+            gaussians = without_masked(self.reconstruct(context), context)
             viewmats = torch.linalg.inv(target["extrinsics"])[:, None]
         # 2. Teacher features of the context views
         tokens = patch_tokens(self.teacher, context["images"]).flatten(0, 1)  # (B*V, C, h, w)
@@ -1532,7 +1543,10 @@ class SplatAndDistill(nn.Module):
         taps = rendered if self.training else rendered[:, :, rows[:, None], columns]  # (B, C, 2h, 2w)
         weights = wy[:, :, None, None] * wx  # (h, 2, w, 2): bilinear, as F.interpolate would
         splatted = (taps.unflatten(3, (w, 2)).unflatten(2, (h, 2)) * weights.to(taps.dtype)).sum((3, 5))
-        holes = F.interpolate((alphas < 0.5).float()[:, None], (h, w), mode="nearest")[:, 0] > 0.5
+        unseen = alphas < 0.5
+        if "valid" in target:
+            unseen = unseen | ~target["valid"]
+        holes = F.interpolate(unseen.float()[:, None], (h, w), mode="nearest")[:, 0] > 0.5
         return dict(splatted=splatted, holes=holes, rendered=rendered, alphas=alphas, gaussians=gaussians)
 
     def forward(self, batch):

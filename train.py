@@ -56,6 +56,7 @@ VIEWS = TRAINING | {
     "context_views": (2, 2, "that are lifted to 3D"),
     "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
     "max_gap": (12, 12, "at most: overlap"),
+    "target": ("between", "between", "the context views (the paper) or any, them too (its code)"),
     "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
     "far": (50.0, 50.0, "likewise farthest; both as the shipped weights were trained (the papers: 1, 100 units)"),
     "batch_size": (1, 1, "scenes a step"),
@@ -144,6 +145,8 @@ def parse_settings(arguments=None):
     if stage == "distill":
         add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
     add("--data", help="folder of posed photos (README, Data); nothing for procedural rooms")
+    if stage != "pretrain":
+        add("--split", help="text file of the names of the scenes in --data to take, one a line")
     add("--preset", choices=["demo", "paper"], help="nothing is paper with --data and demo without")
     add("--name", help="of the run; nothing is the stage or preset and the next free number")
     add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
@@ -158,12 +161,15 @@ def parse_settings(arguments=None):
     preset = given["preset"] or ("paper" if given["data"] else "demo")
     settings = {**preset_of(stage, preset, given["data"]), **given, "preset": preset}
     del settings["resume"]
+    if stage != "pretrain" and given["data"] and not {"near", "far"} & given.keys():
+        settings["points"] = True  # may say near and far: see bounds
     check(settings)
     for flags, reader, name in unread(settings):
         if wrong := sorted(flags & given.keys()):
             flag, other = (n.replace("_", "-") for n in (wrong[0], name))
             raise SystemExit(f"--{flag} is not read with --{other} {settings[name]}: {reader}")
-    for name in {"data", "teacher_weights", "geometry", "start"} & settings.keys():  # to resume from anywhere
+    paths = {"data", "split", "teacher_weights", "geometry", "start"}
+    for name in paths & settings.keys():  # to resume from anywhere
         if settings[name] not in WORDS and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     return settings
@@ -215,6 +221,8 @@ def check(settings):
         if settings["crop"] % patch:
             raise SystemExit(f"--crop {settings['crop']} does not fit: multiples of {patch} do")
         return
+    if settings["split"] and not settings["data"]:
+        raise SystemExit("--split lists scenes of --data, which is not given")
     if settings["far"] <= settings["near"]:
         raise SystemExit(f"--far must be more than --near, not {settings['far']} with {settings['near']}")
     if settings.get("geometry") != "depth":
@@ -228,7 +236,9 @@ def check(settings):
 def command(settings):
     """What to type for these settings."""
     preset = "paper" if settings["data"] else "demo"
-    usual = {"stage": "distill", "teacher": None if settings["stage"] == "distill" else "vit_tiny14", "teacher_weights": None, "data": None, "name": None, "preset": preset}
+    teacher = None if settings["stage"] == "distill" else "vit_tiny14"
+    usual = {"stage": "distill", "teacher": teacher, "preset": preset}
+    usual |= dict.fromkeys(("teacher_weights", "data", "split", "name"))
     usual |= preset_of(settings["stage"], settings["preset"], settings["data"])
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k]]
     return " ".join(["python train.py", *sorted(flags, key=lambda f: not f.startswith("--stage"))])
@@ -263,25 +273,42 @@ def load_views(settings):
     """
     if settings["stage"] == "pretrain":
         return load_crops(settings)
-    options = {k: settings[k] for k in ("min_gap", "max_gap")} | {"num_context": settings["context_views"]}
+    options = {k: settings[k] for k in ("min_gap", "max_gap", "target")}
+    options["num_context"] = settings["context_views"]
     size = settings["height"], settings["width"]
-    scenes = data.open_scenes(settings["data"]) if settings["data"] else data.Rooms("train")
+    path, split = settings["data"], settings["split"]
+    scenes = data.open_scenes(path, split) if path else data.Rooms("train")
     steps, batch, seed = (settings[k] for k in ("steps", "batch_size", "seed"))
     views = data.Views(scenes, *size, **options, seed=seed, length=steps * batch)
     if settings["data"]:
-        without = sum(not scene.has_depth for scene in scenes)
-        if settings.get("geometry") == "depth" and without or settings.get("coarse") and without == len(scenes):
+        looked = data.some(scenes)
+        without = sum(not scene.has_depth for scene in looked)
+        deep = without if settings.get("geometry") == "depth" else without == len(looked)
+        if deep and (settings.get("geometry") == "depth" or settings.get("coarse")):
             need = "--coarse 0" if settings.get("coarse") else "another --geometry"
-            raise ValueError(
-                f"{settings['data']}: no depth maps in {without} of {len(scenes)} scenes; with {need} photos suffice"
-            )
-        without = sum(not scene.has_masks for scene in scenes)
+            lack = f"no depth maps in {without} of {len(looked)} scenes"
+            raise ValueError(f"{path}: {lack}; with {need} photos suffice")
+        without = sum(not scene.has_masks for scene in looked)
         if without and settings["stage"] == "distill":
-            print(f"No segment masks in {without} of {len(scenes)} scenes: one segment per image there, blending off.")
+            lack = f"No segment masks in {without} of {len(looked)} scenes"
+            print(f"{lack}: one segment per image there, blending off.")
+        settings.update(bounds(settings, views))
     held_out = scenes if settings["data"] else data.Rooms("val")
     count = 1 if settings["stage"] == "distill" else 8  # one is looked at; errors of depth want a mean
     shown = data.Views(held_out, *size, **options, seed=seed + 1, length=count)
     return views, torch.utils.data.default_collate([shown[i] for i in range(count)])
+
+
+def bounds(settings, views):
+    """Near and far as the captures' own points say, where neither flag was given."""
+    if not settings.pop("points", False) or settings.get("geometry") == "depth":
+        return {}
+    found = views.point_range()
+    if not found:
+        return {}
+    near, far = (float(f"{d:.3g}") for d in found)
+    print(f"{settings['data']}: by its points, --near {near:g} --far {far:g}")
+    return {"near": near, "far": far}
 
 
 def load_crops(settings):
@@ -397,6 +424,7 @@ def load_checkpoint(folder):
             raise ValueError("it has other contents")
         found, beside = checkpoint["settings"], {"stage", "data", "preset", "name"}
         beside |= {"distill": {"teacher", "teacher_weights"}, "pretrain": {"teacher"}}.get(found.get("stage"), set())
+        beside |= {"split"} if found.get("stage") != "pretrain" else set()
         if found.keys() != SETTINGS.get(found.get("stage"), {}).keys() | beside:
             raise ValueError("its settings are those of another version")
     except Exception as error:  # torch.load raises a dozen kinds

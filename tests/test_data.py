@@ -1,6 +1,10 @@
 """Rooms against their own geometry, captures against numbers worked out by hand, and the sampler's bounds."""
 
+import io
 import json
+import resource
+import shutil
+import struct
 import time
 import warnings
 
@@ -13,6 +17,8 @@ from PIL import Image
 
 import data
 from data import CLASSES, HITS, SPLITS, PosedFolder, Room, Rooms, Views, open_scenes, sample_views
+from model import Reconstruction, new_reconstructor
+from test_model import build, wall
 
 FIXTURES = ("floor", "wall", "ceiling", "door", "window", "picture", "rug", "light")
 
@@ -334,11 +340,11 @@ def test_what_is_at_a_point_stays_at_its_projection(tmp_path, height, width):
     rows, columns = pixels(photo_h, photo_w)
     dot = np.exp(-((columns - u) ** 2 + (rows - v) ** 2) / (2 * 4.0**2))
     folder = tmp_path / "scene"
-    for name in ("images", "depth", "masks"):
+    for name in ("images", "depth", "instance_segmentation"):
         (folder / name).mkdir(parents=True)
     Image.fromarray((255 * dot).astype(np.uint8)).convert("RGB").save(folder / "images/a.png")
     near = np.hypot(columns - u, rows - v) < 6
-    Image.fromarray(near.astype(np.uint8) * 7).save(folder / "masks/a.png")
+    Image.fromarray(near.astype(np.uint8) * 7).save(folder / "instance_segmentation/a.png")
     half = near.reshape(60, 2, 100, 2).any((1, 3))
     Image.fromarray(np.where(half, round(-z * 1000), 0).astype(np.uint16)).save(folder / "depth/a.png")
     pose = np.eye(4)
@@ -373,6 +379,7 @@ def test_frames_come_in_natural_order_without_bad_and_missing_ones(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scene = PosedFolder(folder)
+        assert len(scene) == 9
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "2 frames marked is_bad" in message and "1 without" in message and str(folder) in message
@@ -382,7 +389,7 @@ def test_frames_come_in_natural_order_without_bad_and_missing_ones(tmp_path):
 def test_images_are_found_where_other_tools_put_them(tmp_path):
     inner = tmp_path / "scan" / "dslr" / "nerfstudio"  # ScanNet++
     write_capture(inner, 3, change=lambda i, f: f | {"file_path": f["file_path"].split("/")[-1]})
-    (inner / "images").rename(inner.parent / "resized_images")
+    (inner / "images").rename(inner.parent / "rgb")
     (scene,) = open_scenes(tmp_path / "scan")
     assert scene.name == "scan" and [shade_of(scene, i) for i in range(3)] == [0, 1, 2]
     blender = write_capture(tmp_path / "lego", 3, change=lambda i, f: f | {"file_path": "./" + f["file_path"][:-4]})
@@ -399,17 +406,18 @@ def test_scenes_are_found_in_folders(tmp_path):
         assert [s.name for s in open_scenes(tmp_path / below)] == ["a", "b"]
     assert [s.name for s in open_scenes(tmp_path / "plain" / "b")] == ["b"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: found no transforms.json or transforms_train.json .*scenes"):
+    with pytest.raises(ValueError, match=r"empty: found no transforms.json .*scenes"):
         open_scenes(tmp_path / "empty")
     with pytest.raises(ValueError, match="nothing: no such folder"):
         open_scenes(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("folder, name", [("masks", "{}.png"), ("instance_segmentation", "{}.jpg.png")])
+@pytest.mark.parametrize("name", ["{}.png", "{}.jpg.png"])
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
-def test_masks_keep_their_ids(tmp_path, folder, name, mode):
+def test_segments_keep_their_ids(tmp_path, name, mode):
     scene = write_capture(tmp_path / "a", 2, names="images/{:04d}.jpg")
-    (scene / folder).mkdir()
+    folder = scene / "instance_segmentation"
+    folder.mkdir()
     ids = np.zeros((30, 40), np.uint16 if mode == "I;16" else np.uint8)
     ids[:, 20:] = 3001 if mode == "I;16" else 201
     for i in range(2):
@@ -417,14 +425,17 @@ def test_masks_keep_their_ids(tmp_path, folder, name, mode):
         if mode == "P":  # colours that no id can be read from
             mask.putpalette([5, 5, 5] * 256)
         assert mask.mode == mode
-        mask.save(scene / folder / name.format(f"{i:04d}"))
+        mask.save(folder / name.format(f"{i:04d}"))
     opened = PosedFolder(scene)
     assert opened.has_masks
-    assert torch.equal(opened.frame(1, 30, 40)["masks"], torch.from_numpy(ids.astype(np.int64) + 1))
-    (scene / folder / name.format("0001")).unlink()
+    frame = opened.frame(1, 30, 40)
+    assert torch.equal(frame["masks"], torch.from_numpy(ids.astype(np.int64) + 1))
+    assert frame["valid"].all()
+    (folder / name.format("0001")).unlink()
+    opened = PosedFolder(scene)
     with pytest.warns(UserWarning, match="only 1 of 2 frames have a segment mask"):
-        opened = PosedFolder(scene)
-    assert not opened.has_masks and not opened.frame(0, 30, 40)["masks"].any()
+        assert not opened.has_masks
+    assert not opened.frame(0, 30, 40)["masks"].any()
 
 
 def test_depth_is_in_metres_and_unknown_is_zero(tmp_path):
@@ -445,20 +456,10 @@ def test_depth_is_in_metres_and_unknown_is_zero(tmp_path):
     assert np.allclose(PosedFolder(folder).frame(1, 30, 40)["depths"], metres)
     del about["frames"][0]["depth_file_path"]
     (folder / "transforms.json").write_text(json.dumps(about))
+    scene = PosedFolder(folder)
     with pytest.warns(UserWarning, match="only 1 of 2 frames have depth"):
-        scene = PosedFolder(folder)
-    assert not scene.has_depth and "depths" not in scene.frame(1, 30, 40)
-
-
-@pytest.mark.parametrize(
-    "extra, named", [({"k2": 0.1, "p1": 0.01}, "k2, p1"), ({"camera_model": "OPENCV_FISHEYE"}, "FISHEYE")]
-)
-def test_distortion_is_named_in_a_warning(tmp_path, extra, named):
-    with pytest.warns(UserWarning, match=named):
-        PosedFolder(write_capture(tmp_path / "a", top={"fl_x": 50} | extra))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        PosedFolder(write_capture(tmp_path / "b", top={"fl_x": 50, "k1": 0.0, "camera_model": "OPENCV"}))
+        assert not scene.has_depth
+    assert "depths" not in scene.frame(1, 30, 40)
 
 
 def matrix(value, row=0, column=0):
@@ -483,9 +484,12 @@ BROKEN = {  # what to do to a good capture, and what the message must name
     "NaN": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(np.nan, 1, 3)), "0001.png.*finite"),
     "scaled": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(2.0)), "0001.png is not rigid"),
     "mirrored": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(-1.0)), "0001.png is not rigid"),
-    "no focal length": (lambda f, j: j.pop("fl_x"), "transforms.json: no focal length.*fl_x or camera_angle_x"),
+    "no focal length": (
+        lambda f, j: j.pop("fl_x"),
+        "transforms.json.*no focal length.*fl_x or camera_angle_x",
+    ),
     "focal length 0": (lambda f, j: j.update(fl_x=0), "transforms.json.*focal length"),
-    "a word for cx": (lambda f, j: j.update(cx="middle"), "transforms.json: cx .*'middle'"),
+    "a word for cx": (lambda f, j: j.update(cx="middle"), "transforms.json.*cx .*'middle'"),
     "depth unit a word": (
         lambda f, j: j.update(depth_unit_scale_factor="mm"),
         "transforms.json.*depth_unit_scale_factor.*'mm'",
@@ -501,11 +505,43 @@ BROKEN = {  # what to do to a good capture, and what the message must name
     "depth of objects": (lambda f, j: np.save(f / "1.npy", np.array([{}])), "1.npy"),
     "depth with channels": (lambda f, j: np.save(f / "1.npy", np.ones((30, 40, 3))), "1.npy"),
     "depth of another shape": (lambda f, j: np.save(f / "1.npy", np.ones((40, 40))), "1.npy.*40 x 40.*40 x 30"),
-    "mask in colour": (lambda f, j: Image.new("RGB", (40, 30)).save(f / "masks/0001.png"), "masks/0001.png.*channels"),
+    "mask in colour": (
+        lambda f, j: Image.new("RGB", (40, 30)).save(f / "masks/0001.png"),
+        "masks/0001.png.*channels",
+    ),
     "mask of another shape": (
         lambda f, j: Image.new("L", (40, 10)).save(f / "masks/0001.png"),
         "masks/0001.png.*40 x 10",
     ),
+    "mask of segments": (
+        lambda f, j: Image.new("L", (40, 30), 3).save(f / "masks/0001.png"),
+        "masks/0001.png: a validity mask holds 0 and 255, not 3; .*instance_segmentation",
+    ),
+    "mask path a number": (
+        lambda f, j: j["frames"][1].update(mask_path=3),
+        "transforms.json.*mask_path is 3",
+    ),
+    "unknown lens": (
+        lambda f, j: j.update(camera_model="FOV"),
+        "transforms.json.*camera model FOV is none of SIMPLE_PINHOLE",
+    ),
+    "a pinhole that bends": (
+        lambda f, j: j.update(camera_model="PINHOLE", k1=0.1),
+        "transforms.json.*camera model PINHOLE has no k1",
+    ),
+    "a lens beyond reason": (
+        lambda f, j: j.update(camera_model="OPENCV", k1=-900.0),
+        "transforms.json: the camera of 0001.png.*leaves nothing of a photo of 40 x 30",
+    ),
+    "photo across": (
+        lambda f, j: Image.new("RGB", (30, 40)).save(f / "images/0001.png"),
+        "0001.png: .*it is 30 x 40 where 40 x 30 is expected",
+    ),
+    "photo of floats": (
+        lambda f, j: Image.new("F", (40, 30)).save(f / "images/0001.png", format="TIFF"),
+        "0001.png: .*floating point",
+    ),
+    "test frames a number": (lambda f, j: j.update(test_frames=3), "transforms.json"),
 }
 
 
@@ -516,7 +552,7 @@ def test_bad_captures_get_one_sentence_that_names_the_file(tmp_path, what):
     for i in range(2):
         np.save(folder / f"{i}.npy", np.ones((30, 40), np.float32))
         Image.new("L", (40, 30)).save(folder / f"masks/{i:04d}.png")
-    PosedFolder(folder).frame(1, 20, 20)  # good before
+    assert not PosedFolder(folder).frame(1, 20, 20)["valid"].any()  # good before, and read
     about = json.loads((folder / "transforms.json").read_text())
     change, named = BROKEN[what]
     original = (folder / "transforms.json").read_text()
@@ -528,6 +564,559 @@ def test_bad_captures_get_one_sentence_that_names_the_file(tmp_path, what):
         PosedFolder(folder).frame(1, 20, 20)
     message = str(error.value)
     assert str(tmp_path) in message and "\n" not in message and len(message) < 400
+
+
+# --------------------------------------------------------------------------------------------------
+# Lenses
+
+LENSES = {
+    "SIMPLE_RADIAL": dict(k1=-0.18),
+    "RADIAL": dict(k1=0.12, k2=-0.05),
+    "OPENCV": dict(k1=-0.2, k2=0.06, p1=0.006, p2=-0.008),
+    "OPENCV with k3": dict(k1=0.05, k3=-0.02),
+    "OPENCV_FISHEYE": dict(k1=0.03, k2=-0.008, k3=0.002, k4=-0.0005),
+}
+LINES = (-0.6, -0.25, 0.1, 0.45)  # x, or y, of straight lines, at z = 1
+
+
+def bend(name, x, y):
+    """OpenCV's documentation, written out: from normalised coordinates to those on the photo."""
+    k1, k2, k3, k4, p1, p2 = (LENSES[name].get(k, 0.0) for k in data.DISTORTION)
+    r = np.hypot(x, y)
+    if "FISHEYE" in name:
+        t = np.arctan(r)
+        d = t * (1 + k1 * t**2 + k2 * t**4 + k3 * t**6 + k4 * t**8)
+        return x * d / r, y * d / r
+    radial = 1 + k1 * r**2 + k2 * r**4 + k3 * r**6
+    return (x * radial + 2 * p1 * x * y + p2 * (r**2 + 2 * x**2),
+            y * radial + p1 * (r**2 + 2 * y**2) + 2 * p2 * x * y)  # fmt: skip
+
+
+def straighten(name, bent_x, bent_y):
+    """What `bend` bends to these, by Newton's method with differences."""
+    x, y, h = bent_x.copy(), bent_y.copy(), 1e-6
+    if "FISHEYE" in name:  # an equidistant lens is a better start
+        r = np.hypot(x, y)
+        x, y = x / r * np.tan(r), y / r * np.tan(r)
+    for _ in range(12):
+        ex, ey = (b - w for b, w in zip(bend(name, x, y), (bent_x, bent_y)))
+        (ax, ay), (bx, by) = bend(name, x + h, y), bend(name, x, y + h)
+        a, c, b, d = ((v - w - e) / h for v, w, e in (
+            (ax, bent_x, ex), (ay, bent_y, ey), (bx, bent_x, ex), (by, bent_y, ey)))  # fmt: skip
+        x, y = x - (d * ex - b * ey) / (a * d - b * c), y - (a * ey - c * ex) / (a * d - b * c)
+    return x, y
+
+
+def bent_capture(folder, name, w=320, h=240, f=190.0, cx=166.0, cy=117.0):
+    """Lines upright in red and level in green, seen through a lens; depth is 3 + x at z = 1."""
+    for inner in ("images", "depth", "instance_segmentation"):
+        (folder / inner).mkdir(parents=True)
+    rows, columns = pixels(h, w)
+    x, y = straighten(name, (columns - cx) / f, (rows - cy) / f)
+    width = 2.0 / f
+    lines = [sum(np.exp(-(((v - c) / width) ** 2) / 2) for c in LINES) for v in (x, y)]
+    colours = np.stack([*lines, np.ones_like(x)], -1)
+    Image.fromarray((255 * colours.clip(0, 1)).astype(np.uint8)).save(folder / "images/a.png")
+    half = x.reshape(h // 2, 2, w // 2, 2).mean((1, 3))
+    Image.fromarray((1000 * (3 + half)).astype(np.uint16)).save(folder / "depth/a.png")
+    Image.fromarray((1 + (x > 0)).astype(np.uint8)).save(folder / "instance_segmentation/a.png")
+    camera = dict(fl_x=f, fl_y=f, cx=cx, cy=cy, w=w, h=h, camera_model=name.split()[0])
+    camera |= LENSES[name]
+    entry = dict(file_path="images/a.png", depth_file_path="depth/a.png", transform_matrix=EYE)
+    (folder / "transforms.json").write_text(json.dumps(camera | {"frames": [entry]}))
+    return PosedFolder(folder)
+
+
+@pytest.mark.parametrize("name", LENSES)
+@pytest.mark.parametrize("height, width", [(240, 320), (120, 120)])
+def test_straight_lines_are_straight(tmp_path, name, height, width):
+    """Through each lens to 0.1 pixels, where the intrinsics say; nothing beside the photo shows."""
+    frame = bent_capture(tmp_path / "a", name).frame(0, height, width)
+    K, images = frame["Ks"].double().numpy(), frame["images"].double().numpy()
+    rows, columns = pixels(height, width)
+    seen = 0
+    for channel, axis, places in ((0, 0, columns), (1, 1, rows)):
+        for c in LINES:
+            line = K[axis, axis] * c + K[axis, 2]
+            if not 9 < line < (width, height)[axis] - 9:
+                continue
+            near = images[channel] * (np.abs(places - line) < 9)
+            centre = (near * places).sum(axis ^ 1) / near.sum(axis ^ 1)  # of every row, or column
+            assert np.abs(centre - line)[2:-2].max() < 0.1
+            seen += 1
+    assert seen >= 5 and images[2].min() > 0.99
+    x = (columns - K[0, 2]) / K[0, 0]
+    assert np.abs(frame["depths"].numpy() - 3 - x).max() < 4 / 190
+    wrong = (frame["masks"].numpy() == 2) != (x > 0)
+    assert np.abs(x[wrong]).max(initial=0) < 2 / 190 and 0 < (x > 0).mean() < 1
+
+
+def test_a_lens_is_needed_for_that(tmp_path):
+    """The same photo with its lens taken for a pinhole bends the lines by pixels."""
+    scene = bent_capture(tmp_path / "a", "OPENCV")
+    about = json.loads(scene.file.read_text()) | {"camera_model": "PINHOLE"}
+    about = {k: v for k, v in about.items() if k[0] not in "kp"}
+    scene.file.write_text(json.dumps(about))
+    image = PosedFolder(tmp_path / "a").frame(0, 240, 320)["images"][0].double().numpy()
+    columns, line = pixels(240, 320)[1], 190 * 0.45 + 166
+    near = image * (np.abs(columns - line) < 9)
+    centre = (near * columns).sum(1) / near.sum(1)
+    assert np.abs(centre - line).max() > 2
+
+
+def test_what_no_lens_bends_is_scaled_as_ever(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = write_capture(tmp_path / "a", 1, top=dict(fl_x=50.0, k1=0.0, camera_model="OPENCV"))
+    photo = Image.fromarray(rng.integers(0, 255, (30, 40, 3)).astype(np.uint8))
+    photo.save(folder / "images/0000.png")
+    small = photo.resize((21, 21), Image.Resampling.BICUBIC, box=(5, 0, 35, 30))
+    expected = np.asarray(small, np.float32) / 255
+    frame = PosedFolder(folder).frame(0, 21, 21)
+    assert np.array_equal(frame["images"].permute(1, 2, 0).numpy(), expected)
+    assert frame["Ks"].tolist() == [[35, 0, 10.5], [0, 35, 10.5], [0, 0, 1]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Photos of all kinds
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("w, h", [(40, 30), (30, 40)])
+def test_photos_are_turned_where_the_cameras_size_says_so(tmp_path, orientation, w, h):
+    """Stored 40 x 30, red at its left. Orientation 6 is to be shown with that at its top."""
+    stored = np.zeros((30, 40, 3), np.uint8)
+    stored[:, :10, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    folder = write_capture(tmp_path / "a", 1, top=dict(fl_x=50.0, w=w, h=h))
+    Image.fromarray(stored).save(folder / "images/0000.png", exif=exif)
+    if (w, h) == (30, 40) and orientation < 5:
+        with pytest.raises(ValueError, match="0000.png: .*it is 40 x 30 where 30 x 40 is expected"):
+            PosedFolder(folder).frame(0, h, w)
+        return
+    red = PosedFolder(folder).frame(0, h, w)["images"][0].numpy()
+    sides = dict(left=red[:, :5], right=red[:, -5:], top=red[:5], bottom=red[-5:])
+    turned = {5: "top", 6: "top", 7: "bottom", 8: "bottom"}[orientation] if w == 30 else "left"
+    assert max(sides, key=lambda side: sides[side].mean()) == turned
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P with transparency", "RGBA", "CMYK",
+                                  "I;16", "I"])  # fmt: skip
+def test_photos_of_all_modes(tmp_path, mode):
+    grey = np.zeros((30, 40), np.uint8)
+    grey[:, 20:] = 200 if mode != "1" else 255
+    photo = Image.fromarray(grey)
+    suffix, options = "png", {}
+    if mode in ("I;16", "I"):
+        photo = Image.fromarray(grey.astype(np.uint16 if mode == "I;16" else np.int32) * 257)
+        suffix = "png" if mode == "I;16" else "tiff"
+    elif mode == "CMYK":
+        photo, suffix, options = photo.convert("RGB").convert("CMYK"), "jpg", dict(quality=100)
+    else:
+        photo = photo.convert(mode.split()[0])
+        options = dict(transparency=bytes([255] * 256)) if "with" in mode else {}
+    folder = write_capture(tmp_path / "a", 1, names="images/{:04d}." + suffix)
+    photo.save(folder / f"images/0000.{suffix}", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = PosedFolder(folder).frame(0, 30, 40)["images"]
+    assert np.abs(255 * image.numpy()[:, :, 2:18]).max() < 3
+    assert np.abs(255 * image.numpy()[:, :, 22:38] - grey.max()).max() < 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Layouts, in their exact names. Fisheye photos are dark, undistorted ones 100 brighter.
+
+FISHEYE = dict(fl_x=20.0, fl_y=20.0, cx=20.0, cy=15.0, w=40, h=30, k1=0.03, k2=0.0, k3=0.0, k4=0.0,
+               camera_model="OPENCV_FISHEYE")  # fmt: skip
+PINHOLE = FISHEYE | dict(fl_x=16.0, fl_y=16.0, k1=0.0, camera_model="PINHOLE")
+DSC = (1, 2, 3, 7, 8, 9, 10, 11, 12, 13, 14, 15)  # two are bad, of test_frames
+
+
+def scannetpp(root, scene="0a5c013435", photos=("resized_images",), files=("transforms.json",)):
+    """ROOT/data/SCENE/dslr/; masks leave the left of a fisheye photo, the right of others."""
+    dslr = root / "data" / scene / "dslr"
+    (dslr / "nerfstudio").mkdir(parents=True)
+    masks = {"resized_images": "resized_anon_masks", "undistorted_images": "undistorted_anon_masks",
+             "resized_undistorted_images": "resized_undistorted_masks"}  # fmt: skip
+    for folder in photos:
+        (dslr / folder).mkdir()
+        (dslr / masks[folder]).mkdir()
+        fisheye = folder == "resized_images"
+        for i in (*DSC, 90):
+            shade = 5 * i % 100 + 100 * (not fisheye)
+            Image.new("RGB", (40, 30), (shade,) * 3).save(dslr / folder / f"DSC{i:05d}.JPG")
+            mask = np.zeros((30, 40), np.uint8)
+            mask[:, slice(0, 20) if fisheye else slice(20, 40)] = 255
+            Image.fromarray(mask).save(dslr / masks[folder] / f"DSC{i:05d}.png")
+
+    def entry(i):
+        return dict(file_path=f"DSC{i:05d}.JPG", mask_path=f"DSC{i:05d}.png", is_bad=i == 3,
+                    transform_matrix=matrix(0.1 * i, 0, 3))  # fmt: skip
+
+    for file in files:
+        camera = PINHOLE if "undistorted" in file else FISHEYE
+        tests = [entry(90)]
+        # The toolbox lists the test frames among the others when it undistorts
+        frames = [entry(i) for i in DSC] + tests * ("undistorted" in file)
+        about = camera | dict(frames=frames, test_frames=tests)
+        (dslr / "nerfstudio" / file).write_text(json.dumps(about))
+    return dslr
+
+
+def quietly(function, *arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*arguments)
+
+
+@pytest.mark.parametrize("start", ["", "data", "data/0a5c013435", "data/0a5c013435/dslr"])
+def test_scannetpp_is_found_from_wherever_one_stands(tmp_path, start):
+    scannetpp(tmp_path)
+    (tmp_path / "splits").mkdir()
+    (scene,) = open_scenes(tmp_path / start)
+    assert scene.name == "0a5c013435"
+    with pytest.warns(UserWarning, match="1 frames marked is_bad and 0 without"):
+        assert scene.numbers.tolist() == [i for i in DSC if i != 3]
+
+
+@pytest.mark.parametrize("folder", [None, "resized_undistorted_images", "undistorted_images"])
+def test_scannetpp_pairs_photos_lens_and_masks(tmp_path, folder):
+    """With undistorted photos their file and masks; without, the fisheye is undistorted."""
+    photos = ("resized_images", folder) if folder else ("resized_images",)
+    scannetpp(tmp_path, photos=photos, files=("transforms.json", "transforms_undistorted.json"))
+    (scene,) = open_scenes(tmp_path)
+    frame = quietly(scene.frame, 0, 30, 40)
+    assert len(scene) == len(DSC) - 1  # neither the bad nor the test frame
+    assert round(255 * frame["images"].mean().item()) == (105 if folder else 5)
+    x = (np.arange(40) + 0.5 - frame["Ks"][0, 2].item()) / frame["Ks"][0, 0].item()
+    valid = frame["valid"].numpy()
+    if folder:
+        assert frame["Ks"][0, 0] == 16 and (valid == (x > 0)).all()
+    else:  # the photo's upper edge is at 15 / 20 of its angle's polynomial, and on the image's edge
+        angle = np.linspace(0, 1, 100_001)
+        edge = np.tan(np.interp(15 / 20, angle * (1 + 0.03 * angle**2), angle))
+        assert frame["Ks"][1, 1].item() == pytest.approx(15 / edge, rel=1e-3)
+        assert (valid == (x < 0)).all()
+
+
+@pytest.mark.parametrize(
+    "photos, files",
+    [
+        (("resized_images",), ("transforms_undistorted.json",)),
+        (("resized_undistorted_images",), ("transforms.json",)),
+        (("undistorted_images",), ("transforms.json",)),
+    ],
+)
+def test_scannetpps_lens_and_photos_are_not_mixed(tmp_path, photos, files):
+    dslr = scannetpp(tmp_path, photos=photos, files=files)
+    with pytest.raises(ValueError, match="none of its 12 frames.*11 have only .* not of its lens"):
+        len(open_scenes(tmp_path)[0])
+    (dslr / "nerfstudio" / files[0]).rename(dslr / "nerfstudio" / "transforms_train.json")
+    with pytest.raises(ValueError, match="transforms_train.json.*not of its lens"):
+        len(open_scenes(tmp_path)[0])
+
+
+@pytest.mark.parametrize("beside", ["dslr/nerfstudio", "dslr", "."])
+def test_scannetpps_segments_are_found(tmp_path, beside):
+    folder = scannetpp(tmp_path).parent / beside / "instance_segmentation"
+    folder.mkdir()
+    for i in DSC:
+        Image.new("L", (40, 30), 40 + i).save(folder / f"DSC{i:05d}.JPG.png")
+    (scene,) = open_scenes(tmp_path)
+    assert quietly(lambda: scene.has_masks)
+    assert (scene.frame(3, 30, 40)["masks"] == 48).all()
+
+
+def test_splits_choose_scenes(tmp_path):
+    for scene in ("aa", "bb", "cc"):
+        scannetpp(tmp_path, scene)
+    split = tmp_path / "nvs_sem_train.txt"
+    split.write_text("cc\naa\n\n")
+    assert [s.name for s in open_scenes(tmp_path, split)] == ["aa", "cc"]
+    split.write_text("aa\ndd\n")
+    with pytest.warns(UserWarning, match="nvs_sem_train.txt: 1 of its 2 scenes are not in"):
+        assert [s.name for s in open_scenes(tmp_path, split)] == ["aa"]
+    split.write_text("dd\n")
+    with pytest.raises(ValueError, match="nvs_sem_train.txt: none of its 1 scenes is in"):
+        open_scenes(tmp_path, split)
+    with pytest.raises(ValueError, match="nothing.txt: not a text file"):
+        open_scenes(tmp_path, tmp_path / "nothing.txt")
+
+
+def test_fit3ds_layout(tmp_path):
+    """What its preprocessing moves: undistorted photos, their masks and their file."""
+    file = "transforms_undistorted.json"
+    dslr = scannetpp(tmp_path / "raw", photos=("undistorted_images",), files=(file,))
+    scene = tmp_path / "db" / "scenes" / "0a5c013435"
+    scene.mkdir(parents=True)
+    (dslr / "undistorted_images").rename(scene / "images")
+    (dslr / "undistorted_anon_masks").rename(scene / "masks")
+    (dslr / "nerfstudio" / file).rename(scene / "transforms_train.json")
+    (opened,) = open_scenes(tmp_path / "db")
+    frame = quietly(opened.frame, 1, 30, 40)
+    assert opened.name == "0a5c013435" and len(opened) == len(DSC) - 1 and not opened.has_masks
+    assert frame["Ks"][0].tolist() == [16, 0, 20]
+    assert round(255 * frame["images"].mean().item()) == 110
+    assert not frame["valid"][:, :20].any() and frame["valid"][:, 20:].all()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_a_validity_mask_leaves_out_has_no_depth(tmp_path, named):
+    def change(i, frame):
+        own = {"mask_path": f"hidden/{i}.png"} if named else {}
+        return frame | own | {"depth_file_path": "d.npy"}
+
+    folder = write_capture(tmp_path / "a", 2, change=change)
+    np.save(folder / "d.npy", np.full((30, 40), 2.0))
+    mask = np.full((30, 40), 255, np.uint8)
+    mask[:, :10] = 0
+    path = folder / ("hidden/1.png" if named else "masks/0001.png.png")
+    path.parent.mkdir()
+    Image.fromarray(mask).convert("1").save(path)  # one of the two frames has one
+    scene = PosedFolder(folder)
+    if named:
+        with pytest.warns(UserWarning, match="1 frames lack the mask of their mask_path"):
+            len(scene)
+    whole, masked = (scene.frame(i, 30, 40) for i in range(2))
+    assert whole["valid"].all() and (whole["depths"] == 2).all() and not scene.has_masks
+    assert torch.equal(masked["valid"], torch.from_numpy(mask > 0))
+    assert torch.equal(masked["depths"], 2.0 * masked["valid"])
+
+
+# Four cameras that COLMAP 4.2 made of real photos: its numbers, world to camera, and those of the
+# instant-ngp file of the same photos, camera to world in OpenGL's axes; one world each.
+COLMAP = {
+    "0001.jpg": (1, [0.72079, 0.056749, -0.689652, 0.04027, 2.570982, -0.765467, 3.332998],
+                 [[0.89264, 0.088, 0.44209, 3.16836], [0.44642, -0.03675, -0.89407, -5.47949],
+                  [-0.06243, 0.99544, -0.07209, -0.97917]]),
+    "0012.jpg": (9, [0.838903, 0.096696, -0.535603, -0.004524, 0.815399, -0.5593, 2.211287],
+                 [[0.65178, 0.03056, 0.75779, 4.93333], [0.75693, 0.03602, -0.6525, -3.67364],
+                  [-0.04723, 0.99888, 0.00034, -0.69265]]),
+    "0030.jpg": (19, [0.995409, 0.02878, -0.091215, 0.003532, -2.178764, -0.26559, 2.68055],
+                 [[-0.2294, 0.16718, 0.95887, 5.67396], [0.97107, -0.02781, 0.23717, 0.62566],
+                  [0.06632, 0.98553, -0.15596, -0.69716]]),
+    "0115.jpg": (50, [0.990779, -0.051521, -0.123371, -0.021965, -3.073569, -1.778545, 0.497611],
+                 [[-0.18636, 0.30028, 0.93547, 3.32134], [0.98235, 0.07227, 0.17251, 0.80299],
+                  [-0.0158, 0.95111, -0.30845, -1.89328]]),
+}  # fmt: skip
+OPENCV = [343.657687, 343.606116, 135, 240, 0.0544042, -0.0764641, -0.0011481, -0.0022049]
+POINTS = [((0.1, -0.2, 4.0), (1, 9)), ((0.4, 0.1, 6.0), (1, 9, 19)), ((0.0, 0.3, 9.0), (50,))]
+
+
+def colmap(root, kind="bin", sparse="sparse/0", photos="images"):
+    """What COLMAP writes, by its documentation; two 2D points with every image."""
+    (root / sparse).mkdir(parents=True)
+    (root / photos).mkdir()
+    images = list(COLMAP.items())[::-1]
+    for k, (name, _) in enumerate(images):
+        Image.new("RGB", (27, 48), (20 * k,) * 3).save(root / photos / name)
+    if kind == "bin":
+        cameras = struct.pack("<QiiQQ8d", 1, 1, 4, 270, 480, *OPENCV)
+        views, cloud = struct.pack("<Q", len(images)), struct.pack("<Q", len(POINTS))
+        for name, (number, pose, _) in images:
+            views += struct.pack("<i7di", number, *pose, 1) + name.encode() + b"\0"
+            views += struct.pack("<Q", 2) + struct.pack("<2dq", 1.5, 2.5, -1) * 2
+        for k, (xyz, track) in enumerate(POINTS):
+            cloud += struct.pack("<Q3d3BdQ", k, *xyz, 9, 8, 7, 0.5, len(track))
+            cloud += b"".join(struct.pack("<ii", number, 0) for number in track)
+    else:
+        say = lambda *values: " ".join(map(str, values)) + "\n"  # noqa: E731
+        cameras = "# Camera list\n" + say(1, "OPENCV", 270, 480, *OPENCV)
+        views = "# Image list\n"
+        for k, (name, (number, pose, _)) in enumerate(images):
+            views += say(number, *pose, 1, name) + say(*[1.5, 2.5, -1] * (k % 2))
+        cloud = "# 3D point list\n" + "".join(
+            say(k, *xyz, 9, 8, 7, 0.5, *(v for number in track for v in (number, 0)))
+            for k, (xyz, track) in enumerate(POINTS))  # fmt: skip
+    for name, content in (("cameras", cameras), ("images", views), ("points3D", cloud)):
+        content = content if kind == "bin" else content.encode()
+        (root / sparse / f"{name}.{kind}").write_bytes(content)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["bin", "txt"])
+@pytest.mark.parametrize("sparse, photos", [
+    ("sparse/0", "images"), ("sparse", "images_2"), ("colmap/sparse/0", "images_4"),
+])  # fmt: skip
+def test_colmap_gives_the_cameras_that_others_give(tmp_path, kind, sparse, photos):
+    """Moves are those of the same photos' transforms.json to 1 %, after a similarity."""
+    (scene,) = open_scenes(colmap(tmp_path / "fox", kind, sparse, photos))
+    assert scene.name == "fox" and not scene.has_depth
+    assert scene.numbers.tolist() == [1, 12, 30, 115]
+    frame = scene.frame(1, 480, 270)
+    assert round(255 * frame["images"].mean().item()) == 40  # of 0012.jpg, the third that is listed
+    flip = np.diag([1.0, -1, -1, 1])
+    theirs = [np.vstack([m, [0, 0, 0, 1]]) @ flip for _, _, m in COLMAP.values()]
+    ours = [scene.frame(i, 48, 27)["extrinsics"].double().numpy() for i in range(4)]
+    a, b = (np.array([p[:3, 3] for p in poses]) for poses in (theirs, ours))
+    a, b = a - a.mean(0), b - b.mean(0)
+    U, S, Vt = np.linalg.svd(a.T @ b)
+    turn = Vt.T @ np.diag([1, 1, np.linalg.det(Vt.T @ U.T)]) @ U.T
+    a = S.sum() / (a**2).sum() * a @ turn.T
+    for i in range(4):
+        for j in range(i):
+            move = b[i] - b[j]
+            assert np.linalg.norm(a[i] - a[j] - move) < 0.01 * np.linalg.norm(move)
+            m, n = (p[i][:3, :3].T @ p[j][:3, :3] for p in (ours, theirs))
+            assert np.degrees(np.arccos(np.clip((np.trace(m.T @ n) - 1) / 2, -1, 1))) < 0.6
+    # The photos are a tenth of the size, and bent
+    lens = data.lens_of(scene.shots[0].camera)
+    assert lens == (False, 0.0544042, -0.0764641, 0, 0, -0.0011481, -0.0022049)
+    assert frame["Ks"][0, 0].item() == pytest.approx(343.657687, rel=0.03)
+
+
+def test_colmaps_points_bound_the_depths(tmp_path):
+    (scene,) = open_scenes(colmap(tmp_path / "a"))
+    depths = scene.point_depths()
+    world = np.array([xyz for xyz, _ in POINTS])
+    for i, (number, pose, _) in enumerate(COLMAP.values()):
+        seen = [k for k, (_, track) in enumerate(POINTS) if number in track]
+        w, x, y, z = pose[:4]
+        forward = [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]  # row 3 of R
+        assert depths[i] == pytest.approx(world[seen] @ forward + pose[6], abs=1e-4)
+    views = Views([scene], 16, 16, min_gap=2, max_gap=40, target="any", length=1)
+    near, far = views.point_range()
+    poses = [shot.pose for shot in scene.shots]
+    ratios = []
+    for i, j in ((0, 1), (0, 2), (1, 2)):  # no others are 2 to 40 apart in their names' numbers
+        baseline = np.linalg.norm(poses[i][:3, 3] - poses[j][:3, 3])
+        ratios += [d / baseline for k in (i, j) for d in depths[k] if d > 0]
+    assert 0.8 * min(ratios) <= near <= min(ratios) and max(ratios) <= far <= 1.25 * max(ratios)
+    (tmp_path / "a/sparse/0/points3D.bin").unlink()
+    assert views.point_range() is None
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def other_camera(model):
+    return lambda f: (f / "cameras.bin").write_bytes(struct.pack("<QiiQQ", 1, 1, model, 270, 480))
+
+
+def many_images(f):
+    path = f / "images.bin"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+@pytest.mark.parametrize("change, message", [
+    (other_camera(6), "cameras.bin.*camera model FULL_OPENCV is none of"),
+    (other_camera(99), "cameras.bin.*camera model number 99 is none of"),
+    (lambda f: cut(f / "cameras.bin", 60), "cameras.bin: not COLMAP's cameras .unpack_from req"),
+    (lambda f: cut(f / "images.bin", 100), "images.bin: not COLMAP's images"),
+    (many_images, "images.bin: not COLMAP's images"),
+    (lambda f: (f / "images.bin").unlink(), "images.bin: not COLMAP's images .*No such file"),
+    (lambda f: shutil.rmtree(f.parent.parent / "images"), "images.bin.*none of its 4 photos is in"),
+    (lambda f: cut(f / "points3D.bin", 70), "points3D.bin: not COLMAP's points"),
+])  # fmt: skip
+def test_a_bad_reconstruction_is_named(tmp_path, change, message):
+    change(colmap(tmp_path / "a") / "sparse/0")
+    with pytest.raises(ValueError, match=message) as error:
+        open_scenes(tmp_path / "a")[0].point_depths()
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def realestate(root, parts=("train", "test"), frames=14):
+    """Two files of two scenes each; photo i of scene k has the grey value 10 i + k."""
+    for part in parts:
+        (root / part).mkdir(parents=True)
+        index = {}
+        for file in range(2):
+            scenes = []
+            for k in range(2):
+                cameras, images = np.zeros((frames, 18), np.float32), []
+                cameras[:, :4] = 0.5, 0.9, 0.5, 0.45
+                for i in range(frames):
+                    pose = np.eye(4)
+                    pose[:3, :3] = [[0.96, 0, 0.28], [0, 1, 0], [-0.28, 0, 0.96]]
+                    pose[:3, 3] = i, 2 * file + k, 0  # camera to world
+                    cameras[i, 6:] = np.linalg.inv(pose)[:3].reshape(-1)
+                    buffer = io.BytesIO()
+                    shade = 10 * i + 2 * file + k
+                    Image.new("RGB", (64, 36), (shade,) * 3).save(buffer, "JPEG", quality=100)
+                    images.append(torch.tensor(list(buffer.getvalue()), dtype=torch.uint8))
+                key = f"{part}{file}{k}"
+                index[key] = f"{file:06d}.torch"
+                scenes.append(dict(key=key, url="", timestamps=torch.arange(frames) * 33367,
+                                   cameras=torch.from_numpy(cameras), images=images))  # fmt: skip
+            torch.save(scenes, root / part / f"{file:06d}.torch")
+        (root / part / "index.json").write_text(json.dumps(index))
+    return root
+
+
+def test_realestate10k(tmp_path):
+    root = realestate(tmp_path / "re10k")
+    scenes = open_scenes(root)
+    assert [s.name for s in scenes] == ["train00", "train01", "train10", "train11"]
+    assert [s.name for s in open_scenes(root / "test")][:1] == ["test00"]
+    frame = scenes[3].frame(5, 36, 64)
+    assert np.allclose(frame["Ks"], [[32, 0, 32], [0, 32.4, 16.2], [0, 0, 1]])
+    assert np.allclose(frame["extrinsics"][:3, 3], [5, 3, 0], atol=1e-5)
+    assert np.allclose(frame["extrinsics"][:3, :3], [[0.96, 0, 0.28], [0, 1, 0], [-0.28, 0, 0.96]])
+    assert round(255 * frame["images"].mean().item()) == 53 and "depths" not in frame
+    views = Views(scenes, 18, 32, length=6)
+    for sample in (views[i] for i in range(6)):
+        shade = 255 * sample["target"]["images"].mean().item()
+        number = int(sample["scene"][-2]) * 2 + int(sample["scene"][-1])
+        assert round(shade) == 10 * sample["frames"][-1] + number
+        assert "depths" not in sample["target"]
+    split = tmp_path / "split.txt"
+    split.write_text("train10\n")
+    assert [s.name for s in open_scenes(root, split)] == ["train10"]
+
+
+def test_a_short_scene_of_realestate10k_is_passed_over(tmp_path):
+    root = realestate(tmp_path, ("train",), frames=2)
+    with pytest.raises(ValueError, match="train.*: 2 context views and a target .* need 3 frames"):
+        Views(open_scenes(root), 18, 32, length=1)[0]
+
+
+def other_scene(f):
+    scene = {"key": "train00", "cameras": torch.ones(2, 18), "images": []}
+    torch.save([scene], f / "000000.torch")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda f: (f / "index.json").unlink(), "index.json: not the index of RealEstate10K's files"),
+    (lambda f: (f / "index.json").write_text("[1]"), "index.json: not the index"),
+    (lambda f: (f / "index.json").write_text("{}"), "index.json: .*it lists no scenes"),
+    (lambda f: (f / "index.json").write_text('{"other": "000000.torch"}'),
+     "000000.torch: .*scene other .no 'other'"),
+    (lambda f: (f / "000000.torch").unlink(), "000000.torch: not RealEstate10K's file of scenes"),
+    (lambda f: (f / "000000.torch").write_bytes(b"x"), "000000.torch: not RealEstate10K's file"),
+    (other_scene, "000000.torch: not .* scene train00 .its cameras are .2, 18., its images 0"),
+])  # fmt: skip
+def test_a_bad_file_of_realestate10k_is_named(tmp_path, change, message):
+    change(realestate(tmp_path, ("train",)) / "train")
+    with pytest.raises(ValueError, match=message) as error:
+        open_scenes(tmp_path)[0].frame(0, 18, 32)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_a_thousand_scenes_open_at_once(tmp_path):
+    """1,000 scenes of 300 frames, files linked: 15 s of the processor and 1 GiB at most."""
+    dslr = scannetpp(tmp_path / "one")
+    about = json.loads((dslr / "nerfstudio/transforms.json").read_text())
+    (tmp_path / "photos").mkdir()
+    entries = []
+    for i in range(300):
+        entries.append(about["frames"][0] | {"file_path": f"DSC{i:05d}.JPG"})
+        (tmp_path / f"photos/DSC{i:05d}.JPG").hardlink_to(dslr / "resized_images/DSC00001.JPG")
+    (tmp_path / "all.json").write_text(json.dumps(about | {"frames": entries}, indent=4))
+    for k in range(1000):
+        folder = tmp_path / f"all/data/{k:010x}/dslr/nerfstudio"
+        folder.mkdir(parents=True)
+        (folder / "transforms.json").hardlink_to(tmp_path / "all.json")
+        (folder.parent / "resized_images").symlink_to(tmp_path / "photos")
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    scenes = open_scenes(tmp_path / "all")
+    sample = quietly(lambda: Views(scenes, 14, 14, length=1)[0])
+    spent = time.process_time() - started
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{spent:.1f} s, {more / 2**10:.0f} MiB")
+    assert len(scenes) == 1000 and len(scenes[999]) == 299 and len(sample["frames"]) == 3
+    assert spent < 15 and more < 2**20
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -610,6 +1199,119 @@ def test_short_captures(tmp_path):
         Views([two], 12, 16, length=1)
     with pytest.raises(ValueError, match="min_gap"):
         Views([five], 12, 16, min_gap=5, max_gap=3, length=1)
+
+
+def test_rooms_are_drawn_as_they_always_were():
+    """Golden: the random numbers are asked for in the same order, so that runs can be compared."""
+    drawn = [sample_views(120, np.random.default_rng([0, i])) for i in range(4)]
+    assert drawn == [([68, 80], 74), ([97, 107], 106), ([8, 20], 12), ([98, 108], 107)]
+    numbers = Room(0).numbers
+    drawn = [sample_views(numbers, np.random.default_rng([3, i]), 3, 4, 9) for i in range(4)]
+    assert drawn == [([9, 13, 17], 11), ([28, 32, 37], 34), ([2, 6, 11], 7), ([11, 13, 16], 12)]
+
+
+@given(st.sets(st.integers(0, 60), min_size=5, max_size=40), st.integers(2, 4),
+       st.sampled_from(["between", "any"]), st.integers(0, 999))  # fmt: skip
+def test_dropped_frames_bring_no_distant_ones_together(numbers, num_context, target, seed):
+    """Gaps are counted in numbers, whichever frames are there; else the largest gap is taken."""
+    numbers, least, most = sorted(numbers), 6, 9
+    others, rng = num_context - 2 + (target == "between"), np.random.default_rng(seed)
+    pairs = [(a, b) for i, a in enumerate(numbers) for b in numbers[i + 1 + others :]]
+    gaps = {b - a for a, b in pairs if b - a <= most}
+    if not gaps:
+        with pytest.raises(ValueError, match=f"there are {len(numbers)}, numbered"):
+            sample_views(numbers, rng, num_context, least, most, target)
+        return
+    context, shown = sample_views(numbers, rng, num_context, least, most, target)
+    gap = numbers[context[-1]] - numbers[context[0]]
+    assert gap in gaps and (gap >= least or gap == max(gaps))
+    assert len(set(context)) == num_context and context == sorted(context)
+    assert context[0] <= shown <= context[-1]
+    if target == "between":
+        assert shown not in context
+
+
+def test_any_target_may_be_a_context_view():
+    """As in the paper's code 2 of the 9 frames from the first to the last are context frames."""
+    rng = np.random.default_rng(0)
+    drawn = [sample_views(30, rng, 2, 8, 8, "any") for _ in range(900)]
+    assert {t - c[0] for c, t in drawn} == set(range(9))
+    assert 150 < sum(t in c for c, t in drawn) < 250
+    with pytest.raises(ValueError, match="the target is between the .* views or any, not 'all'"):
+        Views(Rooms("train"), 8, 8, target="all", length=1)
+
+
+def test_views_are_drawn_along_the_numbers_of_the_names(tmp_path):
+    """DSC 1 to 3 and 7 to 15: never 3 with 7 to 11 as if they were neighbours."""
+    scannetpp(tmp_path)
+    views = quietly(lambda: Views(open_scenes(tmp_path), 14, 21, min_gap=4, max_gap=5, length=60))
+    numbers = views.scenes[0].numbers
+    seen = set()
+    for i in range(60):
+        _, context, target = views._draw(np.random.default_rng([0, i]))
+        seen.add(tuple(numbers[context].tolist()))
+        assert numbers[context[0]] < numbers[target] < numbers[context[1]]
+    assert {b - a for a, b in seen} == {4, 5} and (2, 7) not in seen and (7, 11) in seen
+    sample = views[0]
+    assert sample["context"]["valid"].dtype == torch.bool and not sample["context"]["valid"].all()
+
+
+def test_numbers_that_do_not_rise_are_not_counted(tmp_path):
+    def numbers(*names):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        (folder / "images").mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (4, 3)).save(folder / "images" / name)
+        frames = [dict(file_path=f"images/{name}", transform_matrix=EYE) for name in names]
+        (folder / "transforms.json").write_text(json.dumps(dict(fl_x=4.0, frames=frames)))
+        return PosedFolder(folder).numbers.tolist()
+
+    assert numbers("frame_2.png", "frame_10.png", "frame_11.png") == [2, 10, 11]
+    assert numbers("a_1_007.png", "a_1_009.png") == [7, 9]
+    assert numbers("a.png", "b_7.png", "c_9.png") == [0, 1, 2]
+    assert numbers("cam1_5.png", "cam2_4.png") == [0, 1]
+
+
+def test_a_scene_without_enough_frames_is_left_out(tmp_path):
+    two, many = (PosedFolder(write_capture(tmp_path / str(n), n)) for n in (2, 14))
+    with pytest.warns(UserWarning, match="2: .* need 3 frames .*1 of 2 scenes are left out"):
+        views = Views([two, many], 12, 16, length=9)
+    assert {views[i]["scene"] for i in range(9)} == {"14"}
+
+
+@pytest.mark.parametrize("side", ["context", "target"])
+def test_masked_pixels_carry_no_gaussian_and_no_loss(side):
+    """The method on a painted wall, half of it masked out."""
+    batch = wall()
+    shape = batch[side]["images"].shape
+    valid = (torch.arange(shape[-1]) >= shape[-1] // 2).expand(*shape[:-3], *shape[-2:])
+    hidden = {**batch, side: batch[side] | {"valid": valid}}
+    method = build().eval()
+    whole, drawn = (method(b)[2] for b in (batch, hidden))
+    assert not whole["holes"].any()
+    if side == "context":
+        opacities = drawn["gaussians"].opacities.view_as(valid)
+        assert (opacities[valid] == 1).all() and (opacities[~valid] == 0).all()
+    else:
+        columns = drawn["holes"].shape[-1]
+        assert drawn["holes"][..., : columns // 2].all()
+        assert not drawn["holes"][..., columns // 2 + 1 :].any()
+        assert torch.equal(drawn["gaussians"].opacities, whole["gaussians"].opacities)
+
+
+def test_masked_pixels_are_no_error_of_a_rendering():
+    """A reconstructor's loss is of valid pixels, whatever is painted over the others."""
+    batch = wall(H=64, W=96)
+    network = Reconstruction(new_reconstructor(), 3.0, 50.0, 0.0)
+    valid = (torch.arange(96) >= 40).expand(1, 64, 96)
+    painted = torch.where(valid[:, None], batch["target"]["images"], 1.0)
+    with torch.no_grad():
+        photo = network(batch)[2]["photo"]
+        targets = [batch["target"] | {"images": images, "valid": valid}
+                   for images in (batch["target"]["images"], painted)]  # fmt: skip
+        losses = [float(network({**batch, "target": target})[0]) for target in targets]
+    error = (photo - batch["target"]["images"]).square().mean(1)[valid].mean()
+    assert losses[0] == losses[1] == pytest.approx(float(error), rel=1e-4)
 
 
 # --------------------------------------------------------------------------- single photos and crops

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import model as M
 import train
+from test_data import colmap
 from test_reconstructor import save_small
 
 SMALL = (
@@ -391,6 +392,33 @@ def test_trains_on_a_capture_and_resumes_from_elsewhere(tmp_path, monkeypatch, c
     assert len(metrics("demo-1")) == 6
 
 
+def test_the_points_of_a_reconstruction_say_near_and_far(tmp_path, capsys):
+    """Where neither flag was given; what they say is kept, and typed to run it again."""
+    colmap(tmp_path / "scan")
+    flags = "--data scan --preset demo --geometry shipped --height 48 --width 32 --steps 1".split()
+    flags = [*SMALL, *flags, "--min-gap", "2", "--max-gap", "40", "--target", "any"]
+    settings = train.parse_settings(flags)
+    views, _ = train.load_views(settings)
+    near, far = views.point_range()
+    assert settings["near"] == pytest.approx(near, rel=0.005) != 3
+    assert settings["far"] == pytest.approx(far, rel=0.005) != 50
+    assert f"--near {settings['near']} --far {settings['far']}" in train.command(settings)
+    assert f"by its points, --near {settings['near']:g}" in capsys.readouterr().out
+    settings = train.parse_settings([*flags, "--far", "20"])
+    train.load_views(settings)
+    assert (settings["near"], settings["far"]) == (3, 20)
+
+
+def test_a_split_chooses_what_is_trained_on(tmp_path):
+    for name in ("one", "two"):
+        capture(tmp_path / "scans" / name)
+    (tmp_path / "split.txt").write_text("two\n")
+    flags = [*SMALL, "--data", "scans", "--preset", "demo", "--split", "split.txt", "--steps", "1"]
+    settings = train.parse_settings(flags)
+    assert [scene.name for scene in train.load_views(settings)[0].scenes] == ["two"]
+    assert settings["split"] == str(tmp_path / "split.txt")  # to resume from anywhere
+
+
 def test_capture_without_depth_is_refused_before_anything_is_written(tmp_path):
     capture(tmp_path / "scan", depth=False)
     with pytest.raises(
@@ -462,6 +490,8 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
         (["--geometry", "shipped"], "--height 42 does not fit: multiples of 16 do; 32 and 48 do"),
         (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width 15 does not fit: .* 16 is the least"),
         (["--data", "nowhere"], "nowhere"),
+        (["--target", "all"], "the target is between the context views or any, not 'all'"),
+        (["--split", "scenes.txt"], "--split lists scenes of --data, which is not given"),
         (["--resume", "nowhere"], "nowhere/checkpoint.pt: no such file; --resume takes the folder of a run"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
     ],
