@@ -601,30 +601,38 @@ class DINOHead(nn.Module):
 # ----------------------------------------------------------------------------- segments
 
 
-def upsample_weights(masks, h, w, strict=False):
+def upsample_weights(masks, h, w, strict=False, centred=False):
     """Where each pixel's feature comes from on an h x w grid: four cells and their weights.
 
-    Bilinear with aligned corners, but a cell counts only for the pixels of its own segment: the one that the mask
-    shows at the cell's corner-aligned position. The weights of the cells that count are made to sum to one. Where none
-    counts, plain bilinear; with strict=True, zero, as in the public code.
+    Bilinear, but a cell counts only for the pixels of its own segment: the one that the mask shows where the cell is.
+    The weights of the cells that count are made to sum to one. Where none counts, plain bilinear; with strict=True,
+    zero, as in the public code.
 
     Args:
         masks: [B, H, W] segment ids.
+        centred: a cell is at the centre of its patch, where it is. False: the corner cells are at the corner pixels, as
+            in the public code, which moves features outwards, by half a patch at the border.
     Returns:
         indices [B, H, W, 4] into the B*h*w cells, and weights [B, H, W, 4] float32.
     """
     B, H, W = masks.shape
     device = masks.device
-    rows = torch.linspace(0, H - 1, h, device=device).round().long()
-    columns = torch.linspace(0, W - 1, w, device=device).round().long()
+
+    def positions(size, pixels):  # along one axis: of cells in pixels, of pixels in cells
+        if centred:
+            at, back = ((torch.arange(n, device=device) + 0.5) * m / n - 0.5 for n, m in ((size, pixels), (pixels, size)))
+            return at.round().long(), back.clamp(0, size - 1)
+        at = torch.linspace(0, pixels - 1, size, device=device).round().long()
+        return at, torch.linspace(0, size - 1, pixels, device=device)
+
+    (rows, y), (columns, x) = positions(h, H), positions(w, W)
     cell_ids = masks[:, rows][:, :, columns].reshape(-1)  # (B*h*w,)
 
-    def neighbours(size, pixels):  # along one axis: two cells [pixels, 2] and their weights
-        x = torch.linspace(0, size - 1, pixels, device=device)
+    def neighbours(x, size):  # along one axis: two cells [pixels, 2] and their weights
         low = x.floor().long().clamp(max=size - 1)
         return torch.stack([low, (low + 1).clamp(max=size - 1)], -1), torch.stack([1 - (x - low), x - low], -1)
 
-    (y, wy), (x, wx) = neighbours(h, H), neighbours(w, W)
+    (y, wy), (x, wx) = neighbours(y, h), neighbours(x, w)
     cells = (y[:, None, :, None] * w + x[None, :, None, :]).reshape(H, W, 4)
     indices = cells + h * w * torch.arange(B, device=device).view(B, 1, 1, 1)  # (B, H, W, 4)
     plain = (wy[:, None, :, None] * wx[None, :, None, :]).reshape(H, W, 4)
@@ -634,7 +642,7 @@ def upsample_weights(masks, h, w, strict=False):
     return indices, torch.where(found, weights / total.clamp(min=1e-6), torch.zeros_like(plain) if strict else plain)
 
 
-def upsample_features(features, masks, strict=False):
+def upsample_features(features, masks, strict=False, centred=False):
     """Features [B, C, h, w] at the size of masks [B, H, W], without mixing segments. Returns [B, C, H, W].
 
     Mask-aware bilinear upsampling (paper, section 3): see `upsample_weights`. Unlike the public code, a pixel none of
@@ -646,7 +654,7 @@ def upsample_features(features, masks, strict=False):
         raise ValueError(
             f"masks must be [{B}, H, W] to go with features {list(features.shape)}, not {list(masks.shape)}"
         )
-    indices, weights = upsample_weights(masks, h, w, strict)
+    indices, weights = upsample_weights(masks, h, w, strict, centred)
     table = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
     out = F.embedding_bag(  # a weighted sum of four rows per pixel, never holding the four
         indices.reshape(-1, 4), table, per_sample_weights=weights.reshape(-1, 4).to(table.dtype), mode="sum"
@@ -654,14 +662,14 @@ def upsample_features(features, masks, strict=False):
     return out.view(*masks.shape, C).permute(0, 3, 1, 2)
 
 
-def lift_features(tokens, masks, V, factored):
+def lift_features(tokens, masks, V, factored, centred=False):
     """The features of the Gaussians of V views per scene, for `rasterize`: tokens [B*V, C, h, w] upsampled to masks
     [B*V, H, W], as [B, V*H*W, C] or, factored, as a Mixture of the tokens, which holds the same in far less memory and,
     without tensor cores, four times the work."""
     BV, C, h, w = tokens.shape
     if not factored:
-        return upsample_features(tokens, masks).permute(0, 2, 3, 1).reshape(BV // V, -1, C)
-    indices, weights = upsample_weights(masks, h, w)  # into all tokens; a Mixture counts each scene's from 0
+        return upsample_features(tokens, masks, False, centred).permute(0, 2, 3, 1).reshape(BV // V, -1, C)
+    indices, weights = upsample_weights(masks, h, w, False, centred)  # into all tokens; a Mixture counts each scene's from 0
     scenes = V * h * w * torch.arange(BV // V, device=tokens.device)[:, None, None]
     table = tokens.permute(0, 2, 3, 1).reshape(BV // V, V * h * w, C)
     return Mixture(table, indices.view(BV // V, -1, 4) - scenes, weights.view(BV // V, -1, 4))
@@ -1457,7 +1465,8 @@ class SplatAndDistill(nn.Module):
         reconstruct: context views -> Gaussians (`SensorDepth`, `FeedForward`).
         prototypes, head_dim, bottleneck_dim: of the heads.
         lora_rank, lora_alpha, lora_dropout: of the student's LoRA.
-        upsampling: "mask-aware", or "bilinear" across segments.
+        upsampling: "mask-aware", as the paper's code; "bilinear" across segments; or "centred": mask-aware, with patch
+            tokens at the centres of their patches.
         blend: how much of its own a splatted feature keeps against its segment's mean; 1 is no blending.
         centring: momentum of the running mean that is taken off the teacher's logits (DINO); 1 keeps it at 0.
         teacher_temperature, student_temperature: that logits are divided by.
@@ -1478,7 +1487,7 @@ class SplatAndDistill(nn.Module):
         self.upsampling, self.blend, self.centring = upsampling, blend, centring
         self.teacher_temperature, self.student_temperature = teacher_temperature, student_temperature
         for name, value, known in (
-            ("upsampling", upsampling, ("mask-aware", "bilinear")),
+            ("upsampling", upsampling, ("mask-aware", "bilinear", "centred")),
             ("loss", loss, ("prototypes", "contrastive", "both")),
             ("targets", targets, ("splatted", "own")),
         ):
@@ -1517,7 +1526,8 @@ class SplatAndDistill(nn.Module):
         masks = context["masks"].flatten(0, 1)
         if self.upsampling == "bilinear":
             masks = torch.zeros_like(masks)  # one segment
-        features = lift_features(tokens, masks, V, factored=tokens.is_cuda or self.training)
+        factored, centred = tokens.is_cuda or self.training, self.upsampling == "centred"
+        features = lift_features(tokens, masks, V, factored, centred)
         # 5. Splat into the target camera; in training only what the next two steps read
         blends = self.blend < 1 and bool(has_masks.any())
         h, w = tokens.shape[-2:]

@@ -81,7 +81,8 @@ SETTINGS = {
         "prototypes": (1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU"),
         "head_dim": (512, 2048, "hidden width of the heads"),
         "bottleneck_dim": (128, 256, "width before the prototypes"),
-        "upsampling": ("mask-aware", "mask-aware", "of the teacher's features to pixels, or bilinear across segments"),
+        "upsampling": ("centred", "mask-aware", "of the teacher's features to pixels; mask-aware puts them where the "
+                       "paper's code does, centred where their patches are; or bilinear across segments"),
         "blend": (1.0, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
         "centring": (1.0, 1.0, "momentum of the mean that is taken off the teacher's logits; 1 keeps it 0: none"),
         "teacher_temperature": (0.1, 1.0, "that the teacher's logits are divided by"),

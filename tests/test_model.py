@@ -404,6 +404,20 @@ def test_splatted_features_land_where_the_target_sees_them():
     assert aligned["cosine_splatted"] > aligned["cosine_unwarped"] + 0.1
 
 
+def test_centred_upsampling_leaves_features_where_their_patches_are():
+    """Features that are their patch's place come back as their pixel's place; the paper's code moves them outwards."""
+    grid = torch.stack(torch.meshgrid(torch.arange(5) * 14 + 6.5, torch.arange(9) * 14 + 6.5, indexing="ij"))[None]
+    masks = torch.zeros(1, 70, 126, dtype=torch.long)
+    centred, public = (M.upsample_features(grid, masks, centred=c)[0] for c in (True, False))
+    place = torch.stack(torch.meshgrid(torch.arange(70.0), torch.arange(126.0), indexing="ij"))
+    inner = (slice(None), slice(7, -7), slice(7, -7))  # beyond the outermost centres the last feature goes on
+    torch.testing.assert_close(centred[inner], place[inner], rtol=1e-4, atol=1e-3)
+    assert (public - place)[:, 0, 0].tolist() == pytest.approx([6.5, 6.5])
+    masks[:, :, 60:] = 1
+    apart = M.upsample_features(grid, masks, centred=True)[0, 1]
+    assert apart[:, :60].max() < 60 and apart[:, 60:].min() > 60
+
+
 @pytest.mark.parametrize("pixels,cells", [(70, 5), (576, 41), (880, 62), (97, 6), (17, 17), (16, 1)])
 def test_taps_are_bilinear_downsampling(pixels, cells):
     row = torch.randn(1, 1, 1, pixels)
@@ -666,7 +680,7 @@ def test_bilinear_upsampling_ignores_segments():
     whole = {**batch, "context": batch["context"] | {"masks": torch.zeros_like(batch["context"]["masks"])}}
     a, b, c = (m(x)[2]["splatted"] for m, x in ((aware, batch), (plain, batch), (aware, whole)))
     assert torch.equal(b, c) and not torch.allclose(a, b)
-    with pytest.raises(ValueError, match="upsampling is mask-aware or bilinear, not 'nearest'"):
+    with pytest.raises(ValueError, match="upsampling is mask-aware or bilinear or centred, not 'nearest'"):
         build(upsampling="nearest")
 
 
