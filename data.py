@@ -25,6 +25,7 @@ import functools
 import itertools
 import json
 import re
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -1134,21 +1135,42 @@ def look(image, framing):
     return {"images": torch.stack(images), "places": torch.tensor(places)}
 
 
-def join(windows, places):
-    """Windows [n, ..., P, Q] at their places (see `Labelled`) in the whole: the mean of all. [..., H, W]"""
+def join(windows, places, size):
+    """Windows [n, ..., P, Q] at their places (see `Labelled`) in the whole, the mean of all; then
+    at the size (H, W). [..., H, W]"""
     places = places.tolist()
     H, W = (max(p[k] + p[k + 2] for p in places) for k in (0, 1))
     total, count = windows.new_zeros(*windows.shape[1:-2], H, W), windows.new_zeros(H, W)
     for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places):
         window = window.flip(-1) if mirrored else window
         y, x = (P - height) // 2, (Q - width) // 2
-        total[..., top : top + height, left : left + width] += window[..., y : y + height, x : x + width]
-        count[top : top + height, left : left + width] += 1
-    return total / count
+        here = (..., slice(top, top + height), slice(left, left + width))
+        total[here] += window[..., y : y + height, x : x + width]
+        count[here] += 1
+    return resized(total / count, size)
+
+
+def resized(x, size, mode="bilinear"):
+    """x [..., H, W] at another size."""
+    if x.shape[-2:] == tuple(size):
+        return x
+    flat = x.reshape(1, -1, *x.shape[-2:]).float()
+    out = torch.nn.functional.interpolate(flat, tuple(size), mode=mode)
+    return out.view(*x.shape[:-2], *size).to(x.dtype)
+
+
+def small(tensor):
+    """A tensor in two bytes a number: half precision, or whole numbers."""
+    return tensor.half() if tensor.is_floating_point() else tensor.to(torch.int16)
+
+
+def full(tensor):
+    """The tensor that `small` made small, at the precision that losses want."""
+    return tensor.float() if tensor.is_floating_point() else tensor.long()
 
 
 class Shelf:
-    """Tensors of two bytes a number in a file, a few per frame, of any shape: shelf[i] is a list.
+    """Tensors in a file, a few per frame, of any shape, two bytes a number: shelf[i] is a list.
 
     What is read is mapped for as long as it is copied, so that the mapped file never counts as the
     process's memory. Raises ValueError where the disk is full.
@@ -1159,22 +1181,28 @@ class Shelf:
 
     def append(self, *tensors):
         self.records.append([])
-        for tensor in tensors:
-            self.records[-1].append((self.end, tuple(tensor.shape), tensor.numpy().dtype))
-            try:
-                self.file.write(tensor.contiguous().numpy())
-            except OSError as error:
-                raise ValueError(f"{self.file.name}: cannot be written ({error.strerror})") from None
-            self.end += tensor.nbytes
+        for tensor in map(small, tensors):
+            array = tensor.contiguous().numpy()
+            self.records[-1].append((self.end, array.shape, array.dtype))
+            self.end += array.nbytes
+            rest = memoryview(array).cast("B")
+            while rest:  # a write may be cut short
+                try:
+                    rest = rest[self.file.write(rest) :]
+                except OSError as error:
+                    why = f"cannot be written ({error.strerror})"
+                    raise ValueError(f"{self.file.name}: {why}") from None
+
+    def shapes(self, i):
+        return [shape for _, shape, _ in self.records[i]]
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
-        return [
-            torch.from_numpy(np.array(np.memmap(self.file.name, dtype, "r", offset, shape)))
-            for offset, shape, dtype in self.records[i]
-        ]
+        maps = (np.memmap(self.file.name, dtype, "r", start, shape)
+                for start, shape, dtype in self.records[i])  # fmt: skip
+        return [full(torch.from_numpy(np.array(m))) for m in maps]
 
 
 @contextlib.contextmanager
@@ -1183,9 +1211,22 @@ def scratch(folder):
     try:
         made = tempfile.TemporaryDirectory(prefix="probe-", dir=folder)
     except OSError as error:
-        raise ValueError(f"{error.filename}: no folder to keep features in ({error.strerror})") from None
+        why = f"no folder to keep features in ({error.strerror})"
+        raise ValueError(f"{error.filename}: {why}") from None
     with made as path:
         yield Path(path)
+
+
+def check_space(path, need):
+    """ValueError if the disk has not that many bytes free."""
+    free = shutil.disk_usage(path).free
+    if need > 2**30:
+        print(f"Features and labels take {need / 2**30:.1f} GiB of disk in {path}")
+    if need > free:
+        raise ValueError(
+            f"{path}: features and labels take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are "
+            "free; --cache FOLDER takes another disk, --train-frames fewer"
+        )
 
 
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
@@ -1268,8 +1309,10 @@ def depth_frames(path):
         if any(files):
             for (name, _), found, other in zip(pair, files, files[::-1]):
                 if not found:
-                    raise ValueError(f"{other[0].parent / name}: expected, beside the other split's file")
-            return *(listed_depth(path, f[0], below) for f, (_, below) in zip(files, pair)), load_depth
+                    file = other[0].parent / name
+                    raise ValueError(f"{file}: expected, beside the other split's file")
+            splits = [listed_depth(path, f[0], below) for f, (_, below) in zip(files, pair)]
+            return *splits, load_depth
     if (path / "splits").is_dir():
         return *scannetpp(path, "render_depth"), load_depth
     others = [f for folder in folders for f in sorted(folder.glob("*train*.txt"))]
@@ -1289,14 +1332,14 @@ def listed_depth(path, file, below):
     roots = [path / below, *(h / below for h in holders), path]
     first = lines[0][0].lstrip("/") if lines else ""
     root = next((r for r in roots if (r / first).is_file()), roots[0])
-    return [(root / photo.lstrip("/"), root / depth.lstrip("/"), file) for photo, depth, *_ in lines]
+    return [(root / line[0].lstrip("/"), root / line[1].lstrip("/"), file) for line in lines]
 
 
 def scannetpp(path, kind):
     """Entries (photo, label, where it is listed) of ScanNet++'s scenes, as its toolbox writes them.
 
     Scenes to train and to test on are those of splits/nvs_sem_train.txt and nvs_sem_val.txt that
-    have labels: depth, data/SCENE/dslr/render_depth/NAME.png; classes, semantics/SCENE/NAME.JPG.png.
+    have labels, data/SCENE/dslr/render_depth/NAME.png or semantics/SCENE/NAME.JPG.png.
     Labels are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos.
     """
     splits = []
@@ -1394,11 +1437,12 @@ def load_normals(entry, framing):
             raise ValueError(f"{path}: not an array that can be read ({error})") from None
         if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
             raise ValueError(f"{path}: its array is {' x '.join(map(str, array.shape))}, not height x width x 3")
-        channels = [labels(Image.fromarray(c), Image.Resampling.NEAREST, path) for c in array.transpose(2, 0, 1).copy()]
-        normals = np.stack(channels)
+        channels = map(Image.fromarray, array.transpose(2, 0, 1).copy())
+        normals = np.stack([labels(c, Image.Resampling.NEAREST, path) for c in channels])
     else:
         picture = open_picture(path, "a normal map", path.parent).convert("RGB")
-        normals = labels(picture, Image.Resampling.NEAREST, path).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
+        normals = labels(picture, Image.Resampling.NEAREST, path).astype(np.float32)
+        normals = normals.transpose(2, 0, 1) / 127.5 - 1
     return {"images": crop.colours(), "normals": unit_or_zero(torch.from_numpy(np.nan_to_num(normals)))}
 
 
@@ -1422,9 +1466,10 @@ def normals_from_depth(depths, K):
 
 
 def class_frames(path, classes=None):
-    """ADE20K: images/ and annotations/, each with training/ and validation/, 0 = none and 150 classes, or those that
-    the file `classes` names. VOC2012: JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt,
-    21 classes, 255 = none. ScanNet++: see `scannetpp`; the classes that the file names, from 0, 255 = none."""
+    """ADE20K: images/ and annotations/, each with training/ and validation/, 0 = none and 150
+    classes, or those that the file `classes` names. VOC2012: JPEGImages/, SegmentationClass/ and
+    ImageSets/Segmentation/train.txt and val.txt, 21 classes, 255 = none. ScanNet++: see
+    `scannetpp`; the classes that the file names, from 0, 255 = none."""
     names = tuple(line.strip() for line in lines_of(Path(classes))) if classes else None
     if (path / "images").is_dir() or (path / "annotations").is_dir():
         train, test = (with_labels(path / "images" / part, path / "annotations" / part, (".png",))
@@ -1433,7 +1478,8 @@ def class_frames(path, classes=None):
         return train, test, functools.partial(load_classes, first=1, count=len(names)), names
     if (path / "semantics").is_dir():
         if not names:
-            raise ValueError(f"{path}: --classes FILE must name its classes, one a line (top100.txt)")
+            what = "--classes FILE must name its classes, one a line (top100.txt)"
+            raise ValueError(f"{path}: {what}")
         load = functools.partial(load_classes, first=0, count=len(names))
         return *scannetpp(path, "semantics"), load, names
     if (path / "JPEGImages").is_dir() or (path / "ImageSets").is_dir():
@@ -1443,10 +1489,11 @@ def class_frames(path, classes=None):
             if not listed_in.is_file():
                 raise ValueError(f"{listed_in}: no such file")
             stems = [line.split()[0] for line in lines_of(listed_in)]
-            parts.append([(path / "JPEGImages" / f"{n}.jpg", path / "SegmentationClass" / f"{n}.png") for n in stems])
+            photos, labels = path / "JPEGImages", path / "SegmentationClass"
+            parts.append([(photos / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems])
         return *parts, functools.partial(load_classes, first=0, count=len(VOC)), VOC
-    raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and ImageSets/ (VOC2012), "
-                     "or semantics/ and splits/ (ScanNet++)")  # fmt: skip
+    raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
+                     "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
 
 
 VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

@@ -17,12 +17,12 @@ and others do. What differs from the protocols on real data stands in README, Pr
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
 import platform
 import resource
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -227,7 +227,9 @@ def load_models(settings):
                 f"--concat puts the first model's features beside another's, and there is only {models[0].name}"
             )
         first = models[0]
-        models[1:] = [Model(m.name + " + first", first.vits + m.vits, m.random or first.random) for m in models[1:]]
+        models[1:] = [
+            Model(m.name + " + first", first.vits + m.vits, m.random or first.random) for m in models[1:]
+        ]
     depth = min(len(vit.blocks) for m in models for vit in m.vits)
     if settings.layers and not all(0 <= i < depth for i in settings.layers):
         raise ValueError(f"--layers {settings.layers}: there are {depth} blocks, counted from 0")
@@ -255,9 +257,9 @@ def metadata_of(path):
 
 @torch.no_grad()
 def extract(model, images, settings):
-    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C'], half precision, in main memory.
-    Images are resized to the multiples of 14 at or below their size. The cls tokens are the first ViT's, C' = C but for
-    --concat: as FiT3D and the paper's code have it."""
+    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C'], half precision,
+    in main memory. Images are resized to the multiples of 14 at or below their size. The cls tokens
+    are the first ViT's, as in FiT3D's code and the paper's: C' = C but for --concat."""
     size = [s // PATCH * PATCH for s in images.shape[-2:]]
     x = F.interpolate(images.to(DEVICE), size, mode="bilinear", align_corners=False)
     x, patches, classes = normalise(x), [], []
@@ -392,8 +394,8 @@ def draw_matches(path, images, drawn, K, Rt):
 # ----------------------------------------------------------------------------- linear probes
 
 
-# Every probe is made by (channels, classes=channels of the cls token, names=of its classes, far=, gradient_weight=) and
-# says its label's name and unknown value, and by which metric, with which sign, checkpoints are chosen.
+# A probe takes (channels, classes=the cls token's, names=of classes, max_depth=, gradient_weight=).
+# It says its label's key and unknown value, and the metric, with its sign, that chooses checkpoints.
 
 
 class DepthProbe(nn.Module):
@@ -402,11 +404,11 @@ class DepthProbe(nn.Module):
 
     label, unknown, best = "depths", 0, ("abs_rel", -1)
 
-    def __init__(self, channels, classes=None, near=0.001, far=10.0, gradient_weight=0.5, **_):
+    def __init__(self, channels, classes=None, near=0.001, max_depth=10.0, gradient_weight=0.5, **_):
         super().__init__()
         self.conv = nn.Conv2d(channels + (classes or channels), 256, 1)
-        self.far, self.gradient_weight = far, gradient_weight
-        self.register_buffer("bins", torch.linspace(near, far, 256))
+        self.far, self.gradient_weight = max_depth, gradient_weight
+        self.register_buffer("bins", torch.linspace(near, max_depth, 256))
 
     def forward(self, features, classes, size):  # (B, C, h, w), (B, C') -> (B, H, W)
         x = torch.cat([features, classes[:, :, None, None].expand(-1, -1, *features.shape[-2:])], 1)
@@ -420,7 +422,9 @@ class DepthProbe(nn.Module):
     def loss(self, prediction, frame):
         truth = torch.where(frame["depths"] <= self.far, frame["depths"], 0.0)
         loss = sig_loss(prediction, truth)
-        return loss + self.gradient_weight * gradient_loss(prediction, truth) if self.gradient_weight else loss
+        if self.gradient_weight:
+            loss = loss + self.gradient_weight * gradient_loss(prediction, truth)
+        return loss
 
     def measure(self, prediction, frame):
         truth = torch.where(frame["depths"] <= self.far, frame["depths"], 0.0)
@@ -581,68 +585,30 @@ HEADS = {"depth": DepthProbe, "normals": NormalsProbe, "segmentation": Segmentat
 NO_IMAGE = "no image"  # the row of what can be known without looking
 
 
-def small(tensor):
-    """A tensor in two bytes a number: ADE20K's classes at int64 would take 50 GB."""
-    return tensor.half() if tensor.is_floating_point() else tensor.to(torch.int16)
-
-
-def full(tensor):
-    """What was kept small at the precision that losses want."""
-    return tensor.float() if tensor.is_floating_point() else tensor.long()
-
-
-def check_space(path, head, models, parts, settings):
-    """ValueError if the disk does not hold the features of a model, at half precision, and labels."""
-    count = max(sum(vit.embed_dim for vit in m.vits) for m in models) * len(settings.layers or [0])
-    need = 0
-    for frames in parts:
-        frame = frames[0]
-        pixels = frame["images"].numel() // 3
-        need += 2 * len(frames) * (count * (pixels // PATCH**2 + 1) + frame[head.label].numel())
-    free = shutil.disk_usage(path).free
-    if need > 2**30:
-        print(f"Features and labels take {need / 2**30:.1f} GiB of disk in {path}")
-    if need > free:
-        raise ValueError(
-            f"{path}: features and labels take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are free "
-            "(--cache FOLDER, --train-frames)"
-        )
-
-
-def shelve(path, head, model, frames, settings):
-    """A `Shelf` of each frame's features, cls tokens, label and places."""
-    shelf, known = data.Shelf(path), False
-    progress = Progress(len(frames), f"{model.name}: {path.name} frame")
-    for frame in loaded(frames):
-        label = frame[head.label]
-        known = known or bool((label != head.unknown).any())
-        shelf.append(*extract(model, frame["images"], settings), small(label), small(frame["places"]))
-        progress.step()
-    if not known:
-        raise ValueError(f"{settings.data}: none of the {path.name} frames has any {settings.task} that is known")
-    return shelf
-
-
 def linear(task, models, settings, folder):
-    """{model: [one {metric: value} per seed]} of a linear probe, trained on features that are made once; and what a
-    prediction that looks at no image gets. Seeds differ in the probe's first weights and the order of frames."""
+    """{model: [one {metric: value} per seed]} of a linear probe on features that are made once, and
+    what a prediction that looks at no image gets. Seeds differ in the probe's first weights and the
+    order of frames."""
     head = HEADS[task]
     train, test, names = open_frames(task, settings)
     results, panels = {}, {}
     with data.scratch(settings.cache) as place:
-        check_space(place, head, models, (train, test), settings)
+        data.check_space(place, sum(bytes_of(head, models, f, settings) for f in (train, test)))
         for model in models:
-            shelves = [shelve(place / n, head, model, f, settings) for n, f in (("train", train), ("test", test))]
-            results[model.name], panels[model.name] = probe_features(model.name, head, names, *shelves, settings)
+            shelves = [shelve(place / "train", head, model, train, settings),
+                       shelve(place / "test", head, model, test, settings)]  # fmt: skip
+            rows, shown = probe_features(model.name, head, names, *shelves, settings)
+            results[model.name], panels[model.name] = rows, shown
         blind, results[NO_IMAGE] = without_image(head, names, train, shelves[1], settings)
     for n in range(min(4, len(test))):
         frame = test[n]
-        photo = data.join(frame["images"], frame["places"])
-        drawn = {"photo": resized(photo, frame[head.label].shape[-2:]).permute(1, 2, 0)}
+        photo = data.join(frame["images"], frame["places"], frame[head.label].shape[-2:])
+        drawn = {"photo": photo.permute(1, 2, 0)}
         for name, predictions in panels.items():
             two = blind.draw(predictions[n], frame)
             drawn |= {"truth": two["truth"], name: two["predicted"]}
-        write_sheet(folder / f"{task}_{n}.png", drawn, RANDOM if any(m.random for m in models) else None)
+        warning = RANDOM if any(m.random for m in models) else None
+        write_sheet(folder / f"{task}_{n}.png", drawn, warning)
     return results
 
 
@@ -655,44 +621,68 @@ def open_frames(task, settings):
         framing = framing._replace(size=size or framing.size)
     if task == "depth":
         settings.max_depth = settings.max_depth or data.farthest(settings.data)
+    options = dict(classes=getattr(settings, "classes", None), copies=settings.copies)
     counts = settings.train_frames, settings.test_frames
-    return data.labelled(task, settings.data, framing, *counts, getattr(settings, "classes", None), settings.copies)
+    return data.labelled(task, settings.data, framing, *counts, **options)
 
 
-def new_probe(head, names, shelf, settings):
-    features, classes, *_ = shelf.records[0]
-    options = {"far": settings.max_depth, "gradient_weight": settings.gradient_weight} if head is DepthProbe else {}
-    return head(features[1][1], classes=classes[1][1], names=names, **options)
+def bytes_of(head, models, frames, settings):
+    """What a `Shelf` of these frames takes, with the widest of the models."""
+    frame, layers = frames[0], len(settings.layers or [0])
+    width = layers * max(sum(vit.embed_dim for vit in m.vits) for m in models)
+    tokens = frame["images"][:, 0].numel() // PATCH**2 + len(frame["images"])
+    return 2 * len(frames) * (tokens * width + frame[head.label].numel())
+
+
+def shelve(path, head, model, frames, settings):
+    """A `Shelf` of each frame's features, cls tokens, label and places."""
+    shelf, known = data.Shelf(path), False
+    progress = Progress(len(frames), f"{model.name}: {path.name} frame")
+    for frame in loaded(frames):
+        label = frame[head.label]
+        known = known or bool((label != head.unknown).any())
+        shelf.append(*extract(model, frame["images"], settings), label, frame["places"])
+        progress.step()
+    if not known:
+        what = f"none of the {path.name} frames has any {settings.task} that is known"
+        raise ValueError(f"{settings.data}: {what}")
+    return shelf
 
 
 def probe_features(name, head, names, train, test, settings):
     """A probe for every seed: their metrics, and the first one's first four predictions."""
-    rows, panels = [], None
+    rows, shown = [], None
+    key, sign = head.best
     for seed in range(settings.seed, settings.seed + settings.seeds):
         best = None
         for probe in fit(head, names, train, settings, seed):
             measured, predictions = over_frames(probe, probe, test)
             row = average(measured, names)
-            key, sign = head.best
             score = -math.inf if row[key] is None else sign * row[key]
             if best is None or score > best[0]:
                 best = score, row, predictions
         rows.append(best[1])
-        panels = panels or best[2]
-        print(f"{name}, seed {seed}: " + "   ".join(f"{k} {cell(v, None)}" for k, v in list(best[1].items())[:5]))
-    return rows, panels
+        shown = shown or best[2]
+        said = [f"{k} {cell(v, None)}" for k, v in list(best[1].items())[:5]]
+        print(f"{name}, seed {seed}: " + "   ".join(said))
+    return rows, shown
 
 
-# Of the learning rate after the warm-up, by the share of steps since it, and of all steps: Probe3D's, DINOv2's two
-SCHEDULES = {
-    "quarter": lambda since, all: 0.01 + 0.99 * math.cos(0.5 * math.pi * since),
-    "half": lambda since, all: 0.5 + 0.5 * math.cos(math.pi * all),
-    "linear": lambda since, all: 1 - all,
+def new_probe(head, names, shelf, settings):
+    (_, channels, *_), (_, classes) = shelf.shapes(0)[:2]
+    options = {k: getattr(settings, k) for k in ("max_depth", "gradient_weight") if k in settings}
+    return head(channels, classes=classes, names=names, **options)
+
+
+SCHEDULES = {  # of the learning rate, by the share of steps since the warm-up, and of all
+    "quarter": lambda since, all: 0.01 + 0.99 * math.cos(0.5 * math.pi * since),  # Probe3D's
+    "half": lambda since, all: 0.5 + 0.5 * math.cos(math.pi * all),  # DINOv2's, for depth
+    "linear": lambda since, all: 1 - all,  # and for segmentation
 }
 
 
 def learning_rate(i, steps, settings):
-    """The factor of step i: it climbs evenly in the warm-up, to what the schedule says."""
+    """The factor of step i: it climbs evenly in the warm-up, then follows the schedule."""
     warmup = max(1, round(settings.warmup * steps))
     since = max(0.0, min(1.0, (i - warmup) / max(1, steps - warmup)))
     factor = SCHEDULES[settings.schedule](since, min(1.0, i / steps))
@@ -704,18 +694,22 @@ def learning_rate(i, steps, settings):
 def fit(head, names, shelf, settings, seed):
     """Train a probe on a shelf by AdamW. Yields it, in eval mode, at each of the checks."""
     torch.manual_seed(seed)
-    probe = new_probe(head, names, shelf, settings).to(DEVICE)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    steps = settings.steps or settings.epochs * math.ceil(len(shelf) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: learning_rate(i, steps, settings))
+    probe, count = new_probe(head, names, shelf, settings).to(DEVICE), len(shelf)
+    steps = settings.steps or settings.epochs * math.ceil(count / settings.batch_size)
+    optimizer = torch.optim.AdamW(
+        probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    factor = functools.partial(learning_rate, steps=steps, settings=settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     checks = {steps * k // settings.checks for k in range(1, settings.checks + 1)}
     progress = Progress(steps, f"seed {seed}, step")
-    for step, batch in enumerate(itertools.islice(batches(len(shelf), settings.batch_size), steps), 1):
+    epochs = (torch.randperm(count).split(settings.batch_size) for _ in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
+    for step, batch in enumerate(itertools.islice(batches, steps), 1):
         features, classes, labels, _ = zip(*(shelf[i] for i in batch.tolist()))
-        label = full(torch.stack(labels)).to(DEVICE)
-        features, classes = (torch.cat(t).to(DEVICE).float() for t in (features, classes))
-        prediction = probe(features, classes, label.shape[-2:])
-        loss = probe.loss(prediction, {head.label: label})
+        features, classes = (torch.cat(t).to(DEVICE) for t in (features, classes))
+        label = torch.stack(labels).to(DEVICE)
+        loss = probe.loss(probe(features, classes, label.shape[-2:]), {head.label: label})
         optimizer.zero_grad()
         loss.backward()
         if settings.clip:
@@ -729,52 +723,40 @@ def fit(head, names, shelf, settings, seed):
             probe.train()
 
 
-def batches(count, size):
-    """Indices of all frames in another order each time, without end."""
-    while True:
-        yield from torch.randperm(count).split(size)
-
-
 @torch.no_grad()
 def over_frames(probe, predict, shelf):
-    """What a probe's `measure` says of what `predict` makes of each frame of a shelf, {name: [N, ...]}; and the first
-    four predictions."""
+    """What a probe's `measure` says of what `predict` makes of each frame of a shelf, {name: [N,
+    ...]}; and the first four predictions."""
     measured, predictions = [], []
     for i in range(len(shelf)):
-        features, classes, label, places = (full(t) for t in shelf[i])
-        windows = predict(features.to(DEVICE), classes.to(DEVICE), places[0, 5:].tolist()).cpu()
-        prediction = resized(data.join(windows, places), label.shape[-2:])
+        features, classes, label, places = shelf[i]
+        windows = predict(features.to(DEVICE), classes.to(DEVICE), places[0, 5:].tolist())
+        prediction = data.join(windows.cpu(), places, label.shape[-2:])
         measured.append(probe.measure(prediction[None], {probe.label: label[None]}))
         predictions += [prediction] * (i < 4)
     return joined(measured), predictions
 
 
-def resized(x, size, mode="bilinear"):
-    """x [..., H, W] at another size."""
-    if x.shape[-2:] == tuple(size):
-        return x
-    out = F.interpolate(x.reshape(1, -1, *x.shape[-2:]).float(), size, mode=mode)
-    return out.view(*x.shape[:-2], *size).to(x.dtype)
-
-
 @torch.no_grad()
 def without_image(head, names, train, test, settings):
-    """A probe, and the row of the prediction that looks at no image: what at most 500 training labels say of each pixel.
-    Labels are stretched to one size."""
-    labels = [small(frame[head.label]) for frame in loaded(train.as_tested(500))]
-    labels = torch.stack([resized(label, labels[0].shape[-2:], "nearest") for label in labels])
+    """A probe, and the row of the prediction that looks at no image: what at most 500 training
+    labels, stretched to one size, say of each pixel."""
+    labels = [frame[head.label] for frame in loaded(train.as_tested(500))]
+    size = labels[0].shape[-2:]
+    labels = torch.stack([data.small(data.resized(label, size, "nearest")) for label in labels])
     probe = new_probe(head, names, test, settings)
     constant, measured = from_labels(probe, labels), []
     for i in range(len(test)):
-        label = full(test[i][2])
-        prediction = resized(constant, label.shape[-2:], "nearest")
+        label = test[i][2]
+        prediction = data.resized(constant, label.shape[-2:], "nearest")
         measured.append(probe.measure(prediction[None], {head.label: label[None]}))
     return probe, [average(joined(measured), names)]
 
 
 def from_labels(probe, labels):
-    """The best prediction without an image, of labels [N, ..., H, W]; the median of it where they say nothing."""
-    said = torch.cat([probe.blind(full(rows)) for rows in labels.split(32, -2)], -2)
+    """The best prediction without an image, of labels [N, ..., H, W]; its median where they say
+    nothing."""
+    said = torch.cat([probe.blind(data.full(rows)) for rows in labels.split(32, -2)], -2)
     return said.nan_to_num(float(said.nanmedian()))
 
 

@@ -271,8 +271,7 @@ def shelf_of(name, features, classes, labels, places=None):
     size = labels[0].shape[-2:]
     for i in range(len(features)):
         place = torch.tensor([[0, 0, *size, 0, *size]]) if places is None else places
-        kept = features[i : i + 1], classes[i : i + 1], labels[i], place
-        shelf.append(*(E.small(t) for t in kept))
+        shelf.append(features[i : i + 1], classes[i : i + 1], labels[i], place)
     return shelf
 
 
@@ -314,29 +313,34 @@ def test_windows_are_joined_where_they_were():
     for framing in (data.Framing(pad=True, both=True), data.Framing(slide=(32, 20), pad=True), data.Framing()):
         seen = data.look(photo, framing)
         assert all(not framing.pad or size % 14 == 0 for size in seen["images"].shape[-2:])
-        torch.testing.assert_close(data.join(seen["images"], seen["places"]), photo)
+        whole = data.join(seen["images"], seen["places"], (61, 45))
+        torch.testing.assert_close(whole, photo)
     seen = data.look(photo, data.Framing(slide=(32, 20), pad=True))
     assert seen["places"][:, :2].tolist() == [[t, l] for t in (0, 20, 29) for l in (0, 13)]
-    whole, count = seen["images"].new_zeros(61, 45), len(seen["images"])
-    rows = torch.arange(count).float().view(count, 1, 1).expand(count, 42, 42)
-    whole = data.join(rows, seen["places"])
-    assert whole[0, 0] == 0 and whole[60, 44] == count - 1 and whole[25, 5] == (0 + 2) / 2  # both saw it
+    rows = torch.arange(6.0).view(6, 1, 1).expand(6, 42, 42)
+    whole = data.join(rows, seen["places"], (61, 45))
+    assert whole[0, 0] == 0 and whole[60, 44] == 5 and whole[25, 5] == (0 + 2) / 2  # both saw it
 
 
 def test_a_shelf_gives_back_what_it_was_given(tmp_path):
     shelf = data.Shelf(tmp_path / "x")
-    given = [(torch.randn(2, n, 3).half(), torch.randint(-300, 300, (n,)).short()) for n in (1, 5, 2)]
+    given = [(torch.randn(2, n, 3).half(), torch.randint(-300, 300, (n,))) for n in (1, 5, 2)]
     for tensors in given:
         shelf.append(*tensors)
     for i in (2, 0, 1):
         assert all(torch.equal(a, b) for a, b in zip(shelf[i], given[i]))
-    assert (tmp_path / "x").stat().st_size == sum(t.nbytes for tensors in given for t in tensors)
+    # Two bytes a number
+    count = sum(t.numel() for tensors in given for t in tensors)
+    assert (tmp_path / "x").stat().st_size == 2 * count
+    with open("/dev/full", "wb", buffering=0) as shelf.file:
+        with pytest.raises(ValueError, match="/dev/full: cannot be written .No space left"):
+            shelf.append(torch.zeros(3))
 
 
 def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(SystemExit, match="features and labels take 0.0 GiB, and 0.0 are free .--cache FOLDER"):
+    with pytest.raises(SystemExit, match="take 0.0 GiB, and 0.0 are free; --cache FOLDER takes"):
         E.main(["--task", "depth", *QUICK["depth"].split(), "--teacher", "dinov2_vits14", "--teacher-weights", "random"])
 
 
