@@ -1057,6 +1057,7 @@ class Labelled(torch.utils.data.Dataset):
             entries = [entries[i * len(entries) // count] for i in range(count)]
         self.entries, self.load, self.framing = entries, load, framing
         self.training, self.copies = training, copies
+        self.part = "train" if training else "test"
 
     def __len__(self):
         return len(self.entries) * self.copies
@@ -1072,6 +1073,13 @@ class Labelled(torch.utils.data.Dataset):
         images = frame.pop("images")
         label = padded(frame, *size_of_window(framing, *images.shape[-2:]))
         return label | look(images, framing._replace(slide=(), both=False))
+
+    def kept_bytes(self, channels):
+        """What a `Shelf` of all takes with features of so many channels, by the first frame."""
+        frame = self[0]
+        images = frame.pop("images")
+        tokens = images[:, 0].numel() // 14**2 + len(images)
+        return 2 * len(self) * (tokens * channels + sum(t.numel() for t in frame.values()))
 
     def as_tested(self, count):
         """At most `count` of the same photos, as a test sees them."""
@@ -1206,27 +1214,24 @@ class Shelf:
 
 
 @contextlib.contextmanager
-def scratch(folder):
-    """A new folder in `folder` (or the system's for such), which goes with all that is in it."""
+def scratch(folder, need):
+    """A new folder in `folder` (or the system's for such), which goes with all that is in it.
+    ValueError if there is none to be made, or the disk has not as many bytes free as it needs."""
     try:
         made = tempfile.TemporaryDirectory(prefix="probe-", dir=folder)
     except OSError as error:
         why = f"no folder to keep features in ({error.strerror})"
         raise ValueError(f"{error.filename}: {why}") from None
     with made as path:
+        free = shutil.disk_usage(path).free
+        if need > 2**30:
+            print(f"Features and labels take {need / 2**30:.1f} GiB of disk in {path}")
+        if need > free:
+            raise ValueError(
+                f"{path}: features and labels take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+                "are free; --cache FOLDER takes another disk, --train-frames fewer"
+            )
         yield Path(path)
-
-
-def check_space(path, need):
-    """ValueError if the disk has not that many bytes free."""
-    free = shutil.disk_usage(path).free
-    if need > 2**30:
-        print(f"Features and labels take {need / 2**30:.1f} GiB of disk in {path}")
-    if need > free:
-        raise ValueError(
-            f"{path}: features and labels take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} are "
-            "free; --cache FOLDER takes another disk, --train-frames fewer"
-        )
 
 
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):

@@ -65,8 +65,7 @@ LINEAR = PROBE | {
 }
 
 
-def published(**values):
-    """The settings of a linear probe with other values for the paper's protocol."""
+def published(**values):  # other values for the paper's protocol
     return LINEAR | {k: (LINEAR[k][0], v, LINEAR[k][2]) for k, v in values.items()}
 
 
@@ -171,8 +170,6 @@ def check(task, given):
             raise SystemExit(f"--{name} names a {what} twice")
     if task in HEADS and not given.epochs and not given.steps:
         raise SystemExit("--epochs cannot be 0 where --steps is")
-    if task in HEADS and given.warmup > 1:
-        raise SystemExit(f"--warmup must be between 0 and 1, not {given.warmup}")
     if task == "all" and given.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
     if task != "reconstruction" and sum(map(bool, (given.weights, given.run, given.teacher))) > 1:
@@ -592,13 +589,12 @@ def linear(task, models, settings, folder):
     head = HEADS[task]
     train, test, names = open_frames(task, settings)
     results, panels = {}, {}
-    with data.scratch(settings.cache) as place:
-        data.check_space(place, sum(bytes_of(head, models, f, settings) for f in (train, test)))
+    channels = max(sum(vit.embed_dim for vit in m.vits) for m in models) * len(settings.layers or "1")
+    with data.scratch(settings.cache, train.kept_bytes(channels) + test.kept_bytes(channels)) as place:
         for model in models:
-            shelves = [shelve(place / "train", head, model, train, settings),
-                       shelve(place / "test", head, model, test, settings)]  # fmt: skip
-            rows, shown = probe_features(model.name, head, names, *shelves, settings)
-            results[model.name], panels[model.name] = rows, shown
+            shelves = [shelve(place / f.part, head, model, f, settings) for f in (train, test)]
+            found = probe_features(model.name, head, names, *shelves, settings)
+            results[model.name], panels[model.name] = found
         blind, results[NO_IMAGE] = without_image(head, names, train, shelves[1], settings)
     for n in range(min(4, len(test))):
         frame = test[n]
@@ -607,8 +603,8 @@ def linear(task, models, settings, folder):
         for name, predictions in panels.items():
             two = blind.draw(predictions[n], frame)
             drawn |= {"truth": two["truth"], name: two["predicted"]}
-        warning = RANDOM if any(m.random for m in models) else None
-        write_sheet(folder / f"{task}_{n}.png", drawn, warning)
+        random = any(m.random for m in models)
+        write_sheet(folder / f"{task}_{n}.png", drawn, RANDOM if random else None)
     return results
 
 
@@ -624,14 +620,6 @@ def open_frames(task, settings):
     options = dict(classes=getattr(settings, "classes", None), copies=settings.copies)
     counts = settings.train_frames, settings.test_frames
     return data.labelled(task, settings.data, framing, *counts, **options)
-
-
-def bytes_of(head, models, frames, settings):
-    """What a `Shelf` of these frames takes, with the widest of the models."""
-    frame, layers = frames[0], len(settings.layers or [0])
-    width = layers * max(sum(vit.embed_dim for vit in m.vits) for m in models)
-    tokens = frame["images"][:, 0].numel() // PATCH**2 + len(frame["images"])
-    return 2 * len(frames) * (tokens * width + frame[head.label].numel())
 
 
 def shelve(path, head, model, frames, settings):
@@ -654,16 +642,15 @@ def probe_features(name, head, names, train, test, settings):
     rows, shown = [], None
     key, sign = head.best
     for seed in range(settings.seed, settings.seed + settings.seeds):
-        best = None
+        checked = []
         for probe in fit(head, names, train, settings, seed):
             measured, predictions = over_frames(probe, probe, test)
-            row = average(measured, names)
-            score = -math.inf if row[key] is None else sign * row[key]
-            if best is None or score > best[0]:
-                best = score, row, predictions
-        rows.append(best[1])
-        shown = shown or best[2]
-        said = [f"{k} {cell(v, None)}" for k, v in list(best[1].items())[:5]]
+            checked.append((average(measured, names), predictions))
+        rank = lambda c: -math.inf if c[0][key] is None else sign * c[0][key]  # noqa: E731
+        row, predictions = max(checked, key=rank)
+        rows.append(row)
+        shown = shown or predictions
+        said = [f"{k} {cell(v, None)}" for k, v in list(row.items())[:5]]
         print(f"{name}, seed {seed}: " + "   ".join(said))
     return rows, shown
 
@@ -696,9 +683,8 @@ def fit(head, names, shelf, settings, seed):
     torch.manual_seed(seed)
     probe, count = new_probe(head, names, shelf, settings).to(DEVICE), len(shelf)
     steps = settings.steps or settings.epochs * math.ceil(count / settings.batch_size)
-    optimizer = torch.optim.AdamW(
-        probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=decay)
     factor = functools.partial(learning_rate, steps=steps, settings=settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     checks = {steps * k // settings.checks for k in range(1, settings.checks + 1)}
@@ -725,8 +711,8 @@ def fit(head, names, shelf, settings, seed):
 
 @torch.no_grad()
 def over_frames(probe, predict, shelf):
-    """What a probe's `measure` says of what `predict` makes of each frame of a shelf, {name: [N,
-    ...]}; and the first four predictions."""
+    """What a probe's `measure` says of what `predict` makes of a shelf's frames, {name: [N, ...]},
+    and the first four predictions."""
     measured, predictions = [], []
     for i in range(len(shelf)):
         features, classes, label, places = shelf[i]
@@ -754,14 +740,12 @@ def without_image(head, names, train, test, settings):
 
 
 def from_labels(probe, labels):
-    """The best prediction without an image, of labels [N, ..., H, W]; its median where they say
-    nothing."""
+    """What labels [N, ..., H, W] say of each pixel; the median of that where they say nothing."""
     said = torch.cat([probe.blind(data.full(rows)) for rows in labels.split(32, -2)], -2)
     return said.nan_to_num(float(said.nanmedian()))
 
 
-def joined(measured):
-    """[{name: [n, ...]}] as {name: [N, ...]}."""
+def joined(measured):  # [{name: (n, ...)}] -> {name: (N, ...)}
     return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}
 
 

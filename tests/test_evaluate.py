@@ -337,6 +337,14 @@ def test_a_shelf_gives_back_what_it_was_given(tmp_path):
             shelf.append(torch.zeros(3))
 
 
+def test_what_will_be_kept_is_foretold():
+    settings = E.parse_settings(["--task", "depth", "--layers", "0", "1"])
+    vit = M.load_vit("dinov2_vits14", "random")
+    frames, _, _ = data.labelled("depth", None, data.PUBLISHED["depth"], 2, 2)
+    shelf = E.shelve(Path("train"), E.DepthProbe, E.Model("m", [vit], True), frames, settings)
+    assert Path("train").stat().st_size == frames.kept_bytes(2 * 24) and len(shelf) == 2
+
+
 def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
@@ -363,6 +371,67 @@ def test_what_is_kept_goes_at_the_end(tmp_path):
         E.shelve = before
     assert [path.name for path in seen] == ["train", "test"] and seen[0].parent.parent == tmp_path / "here"
     assert not any((tmp_path / "here").iterdir())
+
+
+PUBLISHED = {  # by the public configurations: FiT3D's and the paper's two, Probe3D's
+    "depth": dict(steps=38_400, batch_size=16, lr=1e-4, weight_decay=0.01, schedule="half", warmup=1 / 3, clip=35,
+                  checks=6, gradient_weight=0.0),
+    "normals": dict(epochs=10, steps=0, batch_size=8, lr=5e-4, weight_decay=0.01, schedule="quarter", warmup=0.15,
+                    checks=1),
+    "segmentation": dict(steps=40_000, batch_size=16, lr=1e-3, weight_decay=1e-4, schedule="linear",
+                         warmup=1500 / 40_000, checks=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", list(PUBLISHED))
+def test_the_papers_protocol_is_for_data_and_the_quick_one_for_rooms(task):
+    paper, quick = E.parse_settings(["--task", task, "--data", "x"]), E.parse_settings(["--task", task])
+    assert (paper.protocol, quick.protocol, paper.image_size) == ("paper", "quick", None)
+    for name, value in PUBLISHED[task].items():
+        right = value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
+        assert getattr(paper, name) == right, name
+    assert paper.train_frames == 0 and (quick.epochs, quick.steps, quick.lr) == (6, 0, 1e-3)
+    assert E.parse_settings(["--task", task, "--protocol", "paper"]).lr == paper.lr
+    few = E.parse_settings(["--task", task, "--data", "x", "--epochs", "3"])  # who says epochs means them
+    assert (few.epochs, few.steps) == (3, 0)
+    assert E.parse_settings(["--task", task, "--data", "x", "--protocol", "quick"]).image_size == [480, 640]
+
+
+def made_up(task, root):
+    if task == "depth":
+        return bts(root)
+    for i in range(5):
+        part = "validation" if i > 2 else "training"
+        if task == "normals":
+            photo(root / f"image/{i}.png", (64, 48), i)
+            grey(root / f"normal/{i}.png", np.full((48, 64, 3), (127, 127, 255 * (i > 0)), np.uint8))
+        else:
+            photo(root / f"images/{part}/{i}.jpg", (48, 64), i)
+            grey(root / f"annotations/{part}/{i}.png", np.arange(48 * 64).reshape(64, 48).astype(np.uint8) % 9)
+    return root
+
+
+@pytest.mark.parametrize("task", list(PUBLISHED))
+def test_the_papers_protocol_runs(task, tmp_path, capsys, monkeypatch):
+    """Whole photos of odd sizes through windows, features on disk and back, to a table and pictures."""
+    seen = []
+    kept = E.HEADS[task].measure
+
+    def measure(probe, prediction, frame):
+        seen.append((tuple(prediction.shape[-2:]), tuple(frame[probe.label].shape[-2:])))
+        return kept(probe, prediction, frame)
+
+    monkeypatch.setattr(E.HEADS[task], "measure", measure)
+    root = made_up(task, tmp_path / "data")
+    E.main(["--task", task, "--data", str(root), "--steps", "2", "--batch-size", "2", "--seeds", "1",
+            "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
+    whole = {"depth": (480, 640), "normals": (480, 480), "segmentation": (64, 48)}[task]
+    assert set(seen) == {(whole, whole)} and len(seen) == {"depth": 3, "normals": 2, "segmentation": 4}[task]
+    report = results("runs", f"{task}-1")
+    row = report["per_seed"]["dinov2_vits14"][0]
+    key = E.HEADS[task].best[0]
+    assert report["settings"]["protocol"] == "paper" and row[key] > 0 and f"{key} {row[key]:.4f}" in capsys.readouterr().out
+    assert len(list(Path("runs/evaluation", f"{task}-1").glob("*.png"))) == {"segmentation": 2}.get(task, 1)
 
 
 @pytest.mark.parametrize("schedule,ends", [("quarter", 0.01), ("half", 0.0), ("linear", 0.0)])
