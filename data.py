@@ -1026,7 +1026,8 @@ class Framing(NamedTuple):
     def crops(self, photo):
         """`Crop`s of a photo, and of its labels, which are not scaled where windows slide."""
         crop = Crop(photo, *self.scaled(photo.height, photo.width))
-        return crop, Crop(photo, photo.height, photo.width) if self.slide else crop
+        whole = self.slide and self.size is None
+        return crop, Crop(photo, photo.height, photo.width) if whole else crop
 
 
 # What the public code of the probes does: see README, Probing

@@ -7,7 +7,8 @@
     all              the four
     reconstruction   not of features: photos to 3D Gaussians, against sensor depth and simple ways
 
-With no other word: the newest run's student against its teacher, on procedural rooms that no training sees. A table is
+With no other word: the newest run's student against its teacher, on procedural rooms that no
+training sees; with --data on your data, by the published settings (--protocol). A table is
 printed, and written to RUN/evaluation/TASK-1/results.json with pictures beside it (without a run to runs/evaluation/).
 
 Features are patch tokens of the last block unless told otherwise: without the final norm for correspondence and normals
@@ -76,11 +77,15 @@ SETTINGS = {
     },
     "depth": published(clip=35.0, checks=6) | {
         "max_depth": (0.0, 0.0, "metres, of bins and of truth; 0: 10, or 20 on ScanNet++"),
-        "gradient_weight": (0.5, 0.0, "of the gradient loss. The public code says 0.5, but slices the "
-                            "wrong axes: in effect it is 0"),
+        "gradient_weight": (0.5, 0.0, "of the gradient loss; the public code says 0.5, but slices "
+                            "the wrong axes: in effect it is 0"),
     },
-    "normals": published(lr=5e-4, epochs=10, steps=0, batch_size=8, schedule="quarter", warmup=0.15),
-    "segmentation": published(lr=1e-3, steps=40_000, weight_decay=1e-4, schedule="linear", warmup=0.0375),
+    "normals": published(
+        lr=5e-4, epochs=10, steps=0, batch_size=8, schedule="quarter", warmup=0.15
+    ),
+    "segmentation": published(
+        lr=1e-3, steps=40_000, weight_decay=1e-4, schedule="linear", warmup=0.0375
+    ),
     "all": PROBE,
     "reconstruction": {
         "scenes": (50, 50, "pairs of context views and a target between them"),
@@ -91,8 +96,6 @@ SETTINGS = {
         "seed": (0, 0, "of the choice of views"),
     },
 }  # fmt: skip
-MAY_BE_ZERO = ("seed", "train_frames", "test_frames", "epochs", "steps", "weight_decay", "warmup", "clip",
-               "max_depth", "gradient_weight")  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBES = ("correspondence", "depth", "normals", "segmentation")
 
@@ -103,26 +106,28 @@ def parser_of(task, **about):
     add = parser.add_argument
     add("--data", help="folder of your data (README); nothing for procedural rooms")
     add("--image-size", nargs=2, type=int, metavar=("H", "W"),
-        help="pixels (224 224 on rooms, else 480 640; nothing with --protocol paper: the protocol's)")  # fmt: skip
+        help="pixels; nothing: 224 224 on rooms, else 480 640, or the protocol's own")  # fmt: skip
     if task == "reconstruction":
         add("--weights", nargs="+", default=["shipped"], metavar="FILE", help="reconstructors; shipped: in weights/")
     else:
         add("--protocol", choices=["quick", "paper"],
-            help="whose settings: published ones, or quick ones; nothing: quick on rooms, paper on data")  # fmt: skip
+            help="published settings, or quick ones; nothing: quick on rooms alone")  # fmt: skip
         add("--weights", nargs="+", metavar="FILE", help="DINOv2-shaped weights to compare, instead of a run's")
         add("--run", help="folder of the run whose student and teacher to compare; nothing is the newest")
         add("--teacher", help="alone, without a run: dinov2_{vits,vitb,vitl,vitg}14, each also with _reg")
         add("--teacher-weights", help='of --teacher: a file; "random"; or nothing for the public weights')
         add("--layers", nargs="+", type=int, help="blocks whose tokens are put side by side, from 0; nothing: the last")
         add("--norm", action=argparse.BooleanOptionalAction, help="the final norm; nothing: for segmentation alone")
-        add("--concat", action="store_true", help="put the first model's features before those of each other one")
+        add("--concat", action="store_true",
+            help="put the first model's features, and its cls token alone, before others'")  # fmt: skip
     if task in HEADS or task == "all":
-        add("--cache", metavar="FOLDER", help="for features while they are needed; nothing: the system's, for such")
+        add("--cache", metavar="FOLDER", help="for features while they are needed; nothing: /tmp")
     if task == "segmentation":
-        add("--classes", metavar="FILE", help="names of the classes, one a line, where the data has no fixed ones")
+        add("--classes", metavar="FILE", help="names of the classes, one a line (ScanNet++)")
     for name, (quick, paper, why) in SETTINGS[task or "all"].items():
+        choices = SCHEDULES if name == "schedule" else None
         add("--" + name.replace("_", "-"), type=type(quick), default=argparse.SUPPRESS,
-            choices=SCHEDULES if name == "schedule" else None, help=f"{why} (quick {quick}, paper {paper})")  # fmt: skip
+            choices=choices, help=f"{why} (quick {quick}, paper {paper})")  # fmt: skip
     return parser
 
 
@@ -130,7 +135,8 @@ def parse_settings(arguments=None):
     """The command line as a namespace: the task's settings and what goes with every task."""
     about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = argparse.ArgumentParser(**about, add_help=False)
-    first.add_argument("--task", choices=list(SETTINGS), help="what to measure; each has its settings: --task X --help")
+    about_task = "what to measure; each has its settings: --task X --help"
+    first.add_argument("--task", choices=list(SETTINGS), help=about_task)
     task = first.parse_known_args(arguments)[0].task
     parser = parser_of(task, parents=[first], **about)
     given = parser.parse_args(arguments)
@@ -145,7 +151,8 @@ def parse_settings(arguments=None):
     for name, value in of_protocol(task, given).items():
         value = getattr(given, name, value)
         setattr(given, name, value)
-        if name != "schedule" and not value >= (0 if name in MAY_BE_ZERO else 1e-12):
+        may_be_zero = 0 in SETTINGS[task][name] or name in ("weight_decay", "warmup")
+        if name != "schedule" and not value >= (0 if may_be_zero else 1e-12):
             raise SystemExit(f"--{name.replace('_', '-')} cannot be {value}")
     check(task, given)
     return given
@@ -224,9 +231,8 @@ def load_models(settings):
                 f"--concat puts the first model's features beside another's, and there is only {models[0].name}"
             )
         first = models[0]
-        models[1:] = [
-            Model(m.name + " + first", first.vits + m.vits, m.random or first.random) for m in models[1:]
-        ]
+        models[1:] = [Model(m.name + " + first", first.vits + m.vits, m.random or first.random)
+                      for m in models[1:]]  # fmt: skip
     depth = min(len(vit.blocks) for m in models for vit in m.vits)
     if settings.layers and not all(0 <= i < depth for i in settings.layers):
         raise ValueError(f"--layers {settings.layers}: there are {depth} blocks, counted from 0")
@@ -392,7 +398,7 @@ def draw_matches(path, images, drawn, K, Rt):
 
 
 # A probe takes (channels, classes=the cls token's, names=of classes, max_depth=, gradient_weight=).
-# It says its label's key and unknown value, and the metric, with its sign, that chooses checkpoints.
+# It says its label's key and unknown value, and the metric and sign that choose checkpoints.
 
 
 class DepthProbe(nn.Module):
@@ -401,11 +407,11 @@ class DepthProbe(nn.Module):
 
     label, unknown, best = "depths", 0, ("abs_rel", -1)
 
-    def __init__(self, channels, classes=None, near=0.001, max_depth=10.0, gradient_weight=0.5, **_):
+    def __init__(self, channels, classes=None, max_depth=10.0, gradient_weight=0.5, **_):
         super().__init__()
         self.conv = nn.Conv2d(channels + (classes or channels), 256, 1)
         self.far, self.gradient_weight = max_depth, gradient_weight
-        self.register_buffer("bins", torch.linspace(near, max_depth, 256))
+        self.register_buffer("bins", torch.linspace(0.001, max_depth, 256))
 
     def forward(self, features, classes, size):  # (B, C, h, w), (B, C') -> (B, H, W)
         x = torch.cat([features, classes[:, :, None, None].expand(-1, -1, *features.shape[-2:])], 1)
@@ -443,6 +449,8 @@ def of_frames_with(known, metrics):
 def sig_loss(pred, gt):
     """AdaBins' scale-invariant loss (arXiv 2011.14141), as in DINOv2: depths [..., H, W], gt 0 = none."""
     known = gt > 0
+    if not known.any():
+        return pred.sum() * 0
     g = torch.log(pred[known] + 1e-3) - torch.log(gt[known] + 1e-3)
     return (g.square().mean() - 0.85 * g.mean().square()).clamp(min=1e-12).sqrt()
 
@@ -549,8 +557,6 @@ class SegmentationProbe(nn.Module):
         return F.interpolate(self.head(features), size, mode="bilinear", align_corners=False)
 
     def loss(self, prediction, frame):
-        if not (frame["classes"] >= 0).any():
-            return prediction.sum() * 0
         return F.cross_entropy(prediction, frame["classes"], ignore_index=-1)
 
     def measure(self, prediction, frame):
@@ -589,8 +595,8 @@ def linear(task, models, settings, folder):
     head = HEADS[task]
     train, test, names = open_frames(task, settings)
     results, panels = {}, {}
-    channels = max(sum(vit.embed_dim for vit in m.vits) for m in models) * len(settings.layers or "1")
-    with data.scratch(settings.cache, train.kept_bytes(channels) + test.kept_bytes(channels)) as place:
+    width = max(sum(vit.embed_dim for vit in m.vits) for m in models) * len(settings.layers or "1")
+    with data.scratch(settings.cache, train.kept_bytes(width) + test.kept_bytes(width)) as place:
         for model in models:
             shelves = [shelve(place / f.part, head, model, f, settings) for f in (train, test)]
             found = probe_features(model.name, head, names, *shelves, settings)
@@ -644,10 +650,11 @@ def probe_features(name, head, names, train, test, settings):
     for seed in range(settings.seed, settings.seed + settings.seeds):
         checked = []
         for probe in fit(head, names, train, settings, seed):
-            measured, predictions = over_frames(probe, probe, test)
+            measured, predictions = over_frames(probe, test)
             checked.append((average(measured, names), predictions))
-        rank = lambda c: -math.inf if c[0][key] is None else sign * c[0][key]  # noqa: E731
-        row, predictions = max(checked, key=rank)
+        # Where nothing is known the metric is None
+        rank = lambda row: (row[key] is not None, sign * (row[key] or 0))  # noqa: E731
+        row, predictions = max(checked, key=lambda c: rank(c[0]))
         rows.append(row)
         shown = shown or predictions
         said = [f"{k} {cell(v, None)}" for k, v in list(row.items())[:5]]
@@ -695,11 +702,11 @@ def fit(head, names, shelf, settings, seed):
         features, classes, labels, _ = zip(*(shelf[i] for i in batch.tolist()))
         features, classes = (torch.cat(t).to(DEVICE) for t in (features, classes))
         label = torch.stack(labels).to(DEVICE)
-        loss = probe.loss(probe(features, classes, label.shape[-2:]), {head.label: label})
+        prediction, known = probe(features, classes, label.shape[-2:]), label != head.unknown
+        loss = probe.loss(prediction, {head.label: label}) if known.any() else 0 * prediction.sum()
         optimizer.zero_grad()
         loss.backward()
-        if settings.clip:
-            nn.utils.clip_grad_norm_(probe.parameters(), settings.clip)
+        nn.utils.clip_grad_norm_(probe.parameters(), settings.clip or math.inf)
         optimizer.step()
         schedule.step()
         if steps > 1000:
@@ -710,43 +717,37 @@ def fit(head, names, shelf, settings, seed):
 
 
 @torch.no_grad()
-def over_frames(probe, predict, shelf):
-    """What a probe's `measure` says of what `predict` makes of a shelf's frames, {name: [N, ...]},
-    and the first four predictions."""
+def over_frames(probe, shelf, constant=None):
+    """What a probe's `measure` says of its predictions for a shelf's frames, or of one and the same
+    stretched to each, {name: [N, ...]}; and the first four predictions."""
     measured, predictions = [], []
     for i in range(len(shelf)):
         features, classes, label, places = shelf[i]
-        windows = predict(features.to(DEVICE), classes.to(DEVICE), places[0, 5:].tolist())
-        prediction = data.join(windows.cpu(), places, label.shape[-2:])
+        if constant is None:
+            windows = probe(features.to(DEVICE), classes.to(DEVICE), places[0, 5:].tolist())
+            prediction = data.join(windows.cpu(), places, label.shape[-2:])
+        else:
+            prediction = data.resized(constant, label.shape[-2:], "nearest")
         measured.append(probe.measure(prediction[None], {probe.label: label[None]}))
         predictions += [prediction] * (i < 4)
-    return joined(measured), predictions
+    return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}, predictions
 
 
 @torch.no_grad()
 def without_image(head, names, train, test, settings):
     """A probe, and the row of the prediction that looks at no image: what at most 500 training
     labels, stretched to one size, say of each pixel."""
-    labels = [frame[head.label] for frame in loaded(train.as_tested(500))]
-    size = labels[0].shape[-2:]
-    labels = torch.stack([data.small(data.resized(label, size, "nearest")) for label in labels])
+    labels = [data.small(frame[head.label]) for frame in loaded(train.as_tested(500))]
+    labels = torch.stack([data.resized(x, labels[0].shape[-2:], "nearest") for x in labels])
     probe = new_probe(head, names, test, settings)
-    constant, measured = from_labels(probe, labels), []
-    for i in range(len(test)):
-        label = test[i][2]
-        prediction = data.resized(constant, label.shape[-2:], "nearest")
-        measured.append(probe.measure(prediction[None], {head.label: label[None]}))
-    return probe, [average(joined(measured), names)]
+    measured, _ = over_frames(probe, test, from_labels(probe, labels))
+    return probe, [average(measured, names)]
 
 
 def from_labels(probe, labels):
     """What labels [N, ..., H, W] say of each pixel; the median of that where they say nothing."""
     said = torch.cat([probe.blind(data.full(rows)) for rows in labels.split(32, -2)], -2)
     return said.nan_to_num(float(said.nanmedian()))
-
-
-def joined(measured):  # [{name: (n, ...)}] -> {name: (N, ...)}
-    return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}
 
 
 def average(measured, names):

@@ -357,7 +357,8 @@ class LoRALinear(nn.Module):
 
 
 class LoRAConv(LoRALinear):
-    """The same around a convolution (as peft's): A is one of the same window to `rank` channels, B of 1 x 1 after it."""
+    """The same around a convolution, as peft has it: A is a convolution of the same window to
+    `rank` channels, B one of 1 x 1 after it."""
 
     def __init__(self, conv, rank, alpha, dropout):
         nn.Module.__init__(self)
@@ -374,8 +375,9 @@ class LoRAConv(LoRALinear):
 
 
 def add_lora(vit, rank=8, alpha=8, dropout=0.1):
-    """Freeze a ViT and put LoRA on every block's qkv and proj (of attention) and on patch_embed.proj, in place, as the
-    paper's code does: it names "qkv" and "proj", and all that end so are meant. Returns the ViT."""
+    """Freeze a ViT and put LoRA on every block's qkv and proj (of attention) and on
+    patch_embed.proj, in place, as the paper's code does: it adapts what ends in "qkv" or "proj".
+    Returns the ViT."""
     vit.requires_grad_(False)
     vit.patch_embed.proj = LoRAConv(vit.patch_embed.proj, rank, alpha, dropout)
     for block in vit.blocks:
@@ -1002,7 +1004,7 @@ def real_harmonics(degree, directions):
 
 @functools.cache
 def sphere_fit(degree, device):
-    """Directions [64, 3] that determine all functions of a degree, and the inverse of their harmonics."""
+    """Directions [64, 3] that determine a degree's functions, and the inverse of its harmonics."""
     r = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.inference_mode(False):
         r = F.normalize(r, dim=-1)
@@ -1029,7 +1031,8 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
     raw = raw.permute(0, 1, 3, 4, 2)
     offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
     size = raw.new_tensor([1 / W, 1 / H])
-    y, x = torch.meshgrid(*(torch.arange(s, device=raw.device) + 0.5 for s in (H, W)), indexing="ij")
+    sides = (torch.arange(s, device=raw.device) + 0.5 for s in (H, W))
+    y, x = torch.meshgrid(*sides, indexing="ij")
     centre = torch.stack([x, y], -1).to(raw) * size
     xy = centre + (offset.sigmoid() - 0.5) * size
     inverse = torch.linalg.inv(intrinsics)[:, :, None, None]
@@ -1080,7 +1083,8 @@ class MVSplat(nn.Module):
 
     def forward(self, images, extrinsics, intrinsics, near, far, coarse=False):
         """Images [B, V, 3, H, W] in 0..1, extrinsics [B, V, 4, 4] camera-to-world, intrinsics [B, V, 3, 3] normalised
-        by width and height, near and far [B, V] in the cameras' unit -> Gaussians, harmonics to the config's degree.
+        by width and height, near and far [B, V] in the cameras' unit -> Gaussians, with the
+        config's (sh_degree + 1)^2 harmonics.
         With coarse=True it stops where views are matched: depths [B, V, H/4, W/4].
 
         Raises ValueError: V < 2, H or W no multiple of 16, not 0 < near < far, or a camera that is not rigid.

@@ -287,10 +287,30 @@ def test_a_probe_learns_what_features_tell():
     for name, f in (("telling", features), ("noise", torch.randn(features.shape, generator=g))):
         train_ = shelf_of(f"{name}-train", f[:16], torch.zeros(16, 3), labels[:16])
         test = shelf_of(f"{name}-test", f[16:], torch.zeros(8, 3), labels[16:])
-        checked = [E.over_frames(probe, probe, test)[0] for probe in E.fit(E.DepthProbe, None, train_, settings, 0)]
+        checked = [E.over_frames(probe, test)[0] for probe in E.fit(E.DepthProbe, None, train_, settings, 0)]
         errors[name] = [float(m["abs_rel"].mean()) for m in checked]
     assert len(errors["telling"]) == 4 and errors["telling"][-1] < 0.6 * errors["noise"][-1]
     assert errors["telling"][-1] < errors["telling"][0]
+
+
+@pytest.mark.parametrize("task", ["depth", "normals", "segmentation"])
+def test_batches_without_a_label_teach_nothing(task):
+    """Nine windows of ten know nothing, and no weight becomes NaN for it."""
+    head, g = E.HEADS[task], torch.Generator().manual_seed(0)
+    settings = E.parse_settings(["--task", task, "--epochs", "2", "--batch-size", "1"])
+    settings.max_depth = 10.0
+    shape = (10, 3, 4, 4) if task == "normals" else (10, 4, 4)
+    labels = torch.full(shape, head.unknown, dtype=torch.long if task == "segmentation" else torch.float)
+    labels[3] = 0 if task == "segmentation" else 0.577
+    if task == "depth":
+        labels[5] = 11.0  # beyond what bins reach
+    shelf = shelf_of("x", torch.randn(10, 2, 2, 2, generator=g), torch.zeros(10, 2), labels)
+    (probe,) = E.fit(head, "ab", shelf, settings, 0)
+    torch.manual_seed(0)
+    first = E.new_probe(head, "ab", shelf, settings)
+    weights = [p.detach() for p in probe.parameters()]
+    assert all(w.isfinite().all() for w in weights)
+    assert any((w != f).any() for w, f in zip(weights, first.parameters()))
 
 
 def test_the_best_checkpoint_counts(monkeypatch):
@@ -299,9 +319,9 @@ def test_the_best_checkpoint_counts(monkeypatch):
     shelf, settings = shelf_of("s", torch.zeros(1, 2, 2, 2), torch.zeros(1, 2), torch.ones(1, 4, 4)), E.parse_settings(
         ["--task", "depth", "--seeds", "1"]
     )
-    for head, values in ((E.DepthProbe, (0.3, 0.1, 0.2)), (E.SegmentationProbe, (0.3, 0.5, 0.4))):
+    for head, values in ((E.DepthProbe, (0.3, 0.1, None)), (E.SegmentationProbe, (None, 0.5, 0.4))):
         rows = dict(zip("abc", values))
-        monkeypatch.setattr(E, "over_frames", lambda probe, predict, shelf: (rows[probe], [probe]))
+        monkeypatch.setattr(E, "over_frames", lambda probe, shelf: (rows[probe], [probe]))
         monkeypatch.setattr(E, "average", lambda value, names: {head.best[0]: value})
         found, panels = E.probe_features("m", head, None, shelf, shelf, settings)
         assert found == [{head.best[0]: values[1]}] and panels == ["b"]
@@ -646,6 +666,21 @@ def test_scannetpp_itself(tmp_path):
         data.labelled("segmentation", str(root), data.Framing((64, 96)), classes=names)
 
 
+@pytest.mark.parametrize("asked,metres", [([], 20.0), (["--max-depth", "80"], 80.0)])
+def test_depth_goes_as_far_as_the_data_or_as_told(tmp_path, asked, metres):
+    arguments = ["--task", "depth", "--data", str(scannetpp(tmp_path)), *asked]
+    settings = E.parse_settings(arguments)
+    E.open_frames("depth", settings)
+    shelf = shelf_of("x", torch.zeros(1, 2, 2, 2), torch.zeros(1, 3), torch.zeros(1, 4, 4))
+    probe = E.new_probe(E.DepthProbe, None, shelf, settings)
+    assert float(probe.bins[-1]) == metres and probe.conv.in_channels == 2 + 3
+    far = torch.full((1, 4, 4), metres + 1)
+    assert len(probe.measure(far, {"depths": far})["d1"]) == 0  # beyond it is no truth
+    # In effect the public code has no gradient loss
+    prediction, truth = 1 + torch.rand(1, 9, 9), 1 + torch.rand(1, 9, 9)
+    torch.testing.assert_close(probe.loss(prediction, {"depths": truth}), E.sig_loss(prediction, truth))
+
+
 def test_scannetpp_as_fit3d_prepares_it(tmp_path):
     for part in ("training", "validation"):
         photo(tmp_path / f"images/{part}/a_DSC1.JPG")
@@ -664,8 +699,12 @@ def test_whole_photos_are_slid_over_and_measured_at_their_own_size(tmp_path):
     frame = test[0]
     assert frame["classes"].shape == (500, 375) and len(frame["images"]) == 2
     assert frame["places"].tolist() == [[t, 0, 512, 512, 0, 518, 518] for t in (0, 171)]
-    frame = train_[0]
-    assert frame["classes"].shape == (518, 518) and (frame["classes"][3:-3, 3:-3] >= -1).all()
+    frame = train_[0]  # borders have no class
+    assert frame["classes"].shape == (518, 518)
+    assert (frame["classes"][:3] == -1).all() and (frame["classes"][200:300, 200:300] >= 0).any()
+    centre = data.PUBLISHED["segmentation"]._replace(size=(100, 200))  # --image-size still crops both
+    _, test, _ = data.labelled("segmentation", str(tmp_path), centre)
+    assert test[0]["classes"].shape == (100, 200)
 
 
 def test_windows_that_one_class_fills_are_drawn_again():
