@@ -26,10 +26,13 @@ import colorsys
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import re
+import shutil
 import struct
+import tempfile
 import warnings
 import zipfile
 from os.path import basename, dirname, isdir, join, splitext
@@ -1534,7 +1537,7 @@ class Crops(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, index])
         photo = self.photos[int(rng.integers(len(self.photos)))]
         share = self.size / min(photo.shape[1:])
-        windows = np.stack([random_window(rng, share) for _ in range(2)])
+        windows = np.stack([turned_window(rng, share) for _ in range(2)])
         crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in windows])
         first_to_second = np.linalg.inv(windows[1]) @ windows[0]
         return {
@@ -1543,7 +1546,7 @@ class Crops(torch.utils.data.Dataset):
         }  # fmt: skip
 
 
-def random_window(rng, share):
+def turned_window(rng, share):
     """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1: 0.7 to 1.8 times
     `share` of the photo's sides, up to an eighth longer or shorter, turned by up to 20 degrees, mirrored half the time,
     and all of it inside the photo."""
@@ -1715,26 +1718,250 @@ def scannet_pairs(path):
     return [(opened[s][0], *(opened[s][1].index(int(i)) for i in row[2:])) for s, row in zip(scenes, names)]
 
 
-class Labelled(torch.utils.data.Dataset):
-    """Photos and what is to be read off them: labelled[n] = {"images" [3, H, W], and "depths" [H, W], "normals"
-    [3, H, W] or "classes" [H, W] (-1 = none)}, made by `load(entry, height, width)`."""
+class Framing(NamedTuple):
+    """Which part of a photo a probe sees, and how large. Sizes are (H, W) in pixels."""
 
-    def __init__(self, entries, load, size, count=0):
+    size: tuple | None = None  # photos cover it, cropped about the centre; None: whole photos
+    short: int = 0  # whole photos are scaled to this shorter side, 0: to none
+    crop: tuple = ()  # window at a random place that training sees, (): all
+    jitter: tuple = (1.0, 1.0)  # training photos are scaled by a factor between these
+    mirror: bool = False  # training mirrors every second photo
+    both: bool = False  # a test sees a photo and its mirror image
+    slide: tuple = ()  # window's side and stride that a test slides, (): one window
+    pad: bool = False  # windows get borders up to multiples of 14
+
+    def scaled(self, height, width):
+        """(H, W) at which a photo of that size is looked at."""
+        factor = self.jitter[0]
+        if self.size is None:
+            if self.short:  # as mmsegmentation's (2048, 512)
+                factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
+            return max(1, round(factor * height)), max(1, round(factor * width))
+        return tuple(max(1, round(factor * s)) for s in self.size)
+
+    def crops(self, photo):
+        """`Crop`s of a photo, and of its labels, which are not scaled where windows slide."""
+        crop = Crop(photo, *self.scaled(photo.height, photo.width))
+        whole = self.slide and self.size is None
+        return crop, Crop(photo, photo.height, photo.width) if whole else crop
+
+
+# What the public code of the probes does: see README, Probing
+PUBLISHED = {
+    "depth": Framing(crop=(416, 544), mirror=True, both=True, pad=True),
+    "normals": Framing(size=(480, 480), pad=True),
+    "segmentation": Framing(
+        short=512, crop=(512, 512), jitter=(0.5, 2.0), mirror=True, slide=(512, 341), pad=True
+    ),
+}
+# What borders are filled with: no label, and ImageNet's mean, which models see as 0
+BORDER = {"depths": 0.0, "normals": 0.0, "classes": -1,
+          "images": torch.tensor([0.485, 0.456, 0.406])[:, None, None]}  # fmt: skip
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Photos and what is to be read off them, by `load(entry, framing)`.
+
+    labelled[n] = {"images" [n, 3, P, Q] in 0..1: windows of the photo; "places" int64 [n, 7]: of
+    each its top, left, height and width in the whole, 1 if it is mirrored, P and Q, where its
+    height and width lie in the middle; and "depths" [H, W], "normals" [3, H, W] or "classes"
+    [H, W] (-1 = none)}. In training n is 1 and the label the window's own, [P, Q]; in a test the
+    label is the whole photo's. Which window training sees is a function of n alone.
+    """
+
+    def __init__(self, entries, load, framing, training, count=0, copies=1):
         if count and count < len(entries):  # evenly spread
             entries = [entries[i * len(entries) // count] for i in range(count)]
-        self.entries, self.load, self.size = entries, load, size
+        self.entries, self.load, self.framing = entries, load, framing
+        self.training, self.copies = training, copies
+        self.part = "train" if training else "test"
 
     def __len__(self):
-        return len(self.entries)
+        return len(self.entries) * self.copies
 
     def __getitem__(self, n):
-        return self.load(self.entries[n], *self.size)
+        entry, rng, framing = self.entries[n // self.copies], np.random.default_rng(n), self.framing
+        if not self.training:
+            frame = self.load(entry, framing._replace(jitter=(1.0, 1.0)))
+            return frame | look(frame["images"], framing)
+        scale = rng.uniform(*framing.jitter)
+        frame = self.load(entry, framing._replace(jitter=(scale, scale), slide=()))
+        frame = random_window(frame, framing, rng)
+        images = frame.pop("images")
+        label = padded(frame, *size_of_window(framing, *images.shape[-2:]))
+        return label | look(images, framing._replace(slide=(), both=False))
+
+    def kept_bytes(self, channels):
+        """What a `Shelf` of all takes with features of so many channels, by the first frame."""
+        frame = self[0]
+        images = frame.pop("images")
+        tokens = images[:, 0].numel() // 14**2 + len(images)
+        return 2 * len(self) * (tokens * channels + sum(t.numel() for t in frame.values()))
+
+    def as_tested(self, count):
+        """At most `count` of the same photos, as a test sees them."""
+        return Labelled(self.entries, self.load, self.framing, False, count)
 
 
-def labelled(task, path, size, train_count=0, test_count=0):
-    """Labelled frames to train and to test a probe on, and the classes' names (None but for segmentation).
+def size_of_window(framing, height, width):
+    step = 14 if framing.pad else 1
+    return -(-height // step) * step, -(-width // step) * step
 
-    task is depth, normals or segmentation; size (H, W); counts 0 are all (of rooms, 200). Layouts: README, Probing.
+
+def padded(frame, height, width):
+    """A frame's tensors [..., h, w] in the middle of [..., height, width]."""
+    out = {}
+    for key, tensor in frame.items():
+        y, x = height - tensor.shape[-2], width - tensor.shape[-1]
+        sides = (x // 2, x - x // 2, y // 2, y - y // 2)
+        border = BORDER[key]
+        out[key] = torch.nn.functional.pad(tensor - border, sides) + border if x or y else tensor
+    return out
+
+
+def random_window(frame, framing, rng):
+    """A frame cut to a window at a random place, padded where it is too small; maybe mirrored.
+
+    As mmsegmentation, of ten places the first that no class fills by more than three quarters.
+    """
+    if framing.crop:
+        H, W = (max(s, c) for s, c in zip(frame["images"].shape[-2:], framing.crop))
+        frame = padded(frame, H, W)
+        for _ in range(10):
+            top, left = (int(rng.integers(s - c + 1)) for s, c in zip((H, W), framing.crop))
+            window = (..., slice(top, top + framing.crop[0]), slice(left, left + framing.crop[1]))
+            cut = {k: v[window] for k, v in frame.items()}
+            classes = cut.get("classes", torch.arange(2))
+            counts = classes[classes >= 0].unique(return_counts=True)[1]
+            if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
+                break
+        frame = cut
+    if framing.mirror and rng.random() < 0.5:
+        frame = {k: v.flip(-1) for k, v in frame.items()}
+    return frame
+
+
+def look(image, framing):
+    """The windows of a photo [3, H, W] and their places: see `Labelled`."""
+    H, W = image.shape[-2:]
+    side, stride = framing.slide or (max(H, W), 1)
+    height, width = min(side, H), min(side, W)
+    # The last window ends with the photo
+    tops = [min(stride * i, H - height) for i in range(-(-(H - height) // stride) + 1)]
+    lefts = [min(stride * i, W - width) for i in range(-(-(W - width) // stride) + 1)]
+    P, Q = size_of_window(framing, height, width)
+    images, places = [], []
+    for top, left in itertools.product(tops, lefts):
+        window = {"images": image[:, top : top + height, left : left + width]}
+        window = padded(window, P, Q)["images"]
+        for mirrored in range(1 + framing.both):
+            images.append(window.flip(-1) if mirrored else window)
+            places.append([top, left, height, width, mirrored, P, Q])
+    return {"images": torch.stack(images), "places": torch.tensor(places)}
+
+
+def joined(windows, places, size):
+    """Windows [n, ..., P, Q] at their places (see `Labelled`) in the whole, the mean of all; then
+    at the size (H, W). [..., H, W]"""
+    places = places.tolist()
+    H, W = (max(p[k] + p[k + 2] for p in places) for k in (0, 1))
+    total, count = windows.new_zeros(*windows.shape[1:-2], H, W), windows.new_zeros(H, W)
+    for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places):
+        window = window.flip(-1) if mirrored else window
+        y, x = (P - height) // 2, (Q - width) // 2
+        here = (..., slice(top, top + height), slice(left, left + width))
+        total[here] += window[..., y : y + height, x : x + width]
+        count[here] += 1
+    return resized(total / count, size)
+
+
+def resized(x, size, mode="bilinear"):
+    """x [..., H, W] at another size."""
+    if x.shape[-2:] == tuple(size):
+        return x
+    flat = x.reshape(1, -1, *x.shape[-2:]).float()
+    out = torch.nn.functional.interpolate(flat, tuple(size), mode=mode)
+    return out.view(*x.shape[:-2], *size).to(x.dtype)
+
+
+def small(tensor):
+    """A tensor in two bytes a number: half precision, or whole numbers."""
+    return tensor.half() if tensor.is_floating_point() else tensor.to(torch.int16)
+
+
+def full(tensor):
+    """The tensor that `small` made small, at the precision that losses want."""
+    return tensor.float() if tensor.is_floating_point() else tensor.long()
+
+
+class Shelf:
+    """Tensors in a file, a few per frame, of any shape, two bytes a number: shelf[i] is a list.
+
+    What is read is mapped for as long as it is copied, so that the mapped file never counts as the
+    process's memory. Raises ValueError where the disk is full.
+    """
+
+    def __init__(self, path):
+        self.file, self.records, self.end = open(path, "wb", buffering=0), [], 0
+
+    def append(self, *tensors):
+        self.records.append([])
+        for tensor in map(small, tensors):
+            array = tensor.contiguous().numpy()
+            self.records[-1].append((self.end, array.shape, array.dtype))
+            self.end += array.nbytes
+            rest = memoryview(array).cast("B")
+            while rest:  # a write may be cut short
+                try:
+                    rest = rest[self.file.write(rest) :]
+                except OSError as error:
+                    why = f"cannot be written ({error.strerror})"
+                    raise ValueError(f"{self.file.name}: {why}") from None
+
+    def shapes(self, i):
+        return [shape for _, shape, _ in self.records[i]]
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        maps = (np.memmap(self.file.name, dtype, "r", start, shape)
+                for start, shape, dtype in self.records[i])  # fmt: skip
+        return [full(torch.from_numpy(np.array(m))) for m in maps]
+
+
+@contextlib.contextmanager
+def scratch(folder, need):
+    """A new folder in `folder` (or the system's for such), which goes with all that is in it.
+    ValueError if there is none to be made, or the disk has not as many bytes free as it needs."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="probe-", dir=folder)
+    except OSError as error:
+        why = f"no folder to keep features in ({error.strerror})"
+        raise ValueError(f"{error.filename}: {why}") from None
+    with made as path:
+        free = shutil.disk_usage(path).free
+        if need > 2**30:
+            print(f"Features and labels take {need / 2**30:.1f} GiB of disk in {path}")
+        if need > free:
+            raise ValueError(
+                f"{path}: features and labels take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} "
+                "are free; --cache FOLDER takes another disk, --train-frames fewer"
+            )
+        yield Path(path)
+
+
+def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
+    """Labelled frames to train and to test a probe on, and the classes' names (or None).
+
+    Args:
+        task: depth, normals or segmentation.
+        path: a folder in one of the layouts in README, Probing; None for procedural rooms.
+        framing: a `Framing`: what of a photo is seen.
+        train_count, test_count: frames, evenly spread; 0 are all (of rooms, 200).
+        classes: a file of the classes' names, one a line, where the layout leaves them open.
+        copies: windows of each training photo.
+
     Raises ValueError: which path was expected.
     """
     names = None
@@ -1745,24 +1972,36 @@ def labelled(task, path, size, train_count=0, test_count=0):
             raise ValueError(f"there are {middle} rooms each to train and to test a probe on, no more")
         train, test = ([(rooms, i) for i in range(first, first + (count or 200))]
                        for first, count in ((0, train_count), (middle, test_count)))
-        load, names = load_room, CLASSES[1:] if task == "segmentation" else None
+        load = functools.partial(load_room, label=LABEL_OF[task])
+        names = CLASSES[1:] if task == "segmentation" else None
     elif task == "depth":
         train, test, load = depth_frames(Path(path))
     elif task == "normals":
         train, test, load = normal_frames(Path(path))
     else:
-        train, test, load, names = class_frames(Path(path))
+        train, test, load, names = class_frames(Path(path), classes)
     for part, entries in (("train", train), ("test", test)):
         if not entries:
             raise ValueError(f"{path}: no frames to {part} on")
-    return Labelled(train, load, size, train_count), Labelled(test, load, size, test_count), names
+    return (Labelled(train, load, framing, True, train_count, copies),
+            Labelled(test, load, framing, False, test_count), names)  # fmt: skip
 
 
-def load_room(entry, height, width):
+LABEL_OF = {"depth": "depths", "normals": "normals", "segmentation": "classes"}
+
+
+def farthest(path):
+    """Metres that depth is probed to: 20 on ScanNet++, as the paper's code does, else 10."""
+    lists = ("splits/nvs_sem_train.txt", "scannetpp_train.txt")
+    return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
+
+
+def load_room(entry, framing, label):
     rooms, i = entry
     room = rooms[i]
-    frame = room.frame(int(np.random.default_rng(i).integers(len(room))), height, width)
-    return {k: frame[k] for k in ("images", "depths", "normals")} | {"classes": frame["classes"] - 1}
+    frame = room.frame(int(np.random.default_rng(i).integers(len(room))), *framing.scaled(480, 640))
+    frame["classes"] = frame["classes"] - 1
+    return {k: frame[k] for k in ("images", label)}
 
 
 def posed_frames(path):
@@ -1775,41 +2014,107 @@ def posed_frames(path):
     return [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
 
 
+# Lists of lines "photo depth focal", to train and to test on, and where what they name lies
+DEPTH_LISTS = (
+    (("nyudepthv2_train_files_with_gt.txt", "sync"),  # BTS's
+     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test")),
+    (("nyu_train.txt", ""), ("nyu_test.txt", "")),  # DINOv2's
+    (("scannetpp_train.txt", ""), ("scannetpp_val.txt", "")),  # FiT3D's
+)  # fmt: skip
+
+
 def depth_frames(path):
-    """NYUv2 in the split-file layout, where a line is "photo depth focal", or posed RGB-D folders."""
-    listed = {part: sorted(path.glob(f"*{part}*.txt"))[:1] for part in ("train", "test")}
-    if not any(listed.values()):
-        return *posed_frames(path), load_posed_depth
+    """Depth by lists, of ScanNet++'s scenes, or of posed RGB-D folders."""
+    folders = [path, path / "train_test_inputs"]
+    for pair in DEPTH_LISTS:
+        files = [[f / name for f in folders if (f / name).is_file()] for name, _ in pair]
+        if any(files):
+            for (name, _), found, other in zip(pair, files, files[::-1]):
+                if not found:
+                    file = other[0].parent / name
+                    raise ValueError(f"{file}: expected, beside the other split's file")
+            splits = [listed_depth(path, f[0], below) for f, (_, below) in zip(files, pair)]
+            return *splits, load_depth
+    if (path / "splits").is_dir():
+        return *scannetpp(path, "render_depth"), load_depth
+    others = [f for folder in folders for f in sorted(folder.glob("*train*.txt"))]
+    if others:  # such as KITTI's eigen_train_files_with_gt.txt
+        known = ", ".join(name for ((name, _), _) in DEPTH_LISTS)
+        raise ValueError(f"{others[0]}: not a list that is read here; those are {known}")
+    return *posed_frames(path), load_posed_depth
+
+
+def listed_depth(path, file, below):
+    """Entries of a list: (photo, depth map, the list)."""
+    lines = [line.split() for line in lines_of(file)]
+    if not lines or any(len(line) < 2 for line in lines):
+        raise ValueError(f'{file}: a line is not "photo depth focal"')
+    lines = [line for line in lines if line[1] != "None"]  # photos without a depth map
+    holders = [path / "nyu_depth_v2", path / "dataset" / "nyu_depth_v2"] if below else []
+    roots = [path / below, *(h / below for h in holders), path]
+    first = lines[0][0].lstrip("/") if lines else ""
+    root = next((r for r in roots if (r / first).is_file()), roots[0])
+    return [(root / line[0].lstrip("/"), root / line[1].lstrip("/"), file) for line in lines]
+
+
+def scannetpp(path, kind):
+    """Entries (photo, label, where it is listed) of ScanNet++'s scenes, as its toolbox writes them.
+
+    Scenes to train and to test on are those of splits/nvs_sem_train.txt and nvs_sem_val.txt that
+    have labels, data/SCENE/dslr/render_depth/NAME.png or semantics/SCENE/NAME.JPG.png.
+    Labels are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos.
+    """
     splits = []
-    for part, files in listed.items():
-        if not files:
-            raise ValueError(f"{path / f'nyu_{part}.txt'}: expected, beside the other split's file")
-        lines = [line.split() for line in lines_of(files[0])]
-        if any(len(line) < 2 for line in lines):
-            raise ValueError(f'{files[0]}: a line is not "photo depth focal"')
-        splits.append([(path, files[0], *line[:2]) for line in lines])
-    return *splits, load_nyu
+    for name in ("nvs_sem_train.txt", "nvs_sem_val.txt"):
+        file = path / "splits" / name
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file")
+        entries = []
+        for scene in (line.strip() for line in lines_of(file)):
+            dslr = path / "data" / scene / "dslr"
+            labels = dslr / kind if kind == "render_depth" else path / kind / scene
+            for label in sorted(labels.glob("*.png"), key=lambda p: natural(p.name)):
+                stem = label.stem.removesuffix(".JPG")
+                undistorted = path / "undistorted" / scene / f"{stem}.JPG.jpg"
+                photo = dslr / "resized_images" / f"{stem}.JPG"
+                if kind != "render_depth" and undistorted.is_file():
+                    photo = undistorted
+                entries.append((photo, label, file))
+        where = "data/SCENE/dslr/render_depth" if kind == "render_depth" else f"{kind}/SCENE"
+        if not entries:
+            raise ValueError(f"{path}: none of the scenes in {file} has labels in {where}/")
+        splits.append(entries)
+    return splits
 
 
-def load_posed_depth(entry, height, width):
-    frame = entry[0].frame(entry[1], height, width)
+def load_posed_depth(entry, framing):
+    frame = entry[0].frame(entry[1], *framing.scaled(480, 640))
     return {k: frame[k] for k in ("images", "depths")}
 
 
-def load_posed_normals(entry, height, width):
-    frame = entry[0].frame(entry[1], height, width)
+def load_posed_normals(entry, framing):
+    frame = entry[0].frame(entry[1], *framing.scaled(480, 640))
     return {"images": frame["images"], "normals": normals_from_depth(frame["depths"], frame["Ks"])}
 
 
-def load_nyu(entry, height, width):
-    root, listed_in, photo, depth = entry
-    crop = Crop(open_picture(root / photo.lstrip("/"), "a photo", listed_in).convert("RGB"), height, width)
-    depths = crop.depths(root / depth.lstrip("/"), 0.001, listed_in)
-    if "test" in listed_in.name:  # Eigen's crop, by which all report: rows 45 to 471 of 480, columns 41 to 601 of 640
+def load_depth(entry, framing):
+    """A photo and its depth map in millimetres; of NYUv2 what the public code looks at."""
+    photo, depth, listed_in = entry
+    crop, labels = framing.crops(open_picture(photo, "a photo", listed_in).convert("RGB"))
+    depths = labels.depths(depth, 0.001, listed_in)
+    frame = {"images": crop.colours(), "depths": depths}
+    if listed_in.name in (name for name, _ in DEPTH_LISTS[0][1:] + DEPTH_LISTS[1][1:]):
+        # Eigen's crop, by which all report: rows 45 to 471 of 480, columns 41 to 601 of 640
         inside = np.zeros((480, 640), np.float32)
         inside[45:471, 41:601] = 1
-        depths = depths * torch.from_numpy(crop(Image.fromarray(inside), Image.Resampling.NEAREST, root / photo))
-    return {"images": crop.colours(), "depths": depths}
+        inside = labels(Image.fromarray(inside), Image.Resampling.NEAREST, photo)
+        frame["depths"] = depths * torch.from_numpy(inside)
+    elif listed_in.name.startswith("nyu") and framing.size is None:
+        # NYUCrop takes off the white frame of training photos
+        H, W = depths.shape
+        rows, columns = (slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
+        frame = {k: v[..., rows, columns] for k, v in frame.items()}
+    return frame
 
 
 def normal_frames(path):
@@ -1842,11 +2147,11 @@ def with_labels(photos, labels, suffixes):
     return found
 
 
-def load_normals(entry, height, width):
+def load_normals(entry, framing):
     """A normal map is a picture of (n + 1) / 2, or a .npy [H, W, 3]; in whatever axes, which a probe learns. Unknown is
     what is far from a unit vector: black in a picture, or grey; zeros in an array."""
     photo, path = entry
-    crop = Crop(open_picture(photo, "a photo", photo.parent).convert("RGB"), height, width)
+    crop, labels = framing.crops(open_picture(photo, "a photo", photo.parent).convert("RGB"))
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False).astype(np.float32)
@@ -1854,11 +2159,12 @@ def load_normals(entry, height, width):
             raise ValueError(f"{path}: not an array that can be read ({error})") from None
         if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
             raise ValueError(f"{path}: its array is {' x '.join(map(str, array.shape))}, not height x width x 3")
-        channels = [crop(Image.fromarray(c), Image.Resampling.NEAREST, path) for c in array.transpose(2, 0, 1).copy()]
-        normals = np.stack(channels)
+        channels = map(Image.fromarray, array.transpose(2, 0, 1).copy())
+        normals = np.stack([labels(c, Image.Resampling.NEAREST, path) for c in channels])
     else:
         picture = open_picture(path, "a normal map", path.parent).convert("RGB")
-        normals = crop(picture, Image.Resampling.NEAREST, path).astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
+        normals = labels(picture, Image.Resampling.NEAREST, path).astype(np.float32)
+        normals = normals.transpose(2, 0, 1) / 127.5 - 1
     return {"images": crop.colours(), "normals": unit_or_zero(torch.from_numpy(np.nan_to_num(normals)))}
 
 
@@ -1881,40 +2187,48 @@ def normals_from_depth(depths, K):
     return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
 
 
-def class_frames(path):
-    """ADE20K: images/ and annotations/, each with training/ and validation/, 0 = none and 150 classes. VOC2012:
-    JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/train.txt and val.txt, 21 classes, 255 = none."""
+def class_frames(path, classes=None):
+    """ADE20K: images/ and annotations/, each with training/ and validation/, 0 = none and 150
+    classes, or those that the file `classes` names. VOC2012: JPEGImages/, SegmentationClass/ and
+    ImageSets/Segmentation/train.txt and val.txt, 21 classes, 255 = none. ScanNet++: see
+    `scannetpp`; the classes that the file names, from 0, 255 = none."""
+    names = tuple(line.strip() for line in lines_of(Path(classes))) if classes else None
     if (path / "images").is_dir() or (path / "annotations").is_dir():
         train, test = (with_labels(path / "images" / part, path / "annotations" / part, (".png",))
                        for part in ("training", "validation"))
-        return train, test, load_ade, tuple(f"class_{i}" for i in range(1, 151))
+        names = names or tuple(f"class_{i}" for i in range(1, 151))
+        return train, test, functools.partial(load_classes, first=1, count=len(names)), names
+    if (path / "semantics").is_dir():
+        if not names:
+            what = "--classes FILE must name its classes, one a line (top100.txt)"
+            raise ValueError(f"{path}: {what}")
+        load = functools.partial(load_classes, first=0, count=len(names))
+        return *scannetpp(path, "semantics"), load, names
     if (path / "JPEGImages").is_dir() or (path / "ImageSets").is_dir():
         parts = []
         for part in ("train", "val"):
             listed_in = path / "ImageSets" / "Segmentation" / f"{part}.txt"
             if not listed_in.is_file():
                 raise ValueError(f"{listed_in}: no such file")
-            names = [line.split()[0] for line in lines_of(listed_in)]
-            parts.append([(path / "JPEGImages" / f"{n}.jpg", path / "SegmentationClass" / f"{n}.png") for n in names])
-        return *parts, load_voc, VOC
-    raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), or JPEGImages/ and ImageSets/ (VOC2012)")
+            stems = [line.split()[0] for line in lines_of(listed_in)]
+            photos, labels = path / "JPEGImages", path / "SegmentationClass"
+            parts.append([(photos / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems])
+        return *parts, functools.partial(load_classes, first=0, count=len(VOC)), VOC
+    raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
+                     "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
 
 
 VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
        "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
 
-def load_ade(entry, height, width):
-    crop = Crop(open_picture(entry[0], "a photo", entry[0].parent).convert("RGB"), height, width)
-    classes = crop.ids(entry[1], entry[1].parent) - 1
-    if int(classes.max()) >= 150:
-        raise ValueError(f"{entry[1]}: class {int(classes.max()) + 1}, of 150")
+def load_classes(entry, framing, first, count):
+    """A photo and its classes; `first` is the number of the first, before which there are none."""
+    photo, path, *_ = entry
+    crop, labels = framing.crops(open_picture(photo, "a photo", photo.parent).convert("RGB"))
+    classes = labels.ids(path, path.parent) - first
+    if first == 0:
+        classes[classes == 255] = -1
+    if int(classes.max()) >= count:
+        raise ValueError(f"{path}: class {int(classes.max()) + first}, where there are {count}")
     return {"images": crop.colours(), "classes": classes}
-
-
-def load_voc(entry, height, width):
-    crop = Crop(open_picture(entry[0], "a photo", entry[0].parent).convert("RGB"), height, width)
-    classes = crop.ids(entry[1], entry[1].parent)
-    if ((classes >= len(VOC)) & (classes != 255)).any():
-        raise ValueError(f"{entry[1]}: a class that is neither 0 to 20 nor 255")
-    return {"images": crop.colours(), "classes": torch.where(classes == 255, -1, classes)}

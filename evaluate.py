@@ -7,7 +7,8 @@
     all              the four
     reconstruction   not of features: photos to 3D Gaussians, against sensor depth and simple ways
 
-With no other word: the newest run's student against its teacher, on procedural rooms that no training sees. A table is
+With no other word: the newest run's student against its teacher, on procedural rooms that no
+training sees; with --data on your data, by the published settings (--protocol). A table is
 printed, and written to RUN/evaluation/TASK-1/results.json with pictures beside it (without a run to runs/evaluation/).
 
 Features are patch tokens of the last block unless told otherwise: without the final norm for correspondence and normals
@@ -17,6 +18,8 @@ and others do. What differs from the protocols on real data stands in README, Pr
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import platform
@@ -41,7 +44,8 @@ from model import (
 )  # fmt: skip
 from train import RANDOM, TEACHERS, banner, depth_colours, free_folder, load_teacher, move, replace_file, write_sheet
 
-# Settings by task: (on rooms, on other data, why). The latter are the protocols' own.
+# Settings by task: (--protocol quick, --protocol paper, why). Paper's are of the public code of
+# the probes: DINOv2's depth and segmentation, as FiT3D and the paper run them, Probe3D's others.
 PROBE = {
     "seeds": (3, 3, "repetitions: a difference within their spread is no difference"),
     "seed": (0, 0, "of the first"),
@@ -49,17 +53,39 @@ PROBE = {
 LINEAR = PROBE | {
     "train_frames": (128, 0, "to train the probe on; 0 is all"),
     "test_frames": (40, 0, "to test it on; 0 is all"),
-    "epochs": (6, 10, "over the training frames"),
-    "batch_size": (8, 8, "frames a step"),
+    "copies": (1, 1, "windows of each training frame; what is random is drawn once for each"),
+    "epochs": (6, 0, "over the training frames"),
+    "steps": (0, 38_400, "of the optimiser; 0: as many as --epochs says"),
+    "batch_size": (8, 16, "frames a step"),
+    "lr": (1e-3, 1e-4, "of AdamW; on rooms there are few steps"),
+    "weight_decay": (0.01, 0.01, "of AdamW"),
+    "schedule": ("quarter", "half", "of the learning rate: quarter or half of a cosine, or linear"),
+    "warmup": (0.25, 0.3333, "share of the steps in which it climbs"),
+    "clip": (0.0, 0.0, "norm that gradients are cut to; 0: none"),
+    "checks": (1, 1, "tests during training, of which the best counts: test frames choose it"),
 }
+
+
+def published(**values):  # other values for the paper's protocol
+    return LINEAR | {k: (LINEAR[k][0], v, LINEAR[k][2]) for k, v in values.items()}
+
+
 SETTINGS = {
     "correspondence": PROBE | {
         "pairs": (60, 1500, "of views, for each seed"),
         "matches": (1000, 1000, "best of a pair by the ratio test"),
     },
-    "depth": LINEAR | {"lr": (1e-3, 1e-4, "of AdamW; on rooms there are few steps")},
-    "normals": LINEAR | {"lr": (1e-3, 5e-4, "of AdamW")},
-    "segmentation": LINEAR | {"lr": (1e-3, 1e-3, "of AdamW")},
+    "depth": published(clip=35.0, checks=6) | {
+        "max_depth": (0.0, 0.0, "metres, of bins and of truth; 0: 10, or 20 on ScanNet++"),
+        "gradient_weight": (0.5, 0.0, "of the gradient loss; the public code says 0.5, but slices "
+                            "the wrong axes: in effect it is 0"),
+    },
+    "normals": published(
+        lr=5e-4, epochs=10, steps=0, batch_size=8, schedule="quarter", warmup=0.15
+    ),
+    "segmentation": published(
+        lr=1e-3, steps=40_000, weight_decay=1e-4, schedule="linear", warmup=0.0375
+    ),
     "all": PROBE,
     "reconstruction": {
         "scenes": (50, 50, "pairs of context views and a target between them"),
@@ -74,53 +100,87 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROBES = ("correspondence", "depth", "normals", "segmentation")
 
 
-def parse_settings(arguments=None):
-    """The command line as a namespace: the task's settings and what goes with every task."""
-    about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = argparse.ArgumentParser(**about, add_help=False)
-    first.add_argument("--task", choices=list(SETTINGS), help="what to measure; each has its settings: --task X --help")
-    task = first.parse_known_args(arguments)[0].task
-    parser = argparse.ArgumentParser(description=__doc__, parents=[first], **about)
+def parser_of(task, **about):
+    """The command line's flags: the task's settings and what goes with every task."""
+    parser = argparse.ArgumentParser(description=__doc__, **about)
     add = parser.add_argument
     add("--data", help="folder of your data (README); nothing for procedural rooms")
-    add("--image-size", nargs=2, type=int, metavar=("H", "W"), help="pixels (224 224 on rooms, 480 640 on other data)")
+    add("--image-size", nargs=2, type=int, metavar=("H", "W"),
+        help="pixels; nothing: 224 224 on rooms, else 480 640, or the protocol's own")  # fmt: skip
     if task == "reconstruction":
         add("--weights", nargs="+", default=["shipped"], metavar="FILE", help="reconstructors; shipped: in weights/")
     else:
+        add("--protocol", choices=["quick", "paper"],
+            help="published settings, or quick ones; nothing: quick on rooms alone")  # fmt: skip
         add("--weights", nargs="+", metavar="FILE", help="weights of a DINOv2 or DINOv3 to compare, instead of a run's")
         add("--run", help="folder of the run whose student and teacher to compare; nothing is the newest")
         add("--teacher", help=f"alone, without a run: {TEACHERS}")
         add("--teacher-weights", help='of --teacher: a file; "random"; or nothing for the public weights')
         add("--layers", nargs="+", type=int, help="blocks whose tokens are put side by side, from 0; nothing: the last")
         add("--norm", action=argparse.BooleanOptionalAction, help="the final norm; nothing: for segmentation alone")
-        add("--concat", action="store_true", help="put the first model's features beside those of each other one")
-    for name, (rooms, other, why) in SETTINGS[task or "all"].items():
-        add("--" + name.replace("_", "-"), type=type(rooms), default=argparse.SUPPRESS,
-            help=f"{why} ({rooms} on rooms, {other} on other data)")  # fmt: skip
+        add("--concat", action="store_true",
+            help="put the first model's features, and its cls token alone, before others'")  # fmt: skip
+    if task in HEADS or task == "all":
+        add("--cache", metavar="FOLDER", help="for features while they are needed; nothing: /tmp")
+    if task == "segmentation":
+        add("--classes", metavar="FILE", help="names of the classes, one a line (ScanNet++)")
+    for name, (quick, paper, why) in SETTINGS[task or "all"].items():
+        choices = SCHEDULES if name == "schedule" else None
+        add("--" + name.replace("_", "-"), type=type(quick), default=argparse.SUPPRESS,
+            choices=choices, help=f"{why} (quick {quick}, paper {paper})")  # fmt: skip
+    return parser
+
+
+def parse_settings(arguments=None):
+    """The command line as a namespace: the task's settings and what goes with every task."""
+    about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = argparse.ArgumentParser(**about, add_help=False)
+    about_task = "what to measure; each has its settings: --task X --help"
+    first.add_argument("--task", choices=list(SETTINGS), help=about_task)
+    task = first.parse_known_args(arguments)[0].task
+    parser = parser_of(task, parents=[first], **about)
     given = parser.parse_args(arguments)
     if not task:
         parser.error(f"--task is missing: one of {', '.join(SETTINGS)}")
-    given.image_size = given.image_size or ([480, 640] if given.data else [224, 224])
-    for name, values in SETTINGS[task].items():
-        value = getattr(given, name, values[bool(given.data)])
+    if task != "reconstruction":
+        given.protocol = given.protocol or ("paper" if given.data else "quick")
+    if given.image_size is None and not (task in HEADS and given.protocol == "paper"):
+        given.image_size = [480, 640] if given.data else [224, 224]
+    if hasattr(given, "epochs") and not hasattr(given, "steps"):
+        given.steps = 0
+    for name, value in of_protocol(task, given).items():
+        value = getattr(given, name, value)
         setattr(given, name, value)
-        if not value >= (0 if name in ("seed", "train_frames", "test_frames") else 1e-12):
+        may_be_zero = 0 in SETTINGS[task][name] or name in ("weight_decay", "warmup")
+        if name != "schedule" and not value >= (0 if may_be_zero else 1e-12):
             raise SystemExit(f"--{name.replace('_', '-')} cannot be {value}")
+    check(task, given)
+    return given
+
+
+def of_protocol(task, given):
+    """{setting: value} of a task by the protocol that is asked for."""
+    return {k: v[getattr(given, "protocol", "quick") == "paper"] for k, v in SETTINGS[task].items()}
+
+
+def check(task, given):
+    """SystemExit for settings that do not go together."""
     unit = 16 if task == "reconstruction" else 4 if task in ("correspondence", "all") else 1
-    if any(size < unit or size % unit for size in given.image_size):
+    if any(size < unit or size % unit for size in given.image_size or ()):
         what = f"multiples of {unit}" if unit > 1 else "more than 0"
         raise SystemExit(f"--image-size must be {what}, not {given.image_size[0]} {given.image_size[1]}")
     for name, what in (("weights", "file"), ("layers", "block")):
         values = getattr(given, name, None) or ()
         if len(set(values)) < len(values):
             raise SystemExit(f"--{name} names a {what} twice")
+    if task in HEADS and not given.epochs and not given.steps:
+        raise SystemExit("--epochs cannot be 0 where --steps is")
     if task == "all" and given.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
     if task != "reconstruction" and sum(map(bool, (given.weights, given.run, given.teacher))) > 1:
         raise SystemExit("--weights, --run and --teacher say each what to compare: choose one")
     if task != "reconstruction" and given.teacher_weights and not given.teacher:
         raise SystemExit("--teacher-weights goes with --teacher")
-    return given
 
 
 # ----------------------------------------------------------------------------- what is compared
@@ -170,13 +230,14 @@ def load_models(settings):
                 f"--concat puts the first model's features beside another's, and there is only {models[0].name}"
             )
         first = models[0]
-        models[1:] = [Model(m.name + " + first", m.vits + first.vits, m.warning or first.warning) for m in models[1:]]
+        models[1:] = [Model(m.name + " + first", first.vits + m.vits, m.warning or first.warning)
+                      for m in models[1:]]  # fmt: skip
     depth = min(len(vit.blocks) for m in models for vit in m.vits)
     if settings.layers and not all(0 <= i < depth for i in settings.layers):
         raise ValueError(f"--layers {settings.layers}: there are {depth} blocks, counted from 0")
     for model in models:
         for vit in model.vits:
-            if min(settings.image_size) < vit.patch_size:
+            if settings.image_size and min(settings.image_size) < vit.patch_size:
                 raise ValueError(
                     f"--image-size must be at least {vit.patch_size}, a patch of {model.name}, "
                     f"not {settings.image_size[0]} {settings.image_size[1]}"
@@ -209,16 +270,19 @@ def metadata_of(path):
 
 @torch.no_grad()
 def extract(model, images, settings):
-    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C], half precision, in main memory.
-    Each ViT sees them resized to the multiples of its patch_size at or below their size. Where its
-    grid of patches is another than the first ViT's, its features are resampled to that one."""
-    images, parts = images.to(DEVICE), []
+    """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C'], half precision,
+    in main memory. Each ViT sees them resized to the multiples of its patch_size at or below their
+    size. Where its grid of patches is another than the first ViT's, its features are resampled to
+    that one. The cls tokens are the first ViT's, as in FiT3D's code and the paper's: C' = C but
+    for --concat."""
+    images, patches, classes = images.to(DEVICE), [], []
     for vit in model.vits:
         size = [s // vit.patch_size * vit.patch_size for s in images.shape[-2:]]
         x = normalise(F.interpolate(images, size, mode="bilinear", align_corners=False))
         layers = settings.layers or [len(vit.blocks) - 1]
-        parts += vit.get_intermediate_layers(x, layers, True, True, settings.norm)
-    patches, classes = zip(*parts)
+        parts = vit.get_intermediate_layers(x, layers, True, True, settings.norm)
+        patches += [p for p, _ in parts]
+        classes = classes or [c for _, c in parts]
     grid = patches[0].shape[-2:]
     patches = [
         p if p.shape[-2:] == grid else F.interpolate(p, grid, mode="bilinear", align_corners=False)
@@ -373,18 +437,24 @@ def draw_matches(path, images, drawn, K, Rt):
 # ----------------------------------------------------------------------------- linear probes
 
 
+# A probe takes (channels, classes=the cls token's, names=of classes, max_depth=, gradient_weight=).
+# It says its label's key and unknown value, and the metric and sign that choose checkpoints.
+
+
 class DepthProbe(nn.Module):
     """DINOv2's linear depth head: cls beside every patch token, a 1 x 1 convolution to 256 uniform bins at four times
-    the resolution, depth as their mean weighted by relu + 0.1."""
+    the resolution, depth in metres as their mean weighted by relu + 0.1."""
 
-    def __init__(self, channels, near=0.001, far=10.0):
+    label, unknown, best = "depths", 0, ("abs_rel", -1)
+
+    def __init__(self, channels, classes=None, max_depth=10.0, gradient_weight=0.5, **_):
         super().__init__()
-        self.conv = nn.Conv2d(2 * channels, 256, 1)
-        self.far = far
-        self.register_buffer("bins", torch.linspace(near, far, 256))
+        self.conv = nn.Conv2d(channels + (classes or channels), 256, 1)
+        self.far, self.gradient_weight = max_depth, gradient_weight
+        self.register_buffer("bins", torch.linspace(0.001, max_depth, 256))
 
-    def forward(self, features, classes, size):  # (B, C, h, w), (B, C) -> (B, H, W)
-        x = torch.cat([features, classes[:, :, None, None].expand_as(features)], 1)
+    def forward(self, features, classes, size):  # (B, C, h, w), (B, C') -> (B, H, W)
+        x = torch.cat([features, classes[:, :, None, None].expand(-1, -1, *features.shape[-2:])], 1)
         # A 1 x 1 convolution and bilinear upsampling commute: convolving the fewer pixels is the same, and faster
         x = F.interpolate(self.conv(x), scale_factor=4, mode="bilinear", align_corners=False)
         p = F.relu(x)  # + 0.1, which adds a constant to either sum
@@ -394,7 +464,10 @@ class DepthProbe(nn.Module):
 
     def loss(self, prediction, frame):
         truth = torch.where(frame["depths"] <= self.far, frame["depths"], 0.0)
-        return sig_loss(prediction, truth) + 0.5 * gradient_loss(prediction, truth)
+        loss = sig_loss(prediction, truth)
+        if self.gradient_weight:
+            loss = loss + self.gradient_weight * gradient_loss(prediction, truth)
+        return loss
 
     def measure(self, prediction, frame):
         truth = torch.where(frame["depths"] <= self.far, frame["depths"], 0.0)
@@ -403,6 +476,9 @@ class DepthProbe(nn.Module):
     def draw(self, prediction, frame):
         known = frame["depths"] > 0
         return {"truth": depth_colours(frame["depths"], known), "predicted": depth_colours(prediction, known)}
+
+    def blind(self, labels):  # the median depth that (N, H, W) have at each pixel, or NaN
+        return torch.where(labels > 0, labels, torch.nan).nanmedian(0).values
 
 
 def of_frames_with(known, metrics):
@@ -413,6 +489,8 @@ def of_frames_with(known, metrics):
 def sig_loss(pred, gt):
     """AdaBins' scale-invariant loss (arXiv 2011.14141), as in DINOv2: depths [..., H, W], gt 0 = none."""
     known = gt > 0
+    if not known.any():
+        return pred.sum() * 0
     g = torch.log(pred[known] + 1e-3) - torch.log(gt[known] + 1e-3)
     return (g.square().mean() - 0.85 * g.mean().square()).clamp(min=1e-12).sqrt()
 
@@ -450,7 +528,9 @@ class NormalsProbe(nn.Module):
     """Probe3D's linear head: a 1 x 1 convolution to a direction and its certainty, at four times the resolution. It
     sees patch tokens alone, as the paper says; Probe3D's configuration for DINOv2 puts cls beside them."""
 
-    def __init__(self, channels):
+    label, unknown, best = "normals", 0, ("rmse", -1)
+
+    def __init__(self, channels, **_):
         super().__init__()
         self.conv = nn.Conv2d(channels, 4, 1)
 
@@ -471,6 +551,9 @@ class NormalsProbe(nn.Module):
             ((F.normalize(n, dim=0) + 1) / 2 * known).permute(1, 2, 0) for n in (frame["normals"], prediction[:3])
         )
         return {"truth": truth, "predicted": ours}
+
+    def blind(self, labels):  # the mean normal that (N, 3, H, W) have at each pixel
+        return labels.mean(0)
 
 
 def known_normals(normals):  # (B, 3, H, W) -> (B, H, W); unknown ones are 0
@@ -503,7 +586,9 @@ def normal_metrics(pred, gt, valid):
 class SegmentationProbe(nn.Module):
     """DINOv2's linear head: batch normalisation and a 1 x 1 convolution."""
 
-    def __init__(self, channels, names):
+    label, unknown, best = "classes", -1, ("miou", 1)
+
+    def __init__(self, channels, names, **_):
         super().__init__()
         self.names = names
         self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, len(names), 1))
@@ -512,8 +597,6 @@ class SegmentationProbe(nn.Module):
         return F.interpolate(self.head(features), size, mode="bilinear", align_corners=False)
 
     def loss(self, prediction, frame):
-        if not (frame["classes"] >= 0).any():
-            return prediction.sum() * 0
         return F.cross_entropy(prediction, frame["classes"], ignore_index=-1)
 
     def measure(self, prediction, frame):
@@ -522,6 +605,9 @@ class SegmentationProbe(nn.Module):
     def draw(self, prediction, frame):
         colours = torch.rand(len(self.names) + 1, 3, generator=torch.Generator().manual_seed(1))
         return {"truth": colours[frame["classes"] + 1], "predicted": colours[prediction.argmax(0) + 1]}
+
+    def blind(self, labels):  # how many of (N, H, W) have each class at each pixel
+        return torch.stack([(labels == c).sum(0).float() for c in range(len(self.names))])
 
 
 def confusion(pred, gt, count):
@@ -538,119 +624,169 @@ def mean_iou(confusion, names):
     return {"miou": mean(list(iou.values())), **iou}
 
 
+HEADS = {"depth": DepthProbe, "normals": NormalsProbe, "segmentation": SegmentationProbe}
 NO_IMAGE = "no image"  # the row of what can be known without looking
 
 
-@torch.no_grad()
-def without_image(task, frames, classes):
-    """The prediction that looks at no image, [H, W], [3, H, W] or [classes, H, W]: for each pixel the median depth, the
-    mean normal or the counts of the classes that training frames have there. Of 500 frames, if there are more."""
-    labels = [full(frame[LABELS[task][0]]) for frame in frames[:: math.ceil(len(frames) / 500)]]
-    if task == "depth":
-        known = torch.stack([torch.where(label > 0, label, torch.nan) for label in labels])
-        return known.nanmedian(0).values.nan_to_num(float(known.nanmedian()))
-    if task == "normals":
-        return torch.stack(labels).mean(0)
-    return torch.stack([sum((label == c).float() for label in labels) for c in range(classes)])
-
-
 def linear(task, models, settings, folder):
-    """{model: [one {metric: value} per seed]} of a linear probe, trained on cached features; and what a prediction that
-    looks at no image gets. Seeds differ in the probe's first weights and the order of frames, not in the frames."""
-    counts = settings.train_frames, settings.test_frames
-    train, test, names = data.labelled(task, settings.data, settings.image_size, *counts)
-    parts = {}
-    for part, frames in (("train", train), ("test", test)):
-        progress, kept, cached = Progress(len(frames), f"{part} frame"), [], {}
-        for i, frame in enumerate(loaded(frames)):
-            for model in models:
-                features = extract(model, frame["images"][None], settings)
-                if i == 0:
-                    cached[model.name] = [f.new_empty(len(frames), *f.shape[1:]) for f in features]
-                    size = sum(c.nbytes for c in cached[model.name]) / 2**30
-                    if size > 1:
-                        print(f"{model.name}: {size:.1f} GiB of main memory for the features of the {part} frames")
-                for cache, f in zip(cached[model.name], features):
-                    cache[i] = f[0]
-            # Labels are kept small, as features are: ADE20K's at int64 would take 50 GB
-            kept.append({k: frame[k].to(torch.int16 if k == "classes" else torch.half) for k in LABELS[task]})
-            if part == "test" and i < 4:
-                kept[i]["images"] = frame["images"]
-            progress.step()
-        parts[part] = cached, kept
-        unknown = -1 if task == "segmentation" else 0
-        if not any((frame[LABELS[task][0]] != unknown).any() for frame in kept):
-            raise ValueError(f"{settings.data}: none of the {part} frames has any {task} that is known")
-    (train_cached, train_kept), (test_cached, test_kept) = parts["train"], parts["test"]
-    results, panels = {m.name: [] for m in models}, {}
-    for model in models:
-        for seed in range(settings.seed, settings.seed + settings.seeds):
-            probe = fit(task, names, train_cached[model.name], train_kept, settings, seed)
-            measured, predictions = over_frames(probe, probe, test_cached[model.name], test_kept, settings.image_size)
-            results[model.name].append(average(measured, names))
-            if seed == settings.seed:
-                panels[model.name] = predictions
-            first = list(results[model.name][-1].items())[:5]
-            print(f"{model.name}, seed {seed}: " + "   ".join(f"{k} {cell(v, None)}" for k, v in first))
-    constant = without_image(task, train_kept, len(names or ()))
-    measured, _ = over_frames(probe, lambda _: constant[None], [], test_kept, settings.image_size)
-    results[NO_IMAGE] = [average(measured, names)]
+    """{model: [one {metric: value} per seed]} of a linear probe on features that are made once, and
+    what a prediction that looks at no image gets. Seeds differ in the probe's first weights and the
+    order of frames."""
+    head = HEADS[task]
+    train, test, names = open_frames(task, settings)
+    results, panels = {}, {}
+    width = max(sum(vit.embed_dim for vit in m.vits) for m in models) * len(settings.layers or "1")
+    with data.scratch(settings.cache, train.kept_bytes(width) + test.kept_bytes(width)) as place:
+        for model in models:
+            shelves = [shelve(place / f.part, head, model, f, settings) for f in (train, test)]
+            found = probe_features(model.name, head, names, *shelves, settings)
+            results[model.name], panels[model.name] = found
+        blind, results[NO_IMAGE] = without_image(head, names, train, shelves[1], settings)
     for n in range(min(4, len(test))):
-        frame = {k: full(v) for k, v in test_kept[n].items()}
-        drawn = {"photo": frame["images"].permute(1, 2, 0)}
+        frame = test[n]
+        photo = data.joined(frame["images"], frame["places"], frame[head.label].shape[-2:])
+        drawn = {"photo": photo.permute(1, 2, 0)}
         for name, predictions in panels.items():
-            two = probe.draw(predictions[n], frame)
+            two = blind.draw(predictions[n], frame)
             drawn |= {"truth": two["truth"], name: two["predicted"]}
         write_sheet(folder / f"{task}_{n}.png", drawn, warning_of(models))
     return results
 
 
-LABELS = {"depth": ("depths",), "normals": ("normals",), "segmentation": ("classes",)}
+def open_frames(task, settings):
+    """`data.labelled` by the settings, which learn how far depth goes."""
+    size = settings.image_size and tuple(settings.image_size)
+    framing = data.Framing(size)
+    if settings.protocol == "paper":
+        framing = data.PUBLISHED[task]
+        framing = framing._replace(size=size or framing.size)
+    if task == "depth":
+        settings.max_depth = settings.max_depth or data.farthest(settings.data)
+    options = dict(classes=getattr(settings, "classes", None), copies=settings.copies)
+    counts = settings.train_frames, settings.test_frames
+    return data.labelled(task, settings.data, framing, *counts, **options)
 
 
-def fit(task, names, cached, frames, settings, seed):
-    """A probe trained on cached (features [N, C, h, w], cls tokens [N, C]) and their frames: AdamW, a linear warm-up
-    over 1.5 epochs, then a quarter of a cosine, down to a hundredth: Probe3D's schedule, for all tasks."""
+def shelve(path, head, model, frames, settings):
+    """A `Shelf` of each frame's features, cls tokens, label and places."""
+    shelf, known = data.Shelf(path), False
+    progress = Progress(len(frames), f"{model.name}: {path.name} frame")
+    for frame in loaded(frames):
+        label = frame[head.label]
+        known = known or bool((label != head.unknown).any())
+        shelf.append(*extract(model, frame["images"], settings), label, frame["places"])
+        progress.step()
+    if not known:
+        what = f"none of the {path.name} frames has any {settings.task} that is known"
+        raise ValueError(f"{settings.data}: {what}")
+    return shelf
+
+
+def probe_features(name, head, names, train, test, settings):
+    """A probe for every seed: their metrics, and the first one's first four predictions."""
+    rows, shown = [], None
+    key, sign = head.best
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        checked = []
+        for probe in fit(head, names, train, settings, seed):
+            measured, predictions = over_frames(probe, test)
+            checked.append((average(measured, names), predictions))
+        # Where nothing is known the metric is None
+        rank = lambda row: (row[key] is not None, sign * (row[key] or 0))  # noqa: E731
+        row, predictions = max(checked, key=lambda c: rank(c[0]))
+        rows.append(row)
+        shown = shown or predictions
+        said = [f"{k} {cell(v, None)}" for k, v in list(row.items())[:5]]
+        print(f"{name}, seed {seed}: " + "   ".join(said))
+    return rows, shown
+
+
+def new_probe(head, names, shelf, settings):
+    (_, channels, *_), (_, classes) = shelf.shapes(0)[:2]
+    options = {k: getattr(settings, k) for k in ("max_depth", "gradient_weight") if k in settings}
+    return head(channels, classes=classes, names=names, **options)
+
+
+SCHEDULES = {  # of the learning rate, by the share of steps since the warm-up, and of all
+    "quarter": lambda since, all: 0.01 + 0.99 * math.cos(0.5 * math.pi * since),  # Probe3D's
+    "half": lambda since, all: 0.5 + 0.5 * math.cos(math.pi * all),  # DINOv2's, for depth
+    "linear": lambda since, all: 1 - all,  # and for segmentation
+}
+
+
+def learning_rate(i, steps, settings):
+    """The factor of step i: it climbs evenly in the warm-up, then follows the schedule."""
+    warmup = max(1, round(settings.warmup * steps))
+    since = max(0.0, min(1.0, (i - warmup) / max(1, steps - warmup)))
+    factor = SCHEDULES[settings.schedule](since, min(1.0, i / steps))
+    if settings.schedule == "quarter":
+        return 0.01 + 0.99 * i / warmup if i <= warmup else factor
+    return factor * min(1.0, 0.001 + i / warmup)
+
+
+def fit(head, names, shelf, settings, seed):
+    """Train a probe on a shelf by AdamW. Yields it, in eval mode, at each of the checks."""
     torch.manual_seed(seed)
-    channels = cached[0].shape[1]
-    probe = SegmentationProbe(channels, names) if names else (DepthProbe if task == "depth" else NormalsProbe)(channels)
-    probe.to(DEVICE)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=0.01)
-    steps = settings.epochs * math.ceil(len(frames) / settings.batch_size)
-    warmup = max(1, round(1.5 * steps / settings.epochs))
-
-    def factor(i):
-        through = min(1.0, (i - warmup) / max(1, steps - warmup))
-        return 0.01 + 0.99 * (i / warmup if i <= warmup else math.cos(0.5 * math.pi * through))
-
+    probe, count = new_probe(head, names, shelf, settings).to(DEVICE), len(shelf)
+    steps = settings.steps or settings.epochs * math.ceil(count / settings.batch_size)
+    decay = settings.weight_decay
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=decay)
+    factor = functools.partial(learning_rate, steps=steps, settings=settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for _ in range(settings.epochs):
-        for batch in torch.randperm(len(frames)).split(settings.batch_size):
-            frame = {k: full(torch.stack([frames[i][k] for i in batch])).to(DEVICE) for k in LABELS[task]}
-            prediction = probe(*(c[batch].to(DEVICE).float() for c in cached), settings.image_size)
-            loss = probe.loss(prediction, frame)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return probe.eval()
-
-
-def full(label):
-    """A cached label at the precision that losses want."""
-    return label.float() if label.is_floating_point() else label.long()
+    checks = {steps * k // settings.checks for k in range(1, settings.checks + 1)}
+    progress = Progress(steps, f"seed {seed}, step")
+    epochs = (torch.randperm(count).split(settings.batch_size) for _ in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
+    for step, batch in enumerate(itertools.islice(batches, steps), 1):
+        features, classes, labels, _ = zip(*(shelf[i] for i in batch.tolist()))
+        features, classes = (torch.cat(t).to(DEVICE) for t in (features, classes))
+        label = torch.stack(labels).to(DEVICE)
+        prediction, known = probe(features, classes, label.shape[-2:]), label != head.unknown
+        loss = probe.loss(prediction, {head.label: label}) if known.any() else 0 * prediction.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(probe.parameters(), settings.clip or math.inf)
+        optimizer.step()
+        schedule.step()
+        if steps > 1000:
+            progress.step()
+        if step in checks:
+            yield probe.eval()
+            probe.train()
 
 
 @torch.no_grad()
-def over_frames(probe, predict, cached, frames, size):
-    """What a probe's `measure` says of what `predict` makes of cached features, frame by frame, {name: [N, ...]}; and
-    the first four predictions."""
+def over_frames(probe, shelf, constant=None):
+    """What a probe's `measure` says of its predictions for a shelf's frames, or of one and the same
+    stretched to each, {name: [N, ...]}; and the first four predictions."""
     measured, predictions = [], []
-    for i, frame in enumerate(frames):
-        prediction = predict(*(c[i : i + 1].to(DEVICE).float() for c in cached), size).cpu()
-        measured.append(probe.measure(prediction, {k: full(v)[None] for k, v in frame.items()}))
-        predictions += [prediction[0]] * (i < 4)
+    for i in range(len(shelf)):
+        features, classes, label, places = shelf[i]
+        if constant is None:
+            windows = probe(features.to(DEVICE), classes.to(DEVICE), places[0, 5:].tolist())
+            prediction = data.joined(windows.cpu(), places, label.shape[-2:])
+        else:
+            prediction = data.resized(constant, label.shape[-2:], "nearest")
+        measured.append(probe.measure(prediction[None], {probe.label: label[None]}))
+        predictions += [prediction] * (i < 4)
     return {k: torch.cat([m[k] for m in measured]) for k in measured[0]}, predictions
+
+
+@torch.no_grad()
+def without_image(head, names, train, test, settings):
+    """A probe, and the row of the prediction that looks at no image: what at most 500 training
+    labels, stretched to one size, say of each pixel."""
+    labels = [data.small(frame[head.label]) for frame in loaded(train.as_tested(500))]
+    labels = torch.stack([data.resized(x, labels[0].shape[-2:], "nearest") for x in labels])
+    probe = new_probe(head, names, test, settings)
+    measured, _ = over_frames(probe, test, from_labels(probe, labels))
+    return probe, [average(measured, names)]
+
+
+def from_labels(probe, labels):
+    """What labels [N, ..., H, W] say of each pixel; the median of that where they say nothing."""
+    said = torch.cat([probe.blind(data.full(rows)) for rows in labels.split(32, -2)], -2)
+    return said.nan_to_num(float(said.nanmedian()))
 
 
 def average(measured, names):
@@ -865,8 +1001,8 @@ def main(arguments=None):
         if warning := warning_of(models):
             banner(warning)
         for task in PROBES if settings.task == "all" else [settings.task]:
-            # --task all has the tasks' settings for rooms; for one task all are given already
-            each = argparse.Namespace(**{k: v[0] for k, v in SETTINGS[task].items()} | vars(settings))
+            # --task all has the tasks' settings by the protocol; for one task all are given already
+            each = argparse.Namespace(**of_protocol(task, settings) | vars(settings))
             if task != "reconstruction" and each.norm is None:
                 each.norm = task == "segmentation"
             measure(task, each, models, home)

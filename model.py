@@ -16,6 +16,7 @@ Cameras: OpenCV axes (x right, y down, z forward); extrinsics camera-to-world, v
 """
 
 import copy
+import functools
 import http.client
 import json
 import math
@@ -551,9 +552,30 @@ class LoRALinear(nn.Module):
         return self.linear(x) + F.linear(F.linear(self.dropout(x), self.A), self.B) * self.scale
 
 
+class LoRAConv(LoRALinear):
+    """The same around a convolution, as peft has it: A is a convolution of the same window to
+    `rank` channels, B one of 1 x 1 after it."""
+
+    def __init__(self, conv, rank, alpha, dropout):
+        nn.Module.__init__(self)
+        self.linear = conv.requires_grad_(False)
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.A = nn.Parameter(torch.empty(rank, *conv.weight.shape[1:]))
+        self.B = nn.Parameter(torch.zeros(conv.out_channels, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):
+        down = F.conv2d(self.dropout(x), self.A, stride=self.linear.stride)
+        return self.linear(x) + F.conv2d(down, self.B[:, :, None, None]) * self.scale
+
+
 def add_lora(vit, rank=8, alpha=8, dropout=0.1):
-    """Freeze a ViT and put LoRA on every block's qkv and proj (of attention), in place. Returns the ViT."""
+    """Freeze a ViT and put LoRA on every block's qkv and proj (of attention) and on
+    patch_embed.proj, in place, as the paper's code does: it adapts what ends in "qkv" or "proj".
+    Returns the ViT."""
     vit.requires_grad_(False)
+    vit.patch_embed.proj = LoRAConv(vit.patch_embed.proj, rank, alpha, dropout)
     for block in vit.blocks:
         block.attn.qkv = LoRALinear(block.attn.qkv, rank, alpha, dropout)
         block.attn.proj = LoRALinear(block.attn.proj, rank, alpha, dropout)
@@ -568,7 +590,8 @@ def merge_lora(vit):
     for name, module in vit.named_modules():
         if isinstance(module, LoRALinear):
             A, B = state.pop(f"{name}.A"), state.pop(f"{name}.B")
-            state[f"{name}.linear.weight"] = state[f"{name}.linear.weight"] + module.scale * B @ A
+            weight = state[f"{name}.linear.weight"]
+            state[f"{name}.linear.weight"] = weight + module.scale * (B @ A.flatten(1)).view_as(weight)
     return {k.replace(".linear.", "."): v.clone().contiguous() for k, v in state.items()}
 
 
@@ -591,7 +614,9 @@ class DINOHead(nn.Module):
             nn.init.zeros_(layer.bias)
         self.last_layer = nn.Module()  # DINO's names: last_layer.weight_g, last_layer.weight_v
         self.last_layer.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        self.last_layer.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(out_dim, bottleneck_dim), std=0.02))
+        # As nn.Linear starts, a norm of 0.58: the larger, the slower Adam turns it
+        self.last_layer.weight_v = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
+        nn.init.kaiming_uniform_(self.last_layer.weight_v, a=math.sqrt(5))
 
     def forward(self, x):
         prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=-1)
@@ -917,12 +942,12 @@ def windows(x, back=None):
     return x.flatten(-3, -2).flatten(-4, -3)
 
 
-def sine_positions(h, w, dim):
+def sine_positions(h, w, dim, device=None):
     """DETR's sine embedding of an h x w grid, coordinates from 1, normalised to 2 pi. (h, w, dim)"""
-    frequency = 10000 ** (-2 * (torch.arange(dim // 2) // 2) / (dim // 2))
+    frequency = 10000 ** (-2 * (torch.arange(dim // 2, device=device) // 2) / (dim // 2))
 
     def along(size):
-        x = 2 * math.pi * torch.arange(1, size + 1) / (size + 1e-6)
+        x = 2 * math.pi * torch.arange(1, size + 1, device=device) / (size + 1e-6)
         x = x[:, None] * frequency
         return torch.stack([x[:, 0::2].sin(), x[:, 1::2].cos()], -1).flatten(1)
 
@@ -930,16 +955,19 @@ def sine_positions(h, w, dim):
     return torch.cat([y, x], -1)
 
 
-def shift_mask(h, w):
+@functools.lru_cache(maxsize=1)  # 0.93 GiB at 576 x 880
+def shift_mask(h, w, device=None):
     """Added to the attention of shifted windows: -100 between tokens that only the roll made neighbours.
-    (4, tokens, tokens)"""
+    (4, tokens, tokens) on the device; made once per size."""
 
     def regions(size):  # the last half window came from the other side, and its window from its neighbour
-        i = torch.arange(size)
-        return (i >= size // 2).long() + (i >= size - size // 4)
+        i = torch.arange(size, device=device)
+        return (i >= size // 2).to(torch.uint8) + (i >= size - size // 4)
 
-    region = windows((3 * regions(h)[:, None] + regions(w))[..., None])[..., 0]  # (4, tokens)
-    return -100.0 * (region[:, :, None] != region[:, None, :])
+    with torch.inference_mode(False):  # a mask made there could not be trained with
+        region = windows((3 * regions(h)[:, None] + regions(w))[..., None])[..., 0]  # (4, tokens)
+        mask = torch.zeros(4, h * w // 4, h * w // 4, device=device)
+        return mask.masked_fill_(region[:, :, None] != region[:, None, :], -100.0)
 
 
 class AttentionLayer(nn.Module):
@@ -964,7 +992,8 @@ class AttentionLayer(nn.Module):
 
         q = windows(roll(self.q_proj(x), -1))  # (B, V, 4, tokens, D)
         k, v = (windows(roll(p(keys), -1)).transpose(2, 3).flatten(3, 4) for p in (self.k_proj, self.v_proj))
-        bias = None if mask is None else mask.repeat(1, 1, keys.shape[2])[None]
+        views = keys.shape[2]
+        bias = None if mask is None else (mask.repeat(1, 1, views) if views > 1 else mask)[None]
         # Windows in the place of heads: only what is 4-dimensional gets the kernel that never holds tokens x tokens
         q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
         attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias).view_as(q)
@@ -989,8 +1018,8 @@ class MatchingTransformer(nn.Module):
     def forward(self, x, others):  # (B, V, D, h, w), (V, V-1)
         x = x.permute(0, 1, 3, 4, 2)
         h, w, dim = x.shape[-3:]
-        x = x + sine_positions(h // 2, w // 2, dim).to(x).repeat(2, 2, 1)
-        mask = shift_mask(h, w).to(x)
+        x = x + sine_positions(h // 2, w // 2, dim, x.device).to(x).repeat(2, 2, 1)
+        mask = shift_mask(h, w, x.device).to(x)
         for i, block in enumerate(self.layers):
             shifted = mask if i % 2 else None
             seen = x[:, others]  # (B, V, V-1, h, w, D), as they were before the block
@@ -1155,7 +1184,7 @@ def cost_volume(features, intrinsics, extrinsics, depths, others):
     """
     B, V, D, h, w = features.shape
     K = intrinsics * features.new_tensor([w, h, 1])[:, None]
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    y, x = torch.meshgrid(*(torch.arange(s, device=K.device) for s in (h, w)), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)]).flatten(1).to(features)  # (3, h*w): MVSplat has no half pixel here
     rays = torch.linalg.inv(K) @ pixels  # (B, V, 3, h*w)
     costs = []
@@ -1195,15 +1224,24 @@ def real_harmonics(degree, directions):
     return torch.stack(out, -1)
 
 
+@functools.cache
+def sphere_fit(degree, device):
+    """Directions [64, 3] that determine a degree's functions, and the inverse of its harmonics."""
+    r = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.inference_mode(False):
+        r = F.normalize(r, dim=-1)
+        return r.to(device), torch.linalg.pinv(real_harmonics(degree, r)).to(device)
+
+
 def rotate_harmonics(harmonics, R):
     """Coefficients [B, ..., (degree + 1)^2] of functions on the sphere, turned by rotations R [B, 3, 3].
 
     A degree's matrix D (Wigner's) is what takes its harmonics at directions r to those at R r, for enough r.
     """
-    r = F.normalize(torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
-    r, R, out = r.to(R.device), R.double(), []
+    R, out = R.double(), []
     for degree in range(math.isqrt(harmonics.shape[-1])):
-        Dt = torch.linalg.pinv(real_harmonics(degree, r)) @ real_harmonics(degree, r @ R.mT)  # (B, k, k), transposed
+        r, inverse = sphere_fit(degree, R.device)
+        Dt = inverse @ real_harmonics(degree, r @ R.mT)  # (B, k, k), transposed
         part = harmonics[..., degree**2 : (degree + 1) ** 2]
         out.append(torch.einsum("bji,b...j->b...i", Dt.to(part), part))
     return torch.cat(out, -1)
@@ -1215,7 +1253,8 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
     raw = raw.permute(0, 1, 3, 4, 2)
     offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
     size = raw.new_tensor([1 / W, 1 / H])
-    y, x = torch.meshgrid(torch.arange(H) + 0.5, torch.arange(W) + 0.5, indexing="ij")
+    sides = (torch.arange(s, device=raw.device) + 0.5 for s in (H, W))
+    y, x = torch.meshgrid(*sides, indexing="ij")
     centre = torch.stack([x, y], -1).to(raw) * size
     xy = centre + (offset.sigmoid() - 0.5) * size
     inverse = torch.linalg.inv(intrinsics)[:, :, None, None]
@@ -1244,10 +1283,9 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
     L = R @ rotation * sigmas[..., None, :]
     covars = L @ L.mT
     harmonics = harmonics.unflatten(-1, (3, -1))  # (B, V, H, W, 3, (degree + 1)^2)
-    degrees = torch.arange(harmonics.shape[-1]).sqrt().floor()
+    degrees = torch.arange(harmonics.shape[-1], device=raw.device).sqrt().floor()
     harmonics = (harmonics * torch.where(degrees > 0, 0.1 * 0.25**degrees, 1.0).to(raw)).flatten(0, 1)
     harmonics = rotate_harmonics(harmonics, extrinsics[..., :3, :3].flatten(0, 1)).unflatten(0, (B, V))
-    harmonics = F.pad(harmonics, (0, 25 - harmonics.shape[-1]))  # degrees that it has not are 0
     return Gaussians(means.flatten(1, 3), covars.flatten(1, 3), opacities.flatten(1), harmonics.flatten(1, 3))
 
 
@@ -1267,7 +1305,8 @@ class MVSplat(nn.Module):
 
     def forward(self, images, extrinsics, intrinsics, near, far, coarse=False):
         """Images [B, V, 3, H, W] in 0..1, extrinsics [B, V, 4, 4] camera-to-world, intrinsics [B, V, 3, 3] normalised
-        by width and height, near and far [B, V] in the cameras' unit -> Gaussians with harmonics [B, N, 3, 25].
+        by width and height, near and far [B, V] in the cameras' unit -> Gaussians, with the
+        config's (sh_degree + 1)^2 harmonics.
         With coarse=True it stops where views are matched: depths [B, V, H/4, W/4].
 
         Raises ValueError: V < 2, H or W no multiple of 16, not 0 < near < far, or a camera that is not rigid.

@@ -364,12 +364,12 @@ def test_vits_with_other_patches_are_put_on_the_first_ones_grid(tiny):
     vits = [M.load_vit(name, "random", 1) for name in ("dinov3_vits16", "dinov2_vits14")]
     images = torch.rand(1, 3, 50, 85)
     settings = E.parse_settings(["--task", "depth"])
-    each = [E.extract(E.Model("one", [vit], False), images, settings) for vit in vits]
+    each = [E.extract(E.Model("one", [vit], None), images, settings) for vit in vits]
     assert [f.shape[-2:] for f, _ in each] == [(3, 5), (3, 6)]
     resized = F.interpolate(images, (48, 80), mode="bilinear")
     alone = vits[0].get_intermediate_layers(M.normalise(resized), 1, True, norm=False)[0]
     torch.testing.assert_close(each[0][0], alone.half())
-    features, classes = E.extract(E.Model("both", vits, False), images, settings)
+    features, classes = E.extract(E.Model("both", vits, None), images, settings)
     torch.testing.assert_close(features[:, :24], each[0][0])
     other = F.interpolate(each[1][0].float(), (3, 5), mode="bilinear")
     torch.testing.assert_close(features[:, 24:].float(), other, rtol=2e-3, atol=2e-3)

@@ -3,6 +3,7 @@ the command line on a tiny transformer."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,7 @@ def test_convolving_before_upsampling_is_the_protocols_order():
     torch.testing.assert_close(probe(features, classes, (12, 20)), x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("probe", [E.DepthProbe(6), E.NormalsProbe(6), E.SegmentationProbe(6, "abc").eval()])
+@pytest.mark.parametrize("probe", [E.DepthProbe(6), E.NormalsProbe(6), E.SegmentationProbe(6, names="abc").eval()])
 def test_predictions_have_the_labels_size(probe):
     """The last resize is smooth: nothing of it at the corners of a 3 x 5 map, and no step between neighbours."""
     features, classes = torch.randn(1, 6, 3, 5).cumsum(-1), torch.randn(1, 6)
@@ -221,13 +222,17 @@ def test_depth_loss_is_the_sum_of_its_parts():
 
 
 def test_without_an_image_the_labels_of_each_pixel_decide():
-    frames = [{"depths": torch.tensor([[1.0, 0.0]])}, {"depths": torch.tensor([[2.0, 0.0]])},
-              {"depths": torch.tensor([[9.0, 0.0]])}]  # fmt: skip
-    assert E.without_image("depth", frames, 0).tolist() == [[2.0, 2.0]]  # where nothing is known, the median of all
-    frames = [{"normals": n.view(3, 1, 1)} for n in torch.eye(3)]
-    torch.testing.assert_close(E.without_image("normals", frames, 0)[:, 0, 0], torch.full((3,), 1 / 3))
-    frames = [{"classes": torch.tensor([[c, -1]])} for c in (2, 0, 2)]
-    assert E.without_image("segmentation", frames, 3)[:, 0].tolist() == [[1, 0], [0, 0], [2, 0]]
+    depths = torch.tensor([[[1.0, 0.0]], [[2.0, 0.0]], [[9.0, 0.0]]])
+    # Where nothing is known, the median of all
+    assert E.from_labels(E.DepthProbe(3), depths).tolist() == [[2.0, 2.0]]
+    tall = depths.expand(3, 70, 2) * torch.arange(1, 71)[:, None]  # more rows than are done at once
+    assert E.from_labels(E.DepthProbe(3), tall)[:, 0].tolist() == [2.0 * i for i in range(1, 71)]
+    normals = torch.eye(3).view(3, 3, 1, 1)
+    said = E.from_labels(E.NormalsProbe(3), normals)
+    torch.testing.assert_close(said[:, 0, 0], torch.full((3,), 1 / 3))
+    classes = torch.tensor([[[c, -1]] for c in (2, 0, 2)])
+    said = E.from_labels(E.SegmentationProbe(3, "abc"), classes)
+    assert said[:, 0].tolist() == [[1, 0], [0, 0], [2, 0]]
 
 
 def test_angular_loss_is_the_formula():
@@ -262,23 +267,202 @@ def test_iou_is_the_loop():
     assert result == pytest.approx(expected)
 
 
+def shelf_of(name, features, classes, labels, places=None):
+    shelf = data.Shelf(name)
+    size = labels[0].shape[-2:]
+    for i in range(len(features)):
+        place = torch.tensor([[0, 0, *size, 0, *size]]) if places is None else places
+        shelf.append(features[i : i + 1], classes[i : i + 1], labels[i], place)
+    return shelf
+
+
 def test_a_probe_learns_what_features_tell():
-    """Features that hold the answer, against features of noise."""
+    """Features that hold the answer, against features of noise; and the checks on the way there."""
     g = torch.Generator().manual_seed(0)
-    settings = E.parse_settings(["--task", "depth", "--image-size", "28", "28", "--epochs", "80", "--lr", "0.1"])
-    frames, features = [], []
-    for _ in range(24):
-        depth = 1 + 4 * torch.rand(1, 1, 2, 2, generator=g)
-        features.append(torch.cat([depth, 1 / depth, torch.ones_like(depth)], 1)[0])
-        frames.append({"depths": F.interpolate(depth, (28, 28), mode="bilinear", align_corners=False)[0, 0]})
-    features = torch.stack(features)
+    few = ["--image-size", "28", "28", "--epochs", "80", "--lr", "0.1", "--max-depth", "10", "--checks", "4"]
+    settings = E.parse_settings(["--task", "depth", *few])
+    depths = 1 + 4 * torch.rand(24, 1, 2, 2, generator=g)
+    features = torch.cat([depths, 1 / depths, torch.ones_like(depths)], 1)
+    labels = F.interpolate(depths, (28, 28), mode="bilinear", align_corners=False)[:, 0]
     errors = {}
     for name, f in (("telling", features), ("noise", torch.randn(features.shape, generator=g))):
-        cached = f[:16].half(), torch.zeros(16, 3).half()
-        probe = E.fit("depth", None, cached, frames[:16], settings, 0)
-        measured, _ = E.over_frames(probe, probe, (f[16:].half(), torch.zeros(8, 3).half()), frames[16:], (28, 28))
-        errors[name] = float(measured["abs_rel"].mean())
-    assert errors["telling"] < 0.6 * errors["noise"]
+        train_ = shelf_of(f"{name}-train", f[:16], torch.zeros(16, 3), labels[:16])
+        test = shelf_of(f"{name}-test", f[16:], torch.zeros(8, 3), labels[16:])
+        checked = [E.over_frames(probe, test)[0] for probe in E.fit(E.DepthProbe, None, train_, settings, 0)]
+        errors[name] = [float(m["abs_rel"].mean()) for m in checked]
+    assert len(errors["telling"]) == 4 and errors["telling"][-1] < 0.6 * errors["noise"][-1]
+    assert errors["telling"][-1] < errors["telling"][0]
+
+
+@pytest.mark.parametrize("task", ["depth", "normals", "segmentation"])
+def test_batches_without_a_label_teach_nothing(task):
+    """Nine windows of ten know nothing, and no weight becomes NaN for it."""
+    head, g = E.HEADS[task], torch.Generator().manual_seed(0)
+    settings = E.parse_settings(["--task", task, "--epochs", "2", "--batch-size", "1"])
+    settings.max_depth = 10.0
+    shape = (10, 3, 4, 4) if task == "normals" else (10, 4, 4)
+    labels = torch.full(shape, head.unknown, dtype=torch.long if task == "segmentation" else torch.float)
+    labels[3] = 0 if task == "segmentation" else 0.577
+    if task == "depth":
+        labels[5] = 11.0  # beyond what bins reach
+    shelf = shelf_of("x", torch.randn(10, 2, 2, 2, generator=g), torch.zeros(10, 2), labels)
+    (probe,) = E.fit(head, "ab", shelf, settings, 0)
+    torch.manual_seed(0)
+    first = E.new_probe(head, "ab", shelf, settings)
+    weights = [p.detach() for p in probe.parameters()]
+    assert all(w.isfinite().all() for w in weights)
+    assert any((w != f).any() for w, f in zip(weights, first.parameters()))
+
+
+def test_the_best_checkpoint_counts(monkeypatch):
+    """Of three checks the second is best: its row, its predictions, whichever way is better."""
+    monkeypatch.setattr(E, "fit", lambda *_: iter("abc"))
+    shelf, settings = shelf_of("s", torch.zeros(1, 2, 2, 2), torch.zeros(1, 2), torch.ones(1, 4, 4)), E.parse_settings(
+        ["--task", "depth", "--seeds", "1"]
+    )
+    for head, values in ((E.DepthProbe, (0.3, 0.1, None)), (E.SegmentationProbe, (None, 0.5, 0.4))):
+        rows = dict(zip("abc", values))
+        monkeypatch.setattr(E, "over_frames", lambda probe, shelf: (rows[probe], [probe]))
+        monkeypatch.setattr(E, "average", lambda value, names: {head.best[0]: value})
+        found, panels = E.probe_features("m", head, None, shelf, shelf, settings)
+        assert found == [{head.best[0]: values[1]}] and panels == ["b"]
+
+
+def test_windows_are_joined_where_they_were():
+    """A photo's own pixels as the prediction come back whole: slid over, padded, mirrored."""
+    photo = torch.rand(3, 61, 45)
+    for framing in (data.Framing(pad=True, both=True), data.Framing(slide=(32, 20), pad=True), data.Framing()):
+        seen = data.look(photo, framing)
+        assert all(not framing.pad or size % 14 == 0 for size in seen["images"].shape[-2:])
+        whole = data.joined(seen["images"], seen["places"], (61, 45))
+        torch.testing.assert_close(whole, photo)
+    seen = data.look(photo, data.Framing(slide=(32, 20), pad=True))
+    assert seen["places"][:, :2].tolist() == [[t, l] for t in (0, 20, 29) for l in (0, 13)]
+    rows = torch.arange(6.0).view(6, 1, 1).expand(6, 42, 42)
+    whole = data.joined(rows, seen["places"], (61, 45))
+    assert whole[0, 0] == 0 and whole[60, 44] == 5 and whole[25, 5] == (0 + 2) / 2  # both saw it
+
+
+def test_a_shelf_gives_back_what_it_was_given(tmp_path):
+    shelf = data.Shelf(tmp_path / "x")
+    given = [(torch.randn(2, n, 3).half(), torch.randint(-300, 300, (n,))) for n in (1, 5, 2)]
+    for tensors in given:
+        shelf.append(*tensors)
+    for i in (2, 0, 1):
+        assert all(torch.equal(a, b) for a, b in zip(shelf[i], given[i]))
+    # Two bytes a number
+    count = sum(t.numel() for tensors in given for t in tensors)
+    assert (tmp_path / "x").stat().st_size == 2 * count
+    with open("/dev/full", "wb", buffering=0) as shelf.file:
+        with pytest.raises(ValueError, match="/dev/full: cannot be written .No space left"):
+            shelf.append(torch.zeros(3))
+
+
+def test_what_will_be_kept_is_foretold():
+    settings = E.parse_settings(["--task", "depth", "--layers", "0", "1"])
+    vit = M.load_vit("dinov2_vits14", "random")
+    frames, _, _ = data.labelled("depth", None, data.PUBLISHED["depth"], 2, 2)
+    shelf = E.shelve(Path("train"), E.DepthProbe, E.Model("m", [vit], None), frames, settings)
+    assert Path("train").stat().st_size == frames.kept_bytes(2 * 24) and len(shelf) == 2
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(SystemExit, match="take 0.0 GiB, and 0.0 are free; --cache FOLDER takes"):
+        E.main(["--task", "depth", *QUICK["depth"].split(), "--teacher", "dinov2_vits14", "--teacher-weights", "random"])
+
+
+def test_what_is_kept_goes_at_the_end(tmp_path):
+    teacher = ["--teacher", "dinov2_vits14", "--teacher-weights", "random"]
+    with pytest.raises(SystemExit, match="nowhere.*no folder to keep features in"):
+        E.main(["--task", "depth", *QUICK["depth"].split(), *teacher, "--cache", str(tmp_path / "nowhere")])
+    (tmp_path / "here").mkdir()
+    seen = []
+    kept = E.shelve
+
+    def shelve(path, *rest):
+        seen.append(path)
+        return kept(path, *rest)
+
+    E.shelve, before = shelve, E.shelve
+    try:
+        E.main(["--task", "depth", *QUICK["depth"].split(), *teacher, "--cache", str(tmp_path / "here")])
+    finally:
+        E.shelve = before
+    assert [path.name for path in seen] == ["train", "test"] and seen[0].parent.parent == tmp_path / "here"
+    assert not any((tmp_path / "here").iterdir())
+
+
+PUBLISHED = {  # by the public configurations: FiT3D's and the paper's two, Probe3D's
+    "depth": dict(steps=38_400, batch_size=16, lr=1e-4, weight_decay=0.01, schedule="half", warmup=1 / 3, clip=35,
+                  checks=6, gradient_weight=0.0),
+    "normals": dict(epochs=10, steps=0, batch_size=8, lr=5e-4, weight_decay=0.01, schedule="quarter", warmup=0.15,
+                    checks=1),
+    "segmentation": dict(steps=40_000, batch_size=16, lr=1e-3, weight_decay=1e-4, schedule="linear",
+                         warmup=1500 / 40_000, checks=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", list(PUBLISHED))
+def test_the_papers_protocol_is_for_data_and_the_quick_one_for_rooms(task):
+    paper, quick = E.parse_settings(["--task", task, "--data", "x"]), E.parse_settings(["--task", task])
+    assert (paper.protocol, quick.protocol, paper.image_size) == ("paper", "quick", None)
+    for name, value in PUBLISHED[task].items():
+        right = value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
+        assert getattr(paper, name) == right, name
+    assert paper.train_frames == 0 and (quick.epochs, quick.steps, quick.lr) == (6, 0, 1e-3)
+    assert E.parse_settings(["--task", task, "--protocol", "paper"]).lr == paper.lr
+    few = E.parse_settings(["--task", task, "--data", "x", "--epochs", "3"])  # who says epochs means them
+    assert (few.epochs, few.steps) == (3, 0)
+    assert E.parse_settings(["--task", task, "--data", "x", "--protocol", "quick"]).image_size == [480, 640]
+
+
+def made_up(task, root):
+    if task == "depth":
+        return bts(root)
+    for i in range(5):
+        part = "validation" if i > 2 else "training"
+        if task == "normals":
+            photo(root / f"image/{i}.png", (64, 48), i)
+            grey(root / f"normal/{i}.png", np.full((48, 64, 3), (127, 127, 255 * (i > 0)), np.uint8))
+        else:
+            photo(root / f"images/{part}/{i}.jpg", (48, 64), i)
+            grey(root / f"annotations/{part}/{i}.png", np.arange(48 * 64).reshape(64, 48).astype(np.uint8) % 9)
+    return root
+
+
+@pytest.mark.parametrize("task", list(PUBLISHED))
+def test_the_papers_protocol_runs(task, tmp_path, capsys, monkeypatch):
+    """Whole photos of odd sizes through windows, features on disk and back, to a table and pictures."""
+    seen = []
+    kept = E.HEADS[task].measure
+
+    def measure(probe, prediction, frame):
+        seen.append((tuple(prediction.shape[-2:]), tuple(frame[probe.label].shape[-2:])))
+        return kept(probe, prediction, frame)
+
+    monkeypatch.setattr(E.HEADS[task], "measure", measure)
+    root = made_up(task, tmp_path / "data")
+    E.main(["--task", task, "--data", str(root), "--steps", "2", "--batch-size", "2", "--seeds", "1",
+            "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
+    whole = {"depth": (480, 640), "normals": (480, 480), "segmentation": (64, 48)}[task]
+    assert set(seen) == {(whole, whole)} and len(seen) == {"depth": 3, "normals": 2, "segmentation": 4}[task]
+    report = results("runs", f"{task}-1")
+    row = report["per_seed"]["dinov2_vits14"][0]
+    key = E.HEADS[task].best[0]
+    assert report["settings"]["protocol"] == "paper" and row[key] > 0 and f"{key} {row[key]:.4f}" in capsys.readouterr().out
+    assert len(list(Path("runs/evaluation", f"{task}-1").glob("*.png"))) == {"segmentation": 2}.get(task, 1)
+
+
+@pytest.mark.parametrize("schedule,ends", [("quarter", 0.01), ("half", 0.0), ("linear", 0.0)])
+def test_learning_rates_climb_and_fall(schedule, ends):
+    settings = E.parse_settings(["--task", "depth", "--schedule", schedule, "--warmup", "0.3"])
+    rates = [E.learning_rate(i, 100, settings) for i in range(101)]
+    assert rates[0] <= 0.01 and rates[100] == pytest.approx(ends, abs=1e-6)
+    assert all(a < b for a, b in zip(rates[:29], rates[1:30])) and all(a > b for a, b in zip(rates[31:], rates[32:]))
+    middle = {"quarter": math.cos(math.pi / 4 * (60 - 30) / 35), "half": 0.5 + 0.5 * math.cos(0.6 * math.pi), "linear": 0.4}
+    assert rates[60] == pytest.approx(middle[schedule], abs=0.03)
 
 
 def test_recall_of_a_pair_counts_in_its_viewpoints_bin():
@@ -353,10 +537,10 @@ def test_posed_captures_give_all_their_pairs(tmp_path):
     pairs = data.pairs(folder, 1500, 40, 56, seed=0)
     assert sorted((i, j) for _, i, j in pairs.entries) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     assert len(data.pairs(folder, 3, 40, 56, seed=0)) == 3
-    train_, test, names = data.labelled("depth", folder, (42, 56))
+    train_, test, names = data.labelled("depth", folder, data.Framing((42, 56)))
     assert (len(train_), len(test), names) == (3, 1, None) and float(test[0]["depths"].unique()) == 2.0
     with pytest.warns(UserWarning, match="normals are derived from depth"):
-        _, test, _ = data.labelled("normals", folder, (42, 56))
+        _, test, _ = data.labelled("normals", folder, data.Framing((42, 56)))
     torch.testing.assert_close(test[0]["normals"][:, 20, 20], torch.tensor([0.0, 0, -1]))
 
 
@@ -365,18 +549,205 @@ def test_nyu_split_files(tmp_path):
         photo(tmp_path / f"{part}/rgb_0.jpg", (640, 480))
         grey(tmp_path / f"{part}/depth_0.png", np.full((480, 640), 1500, np.uint16))
         (tmp_path / f"nyu_{part}.txt").write_text(f"/{part}/rgb_0.jpg /{part}/depth_0.png 518.8579\n")
-    train_, test, _ = data.labelled("depth", str(tmp_path), (240, 320))
+    train_, test, _ = data.labelled("depth", str(tmp_path), data.Framing((240, 320)))
     assert float(train_[0]["depths"].min()) == pytest.approx(1.5)
     for size, expected in (((240, 320), (22, 234, 20, 299)), ((240, 240), (22, 234, 0, 239))):  # Eigen's, at half size
-        inside = data.labelled("depth", str(tmp_path), size)[1][0]["depths"] > 0
+        inside = data.labelled("depth", str(tmp_path), data.Framing(size))[1][0]["depths"] > 0
         rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
         assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == expected
     (tmp_path / "nyu_test.txt").unlink()
     with pytest.raises(ValueError, match="nyu_test.txt: expected, beside the other"):
-        data.labelled("depth", str(tmp_path), (240, 320))
+        data.labelled("depth", str(tmp_path), data.Framing((240, 320)))
     (tmp_path / "nyu_test.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="nyu_test.txt: not a text file that can be read"):
-        data.labelled("depth", str(tmp_path), (240, 320))
+        data.labelled("depth", str(tmp_path), data.Framing((240, 320)))
+
+
+def bts(root):
+    """BTS's layout, its lists where its repository has them, KITTI's beside them."""
+    lists = root / "train_test_inputs"
+    lists.mkdir(parents=True)
+    for part, below, slash in (("train", "sync", "/"), ("test", "official_splits/test", "")):
+        photo(root / below / "kitchen_0028b/rgb_00045.jpg", (640, 480))
+        millimetres = np.full((480, 640), 1500 if part == "train" else 2500, np.uint16)
+        grey(root / below / "kitchen_0028b/sync_depth_00045.png", millimetres)
+        line = f"{slash}kitchen_0028b/rgb_00045.jpg {slash}kitchen_0028b/sync_depth_00045.png 518.8579\n"
+        (lists / f"nyudepthv2_{part}_files_with_gt.txt").write_text(line)
+        kitti = "2011_09_26/image_02/0000000000.png None 721.5377\n"
+        (lists / f"eigen_{part}_files_with_gt.txt").write_text(kitti)
+    return root
+
+
+def test_nyu_as_bts_has_it(tmp_path):
+    root = bts(tmp_path / "nyu")
+    train_, test, _ = data.labelled("depth", str(root), data.PUBLISHED["depth"])
+    assert "sync" in train_.entries[0][0].parts and "official_splits" in test.entries[0][0].parts
+    frame = train_[0]
+    assert float(frame["depths"].max()) == pytest.approx(1.5) and frame["images"].shape == (1, 3, 420, 546)
+    # Borders up to multiples of 14 are unknown, and ImageNet's mean
+    assert not frame["depths"][:2].any() and not frame["depths"][:, -1].any() and frame["depths"][2, 1] > 0
+    assert M.normalise(frame["images"])[0, :, :2].abs().max() < 1e-5
+    frame = test[0]
+    assert float(frame["depths"].max()) == pytest.approx(2.5) and frame["images"].shape == (2, 3, 490, 644)
+    torch.testing.assert_close(frame["images"][1], frame["images"][0].flip(-1))
+    inside = (frame["depths"] > 0).nonzero()
+    assert inside.amin(0).tolist() == [45, 41] and inside.amax(0).tolist() == [470, 600]
+    # One list of the two is an error, and KITTI's are never taken for them
+    lists = root / "train_test_inputs"
+    (lists / "nyudepthv2_test_files_with_gt.txt").unlink()
+    with pytest.raises(ValueError, match="nyudepthv2_test_files_with_gt.txt: expected, beside the other"):
+        data.labelled("depth", str(root), data.PUBLISHED["depth"])
+    (lists / "nyudepthv2_train_files_with_gt.txt").unlink()
+    with pytest.raises(ValueError, match="eigen_train_files_with_gt.txt: not a list that is read here"):
+        data.labelled("depth", str(root), data.PUBLISHED["depth"])
+
+
+def test_missing_photos_of_a_list_are_named(tmp_path):
+    root = bts(tmp_path / "nyu")
+    shutil.rmtree(root / "sync")
+    train_, _, _ = data.labelled("depth", str(root), data.PUBLISHED["depth"])
+    with pytest.raises(ValueError, match="sync/kitchen_0028b/rgb_00045.jpg: no such file"):
+        train_[0]
+
+
+def test_training_sees_random_windows_and_the_label_goes_along(tmp_path):
+    """Each pixel's depth says which pixel it was; windows lie within the frame that NYUCrop leaves, half mirrored."""
+    root = bts(tmp_path / "nyu")
+    y, x = np.mgrid[:480, :640]
+    grey(root / "sync/kitchen_0028b/sync_depth_00045.png", (1000 + x).astype(np.uint16))
+    pixels = np.repeat((x * 255 / 639).astype(np.uint8)[..., None], 3, 2)
+    Image.fromarray(pixels).save(root / "sync/kitchen_0028b/rgb_00045.jpg", quality=95)
+    train_, _, _ = data.labelled("depth", str(root), data.PUBLISHED["depth"], copies=12)
+    lefts, mirrored = set(), 0
+    for n in range(len(train_)):
+        frame = train_[n]
+        columns = (1000 * frame["depths"][210, 1:-1]).round() - 1000
+        step = columns.diff()
+        assert (step == step[0]).all() and abs(step[0]) == 1
+        mirrored += bool(step[0] < 0)
+        assert columns.min() >= 43 and columns.max() <= 607 and len(columns) == 544
+        lefts.add(int(columns.min()))
+        torch.testing.assert_close(frame["images"][0, 0, 210, 1:-1], columns.float() / 639, atol=0.02, rtol=0)
+    assert len(train_) == 12 and len(lefts) > 5 and 2 < mirrored < 10
+    assert torch.equal(train_[3]["depths"], train_[3]["depths"])  # a function of n
+
+
+@pytest.mark.parametrize("names", [("nyu_train.txt", "nyu_test.txt"), ("scannetpp_train.txt", "scannetpp_val.txt")])
+def test_other_lists(tmp_path, names):
+    for i, name in enumerate(names):
+        photo(tmp_path / f"a/{i}.jpg", (60, 45))
+        grey(tmp_path / f"a/{i}.png", np.full((45, 60), 1000 + i, np.uint16))
+        (tmp_path / name).write_text(f"a/{i}.jpg a/{i}.png 518.8\na/gone.jpg None 518.8\n")
+    train_, test, _ = data.labelled("depth", str(tmp_path), data.Framing((45, 60)))
+    assert float(train_[0]["depths"].max()) == 1.0 and float(test[0]["depths"].max()) == pytest.approx(1.001)
+    assert (len(train_), len(test)) == (1, 1)
+    # Eigen's crop is NYUv2's alone
+    assert float((test[0]["depths"] > 0).float().mean()) == (1.0 if "scannetpp" in names[0] else pytest.approx(0.78, abs=0.02))
+    assert data.farthest(str(tmp_path)) == (20.0 if "scannetpp" in names[0] else 10.0)
+
+
+def scannetpp(root):
+    for part, scene in (("train", "0a5c013435"), ("val", "7b6477cb95")):
+        (root / "splits").mkdir(parents=True, exist_ok=True)
+        (root / f"splits/nvs_sem_{part}.txt").write_text(f"{scene}\n{'f' * 10}\n")  # the other has no labels
+        dslr = root / "data" / scene / "dslr"
+        photo(dslr / "resized_images/DSC00001.JPG", (96, 64), seed=1)
+        photo(dslr / "resized_undistorted_images/DSC00001.JPG", (96, 64), seed=2)
+        grey(dslr / "render_depth/DSC00001.png", np.full((64, 96), 15000, np.uint16))
+        grey(root / f"semantics/{scene}/DSC00001.JPG.png", np.repeat([[0, 1, 2, 255]], 64, 0).repeat(24, 1).astype(np.uint8))
+    (root / "top3.txt").write_text("wall\nceiling lamp\nfloor\n")
+    return root
+
+
+def test_scannetpp_itself(tmp_path):
+    root = scannetpp(tmp_path / "scannetpp")
+    train_, test, _ = data.labelled("depth", str(root), data.Framing((64, 96)))
+    assert (len(train_), len(test)) == (1, 1) and "7b6477cb95" in test.entries[0][0].parts
+    assert float(test[0]["depths"].min()) == pytest.approx(15) and data.farthest(str(root)) == 20.0
+    fisheye = np.asarray(Image.open(root / "data/7b6477cb95/dslr/resized_images/DSC00001.JPG"))
+    shown = (test[0]["images"][0].permute(1, 2, 0) * 255).round().numpy()
+    assert (shown == fisheye).all()  # labels are as distorted as those photos
+    with pytest.raises(ValueError, match="scannetpp: --classes FILE must name its classes"):
+        data.labelled("segmentation", str(root), data.Framing((64, 96)))
+    names = str(root / "top3.txt")
+    train_, test, found = data.labelled("segmentation", str(root), data.Framing((64, 96)), classes=names)
+    assert found == ("wall", "ceiling lamp", "floor") and len(train_) == 1
+    assert test[0]["classes"][0, ::24].tolist() == [0, 1, 2, -1]
+    photo(root / "undistorted/7b6477cb95/DSC00001.JPG.jpg", (96, 64), seed=3)  # the toolbox undistorted both
+    _, test, _ = data.labelled("segmentation", str(root), data.Framing((64, 96)), classes=names)
+    assert "undistorted" in test.entries[0][0].parts
+    (root / "top3.txt").write_text("wall\nfloor\n")
+    train_, _, _ = data.labelled("segmentation", str(root), data.Framing((64, 96)), classes=names)
+    with pytest.raises(ValueError, match="semantics/0a5c013435/DSC00001.JPG.png: class 2, where there are 2"):
+        train_[0]
+    shutil.rmtree(root / "semantics/0a5c013435")
+    with pytest.raises(ValueError, match="none of the scenes in .*nvs_sem_train.txt has labels in semantics/SCENE/"):
+        data.labelled("segmentation", str(root), data.Framing((64, 96)), classes=names)
+
+
+@pytest.mark.parametrize("asked,metres", [([], 20.0), (["--max-depth", "80"], 80.0)])
+def test_depth_goes_as_far_as_the_data_or_as_told(tmp_path, asked, metres):
+    arguments = ["--task", "depth", "--data", str(scannetpp(tmp_path)), *asked]
+    settings = E.parse_settings(arguments)
+    E.open_frames("depth", settings)
+    shelf = shelf_of("x", torch.zeros(1, 2, 2, 2), torch.zeros(1, 3), torch.zeros(1, 4, 4))
+    probe = E.new_probe(E.DepthProbe, None, shelf, settings)
+    assert float(probe.bins[-1]) == metres and probe.conv.in_channels == 2 + 3
+    far = torch.full((1, 4, 4), metres + 1)
+    assert len(probe.measure(far, {"depths": far})["d1"]) == 0  # beyond it is no truth
+    # In effect the public code has no gradient loss
+    prediction, truth = 1 + torch.rand(1, 9, 9), 1 + torch.rand(1, 9, 9)
+    torch.testing.assert_close(probe.loss(prediction, {"depths": truth}), E.sig_loss(prediction, truth))
+
+
+def test_scannetpp_as_fit3d_prepares_it(tmp_path):
+    for part in ("training", "validation"):
+        photo(tmp_path / f"images/{part}/a_DSC1.JPG")
+        grey(tmp_path / f"annotations/{part}/a_DSC1.png", np.repeat([[0, 1, 100, 7]], 48, 0).repeat(16, 1).astype(np.uint8))
+    (tmp_path / "top100.txt").write_text("\n".join(f"name {i}" for i in range(100)))
+    _, test, names = data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)), classes=tmp_path / "top100.txt")
+    assert test[0]["classes"][0, ::16].tolist() == [-1, 0, 99, 6] and names[99] == "name 99"
+
+
+def test_whole_photos_are_slid_over_and_measured_at_their_own_size(tmp_path):
+    """A portrait of 375 x 500 (a centre crop would lose 44 %): all of it is seen, labels are not scaled."""
+    for part in ("training", "validation"):
+        photo(tmp_path / f"images/{part}/a.jpg", (375, 500))
+        grey(tmp_path / f"annotations/{part}/a.png", np.arange(500 * 375).reshape(500, 375).astype(np.uint8) % 150)
+    train_, test, _ = data.labelled("segmentation", str(tmp_path), data.PUBLISHED["segmentation"])
+    frame = test[0]
+    assert frame["classes"].shape == (500, 375) and len(frame["images"]) == 2
+    assert frame["places"].tolist() == [[t, 0, 512, 512, 0, 518, 518] for t in (0, 171)]
+    frame = train_[0]  # borders have no class
+    assert frame["classes"].shape == (518, 518)
+    assert (frame["classes"][:3] == -1).all() and (frame["classes"][200:300, 200:300] >= 0).any()
+    centre = data.PUBLISHED["segmentation"]._replace(size=(100, 200))  # --image-size still crops both
+    _, test, _ = data.labelled("segmentation", str(tmp_path), centre)
+    assert test[0]["classes"].shape == (100, 200)
+
+
+def test_windows_that_one_class_fills_are_drawn_again():
+    classes = torch.zeros(40, 400, dtype=torch.int64)
+    classes[:, 350:] = torch.arange(50) % 2
+    frame = {"images": torch.zeros(3, 40, 400), "classes": classes}
+    framing = data.Framing(crop=(40, 40))
+    good = 0
+    for n in range(20):
+        cut = data.random_window(frame, framing, np.random.default_rng(n))["classes"]
+        good += float(cut.float().mean()) >= 0.25
+    assert good >= 8  # one at random: 2 or 3
+
+
+def test_normals_are_of_the_middle(tmp_path):
+    for i in range(5):
+        photo(tmp_path / f"image/{i}.png", (640, 480), i)
+        encoded = np.full((480, 640, 3), (127, 127, 255), np.uint8)
+        encoded[:, :80] = encoded[:, 560:] = 0
+        (tmp_path / "normal").mkdir(exist_ok=True)
+        Image.fromarray(encoded).save(tmp_path / f"normal/{i}.png")
+    _, test, _ = data.labelled("normals", str(tmp_path), data.PUBLISHED["normals"])
+    assert test[0]["images"].shape == (1, 3, 490, 490) and test[0]["normals"].shape == (3, 480, 480)
+    assert (test[0]["normals"].square().sum(0) > 0.9).all()
 
 
 def test_normal_folders(tmp_path):
@@ -391,7 +762,7 @@ def test_normal_folders(tmp_path):
             encoded = normals * 127.5 + 127.5
             encoded[:, :16] = 0  # unknown is grey to some, black to others
             Image.fromarray(encoded.round().astype(np.uint8)).save(tmp_path / f"normal/{i}.png")
-    train_, test, _ = data.labelled("normals", str(tmp_path), (48, 64))
+    train_, test, _ = data.labelled("normals", str(tmp_path), data.Framing((48, 64)))
     assert (len(train_), len(test)) == (4, 1)
     for frame in (train_[0], test[0]):
         assert not frame["normals"][:, :, :32].any()
@@ -401,21 +772,21 @@ def test_normal_folders(tmp_path):
             (tmp_path / f"split/{part}/{kind}").mkdir(parents=True)
             for i in range(5 if part == "train" else 2):
                 (tmp_path / f"split/{part}/{kind}/{i}.png").write_bytes((tmp_path / f"{kind}/0.png").read_bytes())
-    assert [len(d) for d in data.labelled("normals", str(tmp_path / "split"), (48, 64))[:2]] == [5, 2]
+    assert [len(d) for d in data.labelled("normals", str(tmp_path / "split"), data.Framing((48, 64)))[:2]] == [5, 2]
     (tmp_path / "normal/2.png").unlink()
     with pytest.raises(ValueError, match="normal/2.png: no such file, which 2.png goes with"):
-        data.labelled("normals", str(tmp_path), (48, 64))
+        data.labelled("normals", str(tmp_path), data.Framing((48, 64)))
 
 
 def test_ade20k(tmp_path):
     for part in ("training", "validation"):
         photo(tmp_path / f"images/{part}/a.jpg")
         grey(tmp_path / f"annotations/{part}/a.png", np.repeat([[0, 1, 150, 7]], 48, 0).repeat(16, 1).astype(np.uint8))
-    train_, test, names = data.labelled("segmentation", str(tmp_path), (48, 64))
+    train_, test, names = data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))
     assert test[0]["classes"][0, ::16].tolist() == [-1, 0, 149, 6] and len(names) == 150 and len(train_) == 1
     (tmp_path / "annotations/validation/a.png").unlink()
     with pytest.raises(ValueError, match="annotations/validation/a.png: no such file"):
-        data.labelled("segmentation", str(tmp_path), (48, 64))
+        data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))
 
 
 def test_voc2012(tmp_path):
@@ -427,9 +798,9 @@ def test_voc2012(tmp_path):
     mask.save(tmp_path / "SegmentationClass/2007_1.png")
     (tmp_path / "ImageSets/Segmentation/train.txt").write_text("2007_1\n")
     with pytest.raises(ValueError, match="ImageSets/Segmentation/val.txt: no such file"):
-        data.labelled("segmentation", str(tmp_path), (48, 64))
+        data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_1\n")
-    _, test, names = data.labelled("segmentation", str(tmp_path), (48, 64))
+    _, test, names = data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))
     assert test[0]["classes"][0, ::16].tolist() == [0, 20, -1, 3] and names[20] == "tvmonitor"
 
 
@@ -447,7 +818,7 @@ def test_normals_from_depth_are_a_rooms_normals():
         ("correspondence", "found no transforms.json"),
         ("depth", "found no transforms.json"),
         ("normals", "found no transforms.json"),
-        ("segmentation", "expected images/ and annotations/ .ADE20K., or JPEGImages/ and ImageSets/ .VOC2012."),
+        ("segmentation", "expected images/ and annotations/ .ADE20K., JPEGImages/ and ImageSets/ .VOC2012., or sem"),
     ],
 )
 def test_an_empty_folder_is_told_what_was_expected(task, message, tmp_path):
@@ -532,7 +903,11 @@ def test_features_are_of_the_layers_asked_for_and_concatenated():
     normalised = (resized - torch.tensor(M.IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(M.IMAGENET_STD).view(3, 1, 1)
     expected = [f for vit in vits for f in vit.get_intermediate_layers(normalised, [0, 1], True, True, True)]
     torch.testing.assert_close(features, torch.cat([f for f, _ in expected], 1).half())
-    torch.testing.assert_close(classes, torch.cat([c for _, c in expected], 1).half())
+    # The first one's cls tokens alone, of two layers, as the paper's code has it
+    torch.testing.assert_close(classes, torch.cat([c for _, c in expected[:2]], 1).half())
+    probe = E.DepthProbe(features.shape[1], classes.shape[1])
+    assert probe(features.float(), classes.float(), (30, 45)).isfinite().all()
+    assert probe.conv.in_channels == 6 * 24
     last = E.extract(E.Model("one", vits[:1], None), images, E.parse_settings(["--task", "depth"]))[0]
     torch.testing.assert_close(last, vits[0].get_intermediate_layers(normalised, 1, True, norm=False)[0].half())
 
@@ -541,7 +916,7 @@ def test_concat_puts_the_teacher_beside_the_student():
     train.main([*TRAIN, "--steps", "1", "--name", "x"])
     settings = E.parse_settings(["--task", "depth", "--concat"])
     (teacher, student), _ = E.load_models(settings)
-    assert len(teacher.vits) == 1 and student.vits[1] is teacher.vits[0] and student.name.endswith("+ first")
+    assert len(teacher.vits) == 1 and student.vits[0] is teacher.vits[0] and student.name.endswith("+ first")
 
 
 @pytest.mark.parametrize("asked", [["--teacher", "dinov2_vits14", "--teacher-weights", "random"], []])
@@ -685,8 +1060,8 @@ def test_broken_archives_are_named(tmp_path, content):
 
 def test_rooms_to_train_on_are_not_those_to_test_on():
     with pytest.raises(ValueError, match="there are 5000 rooms each to train and to test"):
-        data.labelled("depth", None, (28, 28), 6000, 4)
-    train_, test, _ = data.labelled("depth", None, (28, 28), 5000, 5000)
+        data.labelled("depth", None, data.Framing((28, 28)), 6000, 4)
+    train_, test, _ = data.labelled("depth", None, data.Framing((28, 28)), 5000, 5000)
     rooms = [{i for _, i in part.entries} for part in (train_, test)]
     assert [len(r) for r in rooms] == [5000, 5000] and not rooms[0] & rooms[1]
 

@@ -219,7 +219,7 @@ def test_lora_starts_as_the_model_and_merges_to_what_it_became(tmp_path, tiny_ar
     M.add_lora(vit, rank=4, alpha=2, dropout=0.1).eval()
     torch.testing.assert_close(vit.forward_features(images)["x_prenorm"], plain)
     trainable = [p for p in vit.parameters() if p.requires_grad]
-    assert len(trainable) == 2 * 2 * 2  # A and B of qkv and proj of two blocks
+    assert len(trainable) == 2 * 2 * 2 + 2  # A and B of qkv and proj of two blocks, and of the patches' convolution
     with torch.no_grad():
         for p in trainable:
             p.normal_(0, 1)
@@ -238,6 +238,25 @@ def test_lora_is_its_formula():
     torch.nn.init.normal_(lora.B)
     x = torch.randn(3, 6)
     torch.testing.assert_close(lora(x), x @ (linear.weight + 8 / 2 * lora.B @ lora.A).T + linear.bias)
+
+
+def test_lora_of_a_convolution_is_its_formula():
+    conv = torch.nn.Conv2d(3, 5, 4, 4)
+    lora = M.LoRAConv(conv, rank=2, alpha=8, dropout=0.0)
+    x = torch.randn(2, 3, 8, 12)
+    torch.testing.assert_close(lora(x), conv(x))  # as it was, to begin with
+    torch.nn.init.normal_(lora.B)
+    weight = conv.weight + 8 / 2 * torch.einsum("or,rikl->oikl", lora.B, lora.A)
+    torch.testing.assert_close(lora(x), F.conv2d(x, weight, conv.bias, 4))
+    lora.dropout.p = 1.0  # what is adapted is dropped, the rest is not
+    torch.testing.assert_close(lora.train()(x), conv(x))
+
+
+def test_prototypes_start_as_a_linear_layer_does():
+    torch.manual_seed(1)
+    prototypes = M.DINOHead(8, 4096).last_layer.weight_v.detach()
+    assert abs(float(prototypes.norm(dim=-1).mean()) - 1 / math.sqrt(3)) < 0.005
+    assert float(prototypes.abs().max()) <= 1 / math.sqrt(256)  # uniform, not normal
 
 
 def test_head_and_loss_equal_the_public_code():
