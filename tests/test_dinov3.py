@@ -297,7 +297,7 @@ def test_lora_merges_to_what_the_student_became(tiny):
     with torch.no_grad():
         for p in vit.parameters():
             if p.requires_grad:
-                p.normal_(0, 1)
+                p.normal_(0, 0.2)
         changed = vit.forward_features(images)["x_prenorm"]
     assert (changed - plain).abs().max() > 0.1
     merged = M.merge_lora(vit)
@@ -334,7 +334,8 @@ def test_a_run_with_dinov3_from_training_to_measuring(tiny):
     student = M.load_vit("dinov3_vits16", "runs/x/student.safetensors").state_dict()
     teacher = M.load_vit("dinov3_vits16", "random", seed=0).state_dict()
     changed = [k for k, v in student.items() if not torch.equal(v, teacher[k])]
-    trained = [f"blocks.{i}.attn.{part}.weight" for i in (0, 1) for part in ("qkv", "proj")]
+    trained = ["patch_embed.proj.weight"]
+    trained += [f"blocks.{i}.attn.{part}.weight" for i in (0, 1) for part in ("qkv", "proj")]
     assert changed == trained
     measure = "--task correspondence --image-size 56 72 --pairs 1 --seeds 1".split()
     E.main([*measure, "--run", "runs/x"])
@@ -373,7 +374,7 @@ def test_vits_with_other_patches_are_put_on_the_first_ones_grid(tiny):
     torch.testing.assert_close(features[:, :24], each[0][0])
     other = F.interpolate(each[1][0].float(), (3, 5), mode="bilinear")
     torch.testing.assert_close(features[:, 24:].float(), other, rtol=2e-3, atol=2e-3)
-    assert torch.equal(classes, torch.cat([c for _, c in each], 1))
+    assert torch.equal(classes, each[0][1])  # the first model's alone
 
 
 def test_images_smaller_than_a_patch_get_one_sentence(tiny):

@@ -406,6 +406,8 @@ class PixelFeatures(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.patch_embed = torch.nn.Module()  # where LoRA looks; nothing passes through it
+        self.patch_embed.proj = torch.nn.Conv2d(3, 1, 14)
         self.shift = torch.nn.Parameter(torch.zeros(3))
 
     def forward_features(self, images):

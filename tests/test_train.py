@@ -67,7 +67,7 @@ def test_a_run_writes_what_it_says(capsys):
     student = M.load_vit("dinov2_vits14", folder / "student.safetensors")
     teacher = M.load_vit("dinov2_vits14", "random", seed=0)
     changed = [k for k, v in student.state_dict().items() if not torch.equal(v, teacher.state_dict()[k])]
-    assert changed == [f"blocks.{i}.attn.{layer}.weight" for i in (0, 1) for layer in ("qkv", "proj")]
+    assert changed == ["patch_embed.proj.weight"] + [f"blocks.{i}.attn.{layer}.weight" for i in (0, 1) for layer in ("qkv", "proj")]
     out = capsys.readouterr().out
     assert "step 6/6" in out and "left" in out and "Next" in out
     assert "Cosine with the teacher's own features of the target view: splatted" in out
