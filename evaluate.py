@@ -72,7 +72,7 @@ def published(**values):  # other values for the paper's protocol
 
 SETTINGS = {
     "correspondence": PROBE | {
-        "pairs": (60, 1500, "of views, for each seed"),
+        "pairs": (80, 1500, "of views, for each seed"),
         "matches": (1000, 1000, "best of a pair by the ratio test"),
     },
     "depth": published(clip=35.0, checks=6) | {
