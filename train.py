@@ -514,7 +514,7 @@ def draw_reconstruction(model, batch):
         "error x 4": 4 * error[0].permute(1, 2, 0),
         "depth": depth_colours(depth[0].cpu(), (alphas[0] > 0.5).cpu()),
     }
-    measured = {"shown_psnr": number(-10 * (error**2).mean((1, 2, 3)).log10().mean()), "shown_abs_rel": None}
+    measured = {"shown_psnr": number(-10 * (error**2).mean((1, 2, 3)).log10().mean())}
     if "depths" in target:
         known = (target["depths"] > 0) & (alphas > 0.5)
         panels["true depth"] = depth_colours(target["depths"][0].cpu(), (target["depths"][0] > 0).cpu())
@@ -744,7 +744,8 @@ def report(folder, measured, settings, warning):
     title = {"above_entropy": f"Loss {TITLES['above_entropy']}", "loss": "Loss"}[name]
     print(f"\n{title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
     weights = folder / WEIGHTS[settings["stage"]]
-    print(SUMMARIES[settings["stage"]].format(**{k: "none" if v is None else f"{v:.4f}" for k, v in measured.items()}))
+    said = {k: "none" if v is None else f"{v:.4f}" for k, v in measured.items()}
+    print(SUMMARIES[settings["stage"]].format_map({"shown_abs_rel": "unknown"} | said))
     print(f"Written to {folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
     if warning:
         banner(warning)
