@@ -89,8 +89,8 @@ SETTINGS = {
         "student_temperature": (0.1, 1.0, "likewise the student's"),
         "momentum": (0.97, 0.999, "of the teacher's moving average; a teacher that follows fast learns with the student"),
         "ema_every": (1, 10, "steps between updates of the teacher"),
-        "preview_every": (125, 1000, "steps between previews"),
-        "checkpoint_every": (125, 1000, "steps between checkpoints"),
+        "preview_every": (250, 1000, "steps between previews"),
+        "checkpoint_every": (250, 1000, "steps between checkpoints"),
     },
     "reconstruct": VIEWS | {
         "height": (224, 256, "of the images, pixels; a multiple of 16"),
