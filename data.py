@@ -682,6 +682,13 @@ def open_photo(shot, listed_in):
         return rgb(picture)
 
 
+def open_rgb(path, listed_in):
+    """A photo of any mode in 8-bit RGB. ValueError names the file."""
+    picture = open_picture(path, "a photo", listed_in)
+    with naming(path, "a photo that cannot be read"):
+        return rgb(picture)
+
+
 def rgb(picture):
     """A picture of any mode in 8-bit RGB. ValueError: it holds floating point."""
     if picture.mode == "F":
@@ -1503,7 +1510,7 @@ class Photos(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         if self.files:
-            photo = open_picture(self.files[i], "a photo", self.files[i].parent).convert("RGB")
+            photo = open_rgb(self.files[i], self.files[i].parent)
             return Crop(photo, *self.size).colours()
         if i not in self.kept:  # a view takes a tenth of a second to draw, and bytes are small
             room = self.rooms[i // 8]
@@ -2100,7 +2107,7 @@ def load_posed_normals(entry, framing):
 def load_depth(entry, framing):
     """A photo and its depth map in millimetres; of NYUv2 what the public code looks at."""
     photo, depth, listed_in = entry
-    crop, labels = framing.crops(open_picture(photo, "a photo", listed_in).convert("RGB"))
+    crop, labels = framing.crops(open_rgb(photo, listed_in))
     depths = labels.depths(depth, 0.001, listed_in)
     frame = {"images": crop.colours(), "depths": depths}
     if listed_in.name in (name for name, _ in DEPTH_LISTS[0][1:] + DEPTH_LISTS[1][1:]):
@@ -2151,7 +2158,7 @@ def load_normals(entry, framing):
     """A normal map is a picture of (n + 1) / 2, or a .npy [H, W, 3]; in whatever axes, which a probe learns. Unknown is
     what is far from a unit vector: black in a picture, or grey; zeros in an array."""
     photo, path = entry
-    crop, labels = framing.crops(open_picture(photo, "a photo", photo.parent).convert("RGB"))
+    crop, labels = framing.crops(open_rgb(photo, photo.parent))
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False).astype(np.float32)
@@ -2225,7 +2232,7 @@ VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "c
 def load_classes(entry, framing, first, count):
     """A photo and its classes; `first` is the number of the first, before which there are none."""
     photo, path, *_ = entry
-    crop, labels = framing.crops(open_picture(photo, "a photo", photo.parent).convert("RGB"))
+    crop, labels = framing.crops(open_rgb(photo, photo.parent))
     classes = labels.ids(path, path.parent) - first
     if first == 0:
         classes[classes == 255] = -1

@@ -1534,7 +1534,8 @@ class SplatAndDistill(nn.Module):
                 raise ValueError(f"{name} is {' or '.join(known)}, not {value!r}")
         # Rank 0 trains all weights instead
         self.student = add_lora(vit, lora_rank, lora_alpha, lora_dropout) if lora_rank else vit.requires_grad_(True)
-        self.student_head = DINOHead(vit.embed_dim, prototypes, head_dim, bottleneck_dim)
+        head = (vit.embed_dim, prototypes, head_dim, bottleneck_dim)
+        self.student_head = nn.Identity() if loss == "contrastive" else DINOHead(*head)  # it has no use for one
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(prototypes))  # of the teacher's logits

@@ -1357,9 +1357,12 @@ def test_photos_of_a_folder_and_below(tmp_path):
     assert (photos[0] - torch.tensor([200, 100, 50]).view(3, 1, 1) / 255).abs().max() < 0.02
     with pytest.raises(ValueError, match="notes.*: no photos"):
         data.Photos(tmp_path / "notes.txt", 28, 42)
+    deep = np.full((40, 80), 30_000, np.uint16)  # 16 bit, which must not be cut off at white
+    Image.fromarray(deep).save(tmp_path / "c.png")
+    assert (data.Photos(tmp_path, 28, 42)[1] - 30_000 / 65_535).abs().max() < 0.01
     (tmp_path / "broken.jpg").write_bytes(b"not a photo")
     with pytest.raises(ValueError, match="broken.jpg: a photo that cannot be read"):
-        data.Photos(tmp_path, 28, 42)[1]
+        data.Photos(tmp_path, 28, 42)[1]  # b, broken, c, deep/er/a
 
 
 def test_photos_of_rooms_are_their_frames():
