@@ -2,24 +2,22 @@
 
 Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
 
-    len(scene)                       number of frames along the camera path
-    scene.name                       str
-    scene.numbers                    of the frames, rising: what gaps between views are counted in
-    scene.has_depth, .has_masks      bool, for the whole scene
-    scene.frame(i, height, width)    dict of tensors:
-        images      (3, H, W)  float32, 0..1
-        extrinsics  (4, 4)     float32, camera-to-world, OpenCV axes (x right, y down, z forward)
-        Ks          (3, 3)     float32, pixels; pixel (row i, column j) has its centre at (j + 0.5, i + 0.5)
-        depths      (H, W)     float32, z-depth in metres, 0 = unknown; only if has_depth
-        masks       (H, W)     int64 segment ids; all zeros (one segment) if the scene has no masks
-      from a PosedFolder also
-        valid       (H, W)     bool, False where a validity mask says not to look
-      and from a Room
-        normals     (3, H, W)  float32, unit, camera coordinates, pointing towards the camera
-        classes     (H, W)     int64, index into CLASSES
+    len(scene)                     number of frames along the camera path
+    scene.name                     str
+    scene.numbers                  of the frames, rising; gaps between views are counted in them
+    scene.has_depth, .has_masks    bool, for the whole scene
+    scene.frame(i, height, width)  dict of tensors:
+        images      [3, H, W]  float32, 0..1
+        extrinsics  [4, 4]     float32, camera-to-world, OpenCV axes (x right, y down, z forward)
+        Ks          [3, 3]     float32, pixels; the centre of pixel (0, 0) is at (0.5, 0.5)
+        depths      [H, W]     float32, z-depth in metres, 0 = unknown; only if has_depth
+        masks       [H, W]     int64 segment ids; all zeros if the scene has no masks
+        valid       [H, W]     bool, False where a validity mask excludes; PosedFolder only
+        normals     [3, H, W]  float32, unit, camera axes, towards the camera; Room only
+        classes     [H, W]     int64, index into CLASSES; Room only
 
-`Views` draws two context views and a target between them from such scenes, as in Splat and Distill
-(arXiv 2602.06032): every sample is a pure function of (seed, index), so a resumed run sees the same data.
+`Views` draws context views and a target from such scenes, as in Splat and Distill
+(arXiv 2602.06032). A sample depends on (seed, index) alone, so a resumed run sees the same data.
 """
 
 import colorsys
@@ -43,95 +41,202 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# ---------------------------------------------------------------------------------------------------------
-# Procedural rooms. The world is z-up and in metres; the floor is z = 0 and the room is centred on the z axis.
-# Every solid is a unit shape under scale, yaw and translation. Arrays of points and rays are (3, N).
+# -------------------------------------------------------------------------------------------------
+# Procedural rooms. The world is z-up, in metres; the floor is z = 0 and the z axis its middle.
+# A solid is a unit shape, scaled, turned about z and moved. Points and rays are [3, N].
 
-CLASSES = ("unlabelled", "floor", "wall", "ceiling", "door", "window", "picture", "rug", "light", "table", "chair",
-           "cabinet", "sofa", "bed", "lamp", "plant", "box", "ball", "vase", "cone")
-
-SPLITS = {"train": range(0, 1_000_000), "val": range(1_000_000, 1_010_000), "probe": range(1_010_000, 1_020_000)}
-
-# One formula paints everything (see Room.paint): cells of size (u, v) in metres, rows shifted by a part of a cell,
-# joints of a width in metres, and how much parity, a per-cell random number and smooth noise mix the two colours.
-#             u    v     shift joint  parity random noise
-LOOKS = {
-    "plain": (99, 99, 0, 0, 0, 0, 0.3),
-    "marble": (99, 99, 0, 0, 0, 0, 1.0),
-    "checker": (0.2, 0.2, 0, 0, 1, 0, 0.15),
-    "stripes": (0.16, 99, 0, 0, 0.8, 0, 0.2),
-    "rings": (99, 0.09, 0, 0, 0.8, 0, 0.2),
-    "tiles": (0.4, 0.4, 0, 0.012, 0, 0.4, 0.4),
-    "bricks": (0.36, 0.13, 0.5, 0.014, 0, 0.6, 0.3),
-    "planks": (1.1, 0.16, 0.37, 0.006, 0, 0.6, 0.4),
-    "books": (0.06, 0.34, 0, 0.012, 0, 1, 0),
+CLASSES = tuple(
+    "unlabelled floor wall ceiling door window picture rug light table chair cabinet sofa bed lamp "
+    "plant box ball vase cone".split()
+)
+SPLITS = {  # seeds
+    "train": range(1_000_000),
+    "val": range(1_000_000, 1_010_000),
+    "probe": range(1_010_000, 1_020_000),
 }
-NOISE = np.array([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]], np.float32)  # radians / m
-LAMP = np.array([[-0.25, -0.12, 0], [0.25, 0.12, 0]], np.float32)  # samples of the ceiling light, m
+
+# Patterns of cells that mix a solid's two colours, see Room.paint.
+#            cell (m)      shift of  joint   share of the second colour by
+#            u      v      rows (u)  (m)     parity  random  noise
+LOOKS = {
+    "plain":   (99.00, 99.00, 0.00, 0.000, 0.0, 0.0, 0.30),
+    "marble":  (99.00, 99.00, 0.00, 0.000, 0.0, 0.0, 1.00),
+    "checker": (0.20,  0.20,  0.00, 0.000, 1.0, 0.0, 0.15),
+    "stripes": (0.16,  99.00, 0.00, 0.000, 0.8, 0.0, 0.20),
+    "rings":   (99.00, 0.09,  0.00, 0.000, 0.8, 0.0, 0.20),
+    "tiles":   (0.40,  0.40,  0.00, 0.012, 0.0, 0.4, 0.40),
+    "bricks":  (0.36,  0.13,  0.50, 0.014, 0.0, 0.6, 0.30),
+    "planks":  (1.10,  0.16,  0.37, 0.006, 0.0, 0.6, 0.40),
+    "books":   (0.06,  0.34,  0.00, 0.012, 0.0, 1.0, 0.00),
+}  # fmt: skip
+NOISE = np.float32([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]])  # rad/m
+LAMP = np.float32([[-0.25, -0.12, 0], [0.25, 0.12, 0]])  # points that stand for the light, m
+
+# Paints: a look is drawn from a list, then two colours from ranges. Joints are of the room's own
+# dark or light colour.
+#                 looks                                hue    saturation   value         joints
+ANY, WOOD = (0, 1), (0.04, 0.11)
+PAINTS = {
+    "dark":      ("",                                   ANY,  (0.00, 0.40), (0.10, 0.30), ""),
+    "light":     ("",                                   ANY,  (0.00, 0.20), (0.75, 0.95), ""),
+    "wall":      ("plain plain stripes tiles",          ANY,  (0.08, 0.40), (0.65, 0.95), "light"),
+    "accent":    ("bricks stripes plain marble",        ANY,  (0.30, 0.60), (0.50, 0.85), "light"),
+    "floor":     ("planks planks tiles checker marble", ANY,  (0.05, 0.30), (0.40, 0.90), "dark"),
+    "boards":    ("planks",                             WOOD, (0.35, 0.60), (0.40, 0.80), "dark"),
+    "ceiling":   ("plain",                              ANY,  (0.00, 0.08), (0.85, 0.97), "light"),
+    "door":      ("planks",                             WOOD, (0.30, 0.60), (0.35, 0.90), "dark"),
+    "window":    ("plain",                      (0.53, 0.60), (0.30, 0.50), (0.90, 1.00), "light"),
+    "haze":      ("",                                   ANY,  (0.00, 0.10), (0.90, 1.00), ""),
+    "picture":   ("marble marble checker tiles",        ANY,  (0.40, 0.90), (0.30, 1.00), "dark"),
+    "rug":       ("marble stripes checker tiles",       ANY,  (0.30, 0.80), (0.30, 0.90), "light"),
+    "leaves":    ("marble",                     (0.22, 0.40), (0.50, 0.80), (0.20, 0.60), "dark"),
+    "books":     ("books",                              ANY,  (0.40, 0.80), (0.20, 0.90), "dark"),
+    "wood":      ("planks",                             WOOD, (0.35, 0.65), (0.30, 0.80), "dark"),
+    "flat":      ("plain marble checker stripes tiles", ANY,  (0.30, 0.90), (0.35, 0.95), "light"),
+    "round":     ("plain marble rings",                 ANY,  (0.30, 0.90), (0.35, 0.95), "light"),
+    "trim":      ("plain",                              ANY,  (0.10, 0.60), (0.20, 0.80), "dark"),
+}  # fmt: skip
+FRAMES = {"door": 0.1, "window": 0.06, "picture": 0.06, "rug": 0.08}  # width of painted frames, m
+GLOWS = {"window": 1.5, "light": 3.0}  # light given off, as a multiple of the colour
 
 
-def matmul(a, b):
-    """a (M, 3) @ b (3, N) term by term: for three terms a BLAS only adds threads that fight over the cores."""
-    return a[:, 0, None] * b[0] + a[:, 1, None] * b[1] + a[:, 2, None] * b[2]
+# Furniture stands on z = 0 with its back towards -y. Its sizes are drawn from ranges (m); of them
+# are its parts: (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
+CORNERS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
+FURNITURE = {
+    "table": ([(0.4, 0.8), (0.3, 0.45), (0.32, 0.37), (0.02, 0.04)], lambda x, y, z, r: [
+        ("box", (0, 0, 2 * z + 0.025), (x, y, 0.025), 0),
+        *(("cylinder", (i * (x - 0.06), j * (y - 0.06), z), (r, r, z), 1) for i, j in CORNERS)]),
+    "chair": ([], lambda: [
+        ("box", (0, 0, 0.46), (0.22, 0.22, 0.025), 0),
+        ("box", (0, -0.2, 0.72), (0.22, 0.02, 0.24), 0),
+        *(("box", (i * 0.19, j * 0.19, 0.22), (0.02, 0.02, 0.22), 1) for i, j in CORNERS)]),
+    "cabinet": ([(0.35, 1.0), (0.3, 0.6), (0.17, 0.25)], lambda z, x, y: [
+        ("box", (0, 0, z), (x, y, z), 0)]),
+    "sofa": ([(0.7, 1.0)], lambda x: [
+        ("box", (0, 0.05, 0.21), (x - 0.1, 0.35, 0.21), 0),
+        ("box", (0, -0.32, 0.4), (x, 0.1, 0.4), 1),
+        *(("box", (i * (x - 0.09), 0.08, 0.3), (0.09, 0.32, 0.3), 1) for i in (-1, 1))]),
+    "bed": ([(0.5, 0.8)], lambda x: [
+        ("box", (0, 0, 0.22), (x, 0.95, 0.22), 0),
+        ("box", (0, -0.92, 0.45), (x + 0.03, 0.03, 0.45), 1),
+        ("sphere", (0, -0.62, 0.47), (0.7 * x, 0.2, 0.1), 1)]),
+    "lamp": ([(0.55, 0.7)], lambda z: [
+        ("cylinder", (0, 0, 0.015), (0.15, 0.15, 0.015), 1),
+        ("cylinder", (0, 0, z), (0.018, 0.018, z), 1),
+        ("cone", (0, 0, 2 * z), (0.22, 0.22, 0.15), 0)]),
+    "plant": ([(0.13, 0.2), (0.12, 0.2)], lambda r, z: [("cylinder", (0, 0, z), (r, r, z), 1)]),
+    "box": ([(0.12, 0.28), (0.15, 0.3), (0.15, 0.3)], lambda z, x, y: [
+        ("box", (0, 0, z), (x, y, z), 0)]),
+    "ball": ([(0.1, 0.26)], lambda r: [("sphere", (0, 0, r), (r, r, r), 0)]),
+    "vase": ([(0.07, 0.12), (0.12, 0.2)], lambda r, z: [
+        ("cylinder", (0, 0, 1.2 * z), (0.5 * r, 0.5 * r, 1.2 * z), 1),
+        ("sphere", (0, 0, z), (r, r, z), 0)]),
+    "cone": ([(0.1, 0.2), (0.16, 0.3)], lambda r, z: [
+        ("cylinder", (0, 0, 0.02), (r + 0.03, r + 0.03, 0.02), 1),
+        ("cone", (0, 0, z + 0.03), (r, r, z), 0)]),
+}  # fmt: skip
+PLACES = {  # what stands there; twice is twice as often
+    "wall": ("cabinet", "sofa", "bed", "lamp", "plant", "cabinet"),
+    "free": ("table", "chair", "box", "ball", "cone", "table", "chair"),
+    "top": ("ball", "vase", "cone", "box"),
+}
+TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where others may stand on it
+OWN_PAINTS = {  # with the chance of each; else flat or round
+    "plant": {"leaves": 1}, "cabinet": {"books": 0.4, "wood": 0.6},
+    "table": {"wood": 0.6}, "chair": {"wood": 0.6},
+}  # fmt: skip
+
+
+def parts_of(kind, rng):
+    """The parts of a piece of furniture of random size; on a pot three cones or balls."""
+    ranges, parts = FURNITURE[kind]
+    sizes = [rng.uniform(*ends) for ends in ranges]
+    parts = parts(*sizes)
+    if kind == "plant":
+        top, is_fir = 2 * sizes[1], rng.uniform() < 0.5
+        if is_fir:
+            tiers = ((0.15, 0.3), (0.35, 0.25), (0.55, 0.18))  # height, radius
+            parts += [("cone", (0, 0, top + up), (r, r, 0.2), 0) for up, r in tiers]
+        else:
+            balls = ((0.12, 0.2), (0.3, 0.24), (0.5, 0.17))
+            at = rng.uniform(-0.13, 0.13, (3, 2))
+            parts += [("sphere", (*xy, top + up), (r, r, r), 0) for xy, (up, r) in zip(at, balls)]
+    return parts
 
 
 class Solid(NamedTuple):
-    """One primitive: a unit shape scaled by `half`, turned by `yaw` about z, moved to `centre`."""
+    """A unit shape, scaled by `half`, turned by `yaw` about z and moved to `centre`."""
 
-    shape: str  # box | sphere | cylinder | cone, or shell for the six inner faces of the room
+    shape: str  # a key of HITS, or shell for the six inner faces of the room
     centre: tuple
     half: tuple
     yaw: float
     label: int  # index into CLASSES
     instance: int  # segment id, shared by all parts of one object
-    look: str  # key of LOOKS
-    colours: tuple  # three linear RGB colours: two to mix and one for joints and frames
-    frame: float = 0.0  # width of a painted frame in metres
-    glow: float = 0.0  # light given off, as a multiple of the colour
+    look: str  # a key of LOOKS
+    colours: tuple  # three linear RGB colours: two to mix, one for joints and frames
+    frame: float = 0.0
+    glow: float = 0.0
+
+
+def matmul(a, b):
+    """a [M, 3] @ b [3, N] without a BLAS, whose threads cost more than three terms."""
+    return a[:, 0, None] * b[0] + a[:, 1, None] * b[1] + a[:, 2, None] * b[2]
+
+
+# Where rays o + t d enter a unit shape from outside; o [3] and d [3, N] in its own axes.
+# Each function returns t [N], inf for a miss, and outward normals [3, N] of any length.
 
 
 def hit_box(o, d):
-    """Enter the box |x|, |y|, |z| <= 1 from outside: t (N,), inf where missed, and normals (3, N)."""
+    """|x|, |y|, |z| <= 1: enter the last of three slabs before leaving any."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (-1 - o[:, None]) / d, (1 - o[:, None]) / d
-    near, far = np.minimum(a, b), np.maximum(a, b)
-    axis, t = near.argmax(0), near.max(0)
-    normal = np.where(np.arange(3)[:, None] == axis, -np.sign(d), 0)
-    return np.where(t < far.min(0), t, np.inf), normal
+    enter, leave = np.minimum(a, b), np.maximum(a, b)
+    normal = np.where(np.arange(3)[:, None] == enter.argmax(0), -np.sign(d), 0)
+    return np.where(enter.max(0) < leave.min(0), enter.max(0), np.inf), normal
+
+
+def cross_ball(o, d):
+    """Rays inside the unit ball (or disc): the middle t [N], half the duration [N], hit [N].
+
+    Measured from the closest approach, where float32 loses nothing.
+    """
+    square = (d * d).sum(0) + 1e-12
+    middle = -(o @ d) / square
+    closest = o[:, None] + middle * d
+    inside = 1 - (closest * closest).sum(0)
+    return middle, np.sqrt(np.maximum(inside, 0) / square), inside > 0
 
 
 def hit_sphere(o, d):
-    """Enter the unit sphere. Measured from the ray's closest approach, where float32 loses nothing."""
-    a = (d * d).sum(0)
-    middle = -(o @ d) / a
-    closest = o[:, None] + middle * d
-    inside = 1 - (closest * closest).sum(0)
-    t = np.where(inside > 0, middle - np.sqrt(np.maximum(inside, 0) / a), np.inf)
-    return t, o[:, None] + np.where(inside > 0, t, 0) * d
+    """|x| <= 1."""
+    middle, reach, hit = cross_ball(o, d)
+    t = middle - reach
+    return np.where(hit, t, np.inf), o[:, None] + t * d
 
 
 def hit_cylinder(o, d):
-    """Enter the cylinder x^2 + y^2 <= 1, |z| <= 1: the later of entering the round wall and entering the slab."""
-    a = (d[:2] * d[:2]).sum(0) + 1e-12
-    middle = -(o[:2] @ d[:2]) / a
-    closest = o[:2, None] + middle * d[:2]
-    inside = 1 - (closest * closest).sum(0)
-    reach = np.sqrt(np.maximum(inside, 0) / a)
+    """x^2 + y^2 <= 1, |z| <= 1: enter the later of the round wall and the slab."""
+    middle, reach, near = cross_ball(o[:2], d[:2])
     dz = np.where(d[2] == 0, 1e-12, d[2])
     wall, cap = middle - reach, -o[2] / dz - np.abs(1 / dz)
     t = np.maximum(wall, cap)
-    hit = (inside > 0) & (t < np.minimum(middle + reach, -o[2] / dz + np.abs(1 / dz)))
-    point = o[:, None] + np.where(hit, t, 0) * d
-    zero = np.zeros_like(t)
-    normal = np.where(wall > cap, np.stack([point[0], point[1], zero]), np.stack([zero, zero, -np.sign(d[2])]))
+    hit = near & (t < np.minimum(middle + reach, -o[2] / dz + np.abs(1 / dz)))
+    x, y, zero = *(o[:2, None] + t * d[:2]), np.zeros_like(t)
+    normal = np.where(wall > cap, [x, y, zero], [zero, zero, -np.sign(d[2])])
     return np.where(hit, t, np.inf), normal
 
 
 def hit_cone(o, d):
-    """Enter the cone with apex (0, 0, 1) and unit base at z = -1: the nearest valid hit of its wall and base."""
-    q = np.array([1, 1, -0.25], o.dtype)[:, None]  # x^2 + y^2 - (z - 1)^2 / 4 = 0, seen from the apex
-    p = o[:, None] - np.array([0, 0, 1], o.dtype)[:, None]
-    a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)
+    """Apex (0, 0, 1), unit base at z = -1: the nearest valid hit of wall and base.
+
+    From the apex, p = o - (0, 0, 1), the wall is x^2 + y^2 = z^2 / 4, -2 < z < 0.
+    """
+    q = np.array([[1], [1], [-0.25]], o.dtype)
+    p = o[:, None] - np.array([[0], [0], [1]], o.dtype)
+    a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)  # a t^2 + 2 b t + c = 0
     a = np.where(np.abs(a) < 1e-9, 1e-9, a)
     inside = b * b - a * c
     root = np.sqrt(np.maximum(inside, 0))
@@ -143,271 +248,209 @@ def hit_cone(o, d):
         base = (-2 - p[2]) / d[2]
         on_base = (base > 0) & (base < t) & (((p[:2] + base * d[:2]) ** 2).sum(0) < 1)
     point = p + np.where(np.isfinite(t), t, 0) * d
-    normal = np.where(on_base, np.array([0, 0, -1], o.dtype)[:, None], q * point)
+    normal = np.where(on_base, np.array([[0], [0], [-1]], o.dtype), q * point)
     return np.where(on_base, base, t), normal
 
 
 HITS = {"box": hit_box, "sphere": hit_sphere, "cylinder": hit_cylinder, "cone": hit_cone}
 
 
-def parts_of(kind, rng):
-    """Parts of one piece of furniture standing on z = 0 with its back towards -y: [(shape, centre, half, tone)].
-
-    Sizes in metres; tone 0 or 1 picks one of the object's two materials.
-    """
-    u = rng.uniform
-    if kind == "table":
-        x, y, z, r = u(0.4, 0.8), u(0.3, 0.45), u(0.32, 0.37), u(0.02, 0.04)
-        legs = [("cylinder", (i * (x - 0.06), j * (y - 0.06), z), (r, r, z), 1) for i in (-1, 1) for j in (-1, 1)]
-        return [("box", (0, 0, 2 * z + 0.025), (x, y, 0.025), 0), *legs]
-    if kind == "chair":
-        legs = [("box", (i * 0.19, j * 0.19, 0.22), (0.02, 0.02, 0.22), 1) for i in (-1, 1) for j in (-1, 1)]
-        return [("box", (0, 0, 0.46), (0.22, 0.22, 0.025), 0), ("box", (0, -0.2, 0.72), (0.22, 0.02, 0.24), 0), *legs]
-    if kind == "cabinet":
-        z = u(0.35, 1.0)
-        return [("box", (0, 0, z), (u(0.3, 0.6), u(0.17, 0.25), z), 0)]
-    if kind == "sofa":
-        x = u(0.7, 1.0)
-        arms = [("box", (i * (x - 0.09), 0.08, 0.3), (0.09, 0.32, 0.3), 1) for i in (-1, 1)]
-        return [("box", (0, 0.05, 0.21), (x - 0.1, 0.35, 0.21), 0), ("box", (0, -0.32, 0.4), (x, 0.1, 0.4), 1), *arms]
-    if kind == "bed":
-        x = u(0.5, 0.8)
-        return [("box", (0, 0, 0.22), (x, 0.95, 0.22), 0), ("box", (0, -0.92, 0.45), (x + 0.03, 0.03, 0.45), 1),
-                ("sphere", (0, -0.62, 0.47), (0.7 * x, 0.2, 0.1), 1)]
-    if kind == "lamp":
-        z = u(0.55, 0.7)
-        return [("cylinder", (0, 0, 0.015), (0.15, 0.15, 0.015), 1), ("cylinder", (0, 0, z), (0.018, 0.018, z), 1),
-                ("cone", (0, 0, 2 * z), (0.22, 0.22, 0.15), 0)]
-    if kind == "plant":
-        r, z = u(0.13, 0.2), u(0.12, 0.2)
-        pot = ("cylinder", (0, 0, z), (r, r, z), 1)
-        if u() < 0.5:
-            tiers = ((0.15, 0.3), (0.35, 0.25), (0.55, 0.18))
-            return [pot, *[("cone", (0, 0, 2 * z + h), (s, s, 0.2), 0) for h, s in tiers]]
-        return [pot, *[("sphere", (*u(-0.13, 0.13, 2), 2 * z + h), (s, s, s), 0)
-                       for h, s in ((0.12, 0.2), (0.3, 0.24), (0.5, 0.17))]]
-    if kind == "box":
-        z = u(0.12, 0.28)
-        return [("box", (0, 0, z), (u(0.15, 0.3), u(0.15, 0.3), z), 0)]
-    if kind == "ball":
-        r = u(0.1, 0.26)
-        return [("sphere", (0, 0, r), (r, r, r), 0)]
-    if kind == "vase":
-        r, z = u(0.07, 0.12), u(0.12, 0.2)
-        return [("cylinder", (0, 0, 1.2 * z), (0.5 * r, 0.5 * r, 1.2 * z), 1), ("sphere", (0, 0, z), (r, r, z), 0)]
-    r, z = u(0.1, 0.2), u(0.16, 0.3)  # cone
-    return [("cylinder", (0, 0, 0.02), (r + 0.03, r + 0.03, 0.02), 1), ("cone", (0, 0, z + 0.03), (r, r, z), 0)]
-
-
-AGAINST_WALL = ("cabinet", "sofa", "bed", "lamp", "plant", "cabinet")
-FREE = ("table", "chair", "box", "ball", "cone", "table", "chair")
-SMALL = ("ball", "vase", "cone", "box")
-
-
 class Room:
     """A furnished box room with exact ground truth, drawn by analytic ray casting.
 
-    A pure function of `seed` (any integer >= 0): shape, furniture, paint, light and the closed camera path
-    come from one numpy generator, and no global random state is read. `num_frames` only says how far along the
-    path the frames go; frame i of a seed is the same picture whatever it is.
+    A pure function of `seed` (any integer >= 0): shape, furniture, paint, light and the closed
+    camera path come from one numpy generator. Frame i is the same picture whatever `num_frames`.
     """
 
     has_depth = has_masks = True
     numbers = property(lambda self: range(self.num_frames))
 
     def __init__(self, seed, num_frames=120):
-        rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)  # draws what is built here, and no frame
         self.name, self.num_frames = f"room{seed}", num_frames
-        self.size = np.array([rng.uniform(2.2, 3.4), rng.uniform(2.2, 3.4), rng.uniform(2.4, 3.0)], np.float32)
-        self.fov = np.radians(rng.uniform(60, 75))  # vertical
-        self._walk(rng)
-        self._build(rng)
+        # Half the width, half the depth, and the height
+        self.size = np.float32(self.rng.uniform((2.2, 2.2, 2.4), (3.4, 3.4, 3.0)))
+        self.fov = np.radians(self.rng.uniform(60, 75))  # vertical
+        self._walk()
+        self._build()
+        self._furnish()
         self._stack()
 
     def __len__(self):
         return self.num_frames
 
-    # -- what is in the room
-
-    def _walk(self, rng):
-        """A smooth closed camera path around the middle, looking across it, in steps of a few cm and degrees."""
-        s = np.linspace(0, 2 * np.pi, 1441)
+    def _walk(self):
+        """A smooth closed camera path around the middle that looks across it."""
+        rng, s = self.rng, np.linspace(0, 2 * np.pi, 1441)
         wave = lambda k: np.sin(k * s + rng.uniform(0, 2 * np.pi))  # noqa: E731
         radius = (self.size[:2] - 1.0) * rng.uniform(0.55, 0.8, 2)
-        turn = rng.choice([-1, 1])
-        start = rng.uniform(0, 2 * np.pi)
-        x = radius[0] * np.cos(turn * s + start) + 0.15 * wave(2)
-        y = radius[1] * np.sin(turn * s + start) + 0.15 * wave(3)
+        angle = rng.choice([-1, 1]) * s + rng.uniform(0, 2 * np.pi)
+        x = radius[0] * np.cos(angle) + 0.15 * wave(2)
+        y = radius[1] * np.sin(angle) + 0.15 * wave(3)
         eye = np.stack([x, y, rng.uniform(1.2, 1.6) + 0.12 * wave(1) + 0.05 * wave(3)], 1)
         across = rng.uniform(0.3, 1.0)
-        look = np.stack([-across * x + 0.35 * wave(2), -across * y + 0.35 * wave(1),
-                         rng.uniform(0.4, 0.9) + 0.2 * wave(2)], 1)
-        forward = (look - eye) / np.linalg.norm(look - eye, axis=1, keepdims=True)
-        # Equal steps in a mix of metres and radians, so that neither jumps: at most 5 cm and 3 degrees each.
+        x, y = -across * x + 0.35 * wave(2), -across * y + 0.35 * wave(1)
+        forward = np.stack([x, y, rng.uniform(0.4, 0.9) + 0.2 * wave(2)], 1) - eye
+        forward /= np.linalg.norm(forward, axis=1, keepdims=True)
+        # Frames lie equal steps apart in metres and radians added up: at most 5 cm, 3 degrees.
         step = np.linalg.norm(np.diff(eye, axis=0), axis=1) / 0.05
         step += np.linalg.norm(np.diff(forward, axis=0), axis=1) / np.radians(3)
         along = np.concatenate([[0], np.cumsum(step)])
         wanted = np.arange(self.num_frames) % along[-1]
-        self.eyes = np.stack([np.interp(wanted, along, c) for c in eye.T], 1)  # (F, 3)
-        self.forwards = np.stack([np.interp(wanted, along, c) for c in forward.T], 1)  # (F, 3), not quite unit
-        self.path = eye[::12, :2]  # (120, 2), the whole loop, which furniture keeps clear of
+        self.eyes = np.stack([np.interp(wanted, along, c) for c in eye.T], 1)  # [F, 3]
+        self.forwards = np.stack([np.interp(wanted, along, c) for c in forward.T], 1)  # [F, 3]
+        self.path = eye[::12, :2]  # [121, 2], the whole loop, which furniture keeps clear of
 
-    def _build(self, rng):
-        """Fill self.solids: six inner faces, fixtures as thin boxes, then 8 to 16 pieces of furniture."""
-        hx, hy, top = self.size
+    def _look(self, paint):
+        """One of a paint's looks. A list of one asks the generator for nothing."""
+        return self.rng.choice(PAINTS[paint][0].split())
 
-        def colour(saturation, value, hue=(0, 1)):
-            rgb = colorsys.hsv_to_rgb(rng.uniform(*hue) % 1, rng.uniform(*saturation), rng.uniform(*value))
-            return tuple(np.power(rgb, 2.2))
+    def _colour(self, paint, hues=None):
+        """A linear RGB colour in a paint's ranges."""
+        _, own_hues, saturations, values, _ = PAINTS[paint]
+        hue, saturation, value = self.rng.uniform(*zip(hues or own_hues, saturations, values))
+        return tuple(np.power(colorsys.hsv_to_rgb(hue % 1, saturation, value), 2.2))
 
-        def two(saturation, value, joint, hue=(0, 1)):
-            return colour(saturation, value, hue), colour(saturation, value, hue), joint
+    def _material(self, paint, second=None, look=None):
+        """(look, three linear RGB colours), the second one perhaps of another paint."""
+        look = look or self._look(paint)
+        colours = self._colour(paint), self._colour(second or paint)
+        return look, (*colours, self.joints[PAINTS[paint][-1]])
 
-        dark, light = colour((0, 0.4), (0.1, 0.3)), colour((0, 0.2), (0.75, 0.95))
-        wood = (0.04, 0.11)
-        hue = rng.uniform()
-        near_hue = (hue, hue + 0.08)
-        wall = two((0.08, 0.4), (0.65, 0.95), light, near_hue)
-        accent = two((0.3, 0.6), (0.5, 0.85), light)
-        wall_look = rng.choice(["plain", "plain", "stripes", "tiles"])
-        accent_look = rng.choice(["bricks", "stripes", "plain", "marble"])
+    def _place(self, name, parts, x, y, z, yaw, *materials):
+        """Add an object as one segment."""
+        instance, c, s = self.solids[-1].instance + 1, np.cos(yaw), np.sin(yaw)
+        label, frame, glow = CLASSES.index(name), FRAMES.get(name, 0.0), GLOWS.get(name, 0.0)
+        for shape, (px, py, pz), half, tone in parts:
+            centre = (x + c * px - s * py, y + s * px + c * py, z + pz)
+            material = (*materials[tone], frame, glow)
+            self.solids.append(Solid(shape, centre, half, yaw, label, instance, *material))
+
+    def _at_wall(self, side, along, gap):
+        """(x, y) at a distance from wall 0..3: -y, +x, +y, -x. A thing there has yaw side * pi / 2."""
+        x, y, _ = self.size
+        return [(along, gap - y), (x - gap, along), (-along, y - gap), (gap - x, -along)][side]
+
+    def _build(self):
+        """The six inner faces, the ceiling light, one thing on each wall, mostly a rug."""
+        rng, top = self.rng, self.size[2]
+        self.joints = {name: self._colour(name) for name in ("dark", "light")}
+        light, hue = self.joints["light"], rng.uniform()
+        wall = [self._colour("wall", (hue, hue + 0.08)) for _ in range(2)]
+        accent = [self._colour("accent") for _ in range(2)]
+        wall_look, accent_look = self._look("wall"), self._look("accent")
         if wall_look == "stripes":  # striped wallpaper is tone on tone
-            wall = (wall[0], tuple(0.8 * np.array(wall[0])), light)
-        floor_look = rng.choice(["planks", "planks", "tiles", "checker", "marble"])
-        wooden = floor_look == "planks"
-        floor = two((0.35, 0.6), (0.4, 0.8), dark, wood) if wooden else two((0.05, 0.3), (0.4, 0.9), dark)
-        ceiling = two((0, 0.08), (0.85, 0.97), light)
-        accent_wall = rng.integers(4)
-        shell = [("wall", *((accent_look, accent) if k == accent_wall else (wall_look, wall))) for k in range(4)]
-        shell += [("floor", floor_look, floor), ("ceiling", "plain", ceiling)]
-        centre, half = (0, 0, top / 2), (hx, hy, top / 2)
-        self.solids = [Solid("shell", centre, half, 0.0, CLASSES.index(name), 1 + k, look, colours)
-                       for k, (name, look, colours) in enumerate(shell)]
+            wall[1] = tuple(0.8 * np.array(wall[0]))
+        floor_look = self._look("floor")
+        floor = self._material("boards" if floor_look == "planks" else "floor", look=floor_look)
+        faces = [("wall", wall_look, (*wall, light))] * 4
+        faces += [("floor", *floor), ("ceiling", *self._material("ceiling"))]
+        faces[rng.integers(4)] = ("wall", accent_look, (*accent, light))
+        centre, half = (0, 0, top / 2), (*self.size[:2], top / 2)
+        self.solids = [
+            Solid("shell", centre, half, 0.0, CLASSES.index(name), 1 + k, look, colours)
+            for k, (name, look, colours) in enumerate(faces)
+        ]
 
-        def place(parts, x, y, z, yaw, name, materials, frame=0.0, glow=0.0):
-            instance, label = self.solids[-1].instance + 1, CLASSES.index(name)
-            c, s = np.cos(yaw), np.sin(yaw)
-            for shape, (px, py, pz), half, tone in parts:
-                look, colours = materials[tone]
-                centre = (x + c * px - s * py, y + s * px + c * py, z + pz)
-                self.solids.append(Solid(shape, centre, half, yaw, label, instance, look, colours, frame, glow))
-
-        def at_wall(side, along, gap):  # side 0..3 = -y, +x, +y, -x; local +y points into the room
-            return [(along, gap - hy), (hx - gap, along), (-along, hy - gap), (gap - hx, -along)][side]
-
-        # Fixtures: one thing on each wall, something on most floors, and the ceiling light.
         self.light = np.array([*rng.uniform(-0.4, 0.4, 2) * self.size[:2], top - 0.08])
-        place([("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)], *self.light[:2], top - 0.02, 0.0, "light",
-              [("plain", (light, light, light))], glow=3.0)
-        taken = []  # footprints (x0, y0, x1, y1, top)
+        where = (*self.light[:2], top - 0.02)
+        lamp = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)]
+        self._place("light", lamp, *where, 0.0, ("plain", (light, light, light)))
+        self.taken = []  # corners (low, high) of what stands on the floor, (x, y) each
         for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
-            hw, hh = {"door": (0.42, 1.0), "window": rng.uniform((0.5, 0.45), (0.9, 0.65)),
-                      "picture": rng.uniform((0.3, 0.2), (0.6, 0.4))}[name]
-            width = (hy if side % 2 else hx) - hw - 0.3
-            along = rng.uniform(-width, width)
-            x, y = at_wall(side, along, 0.02)
-            z = hh if name == "door" else rng.uniform(1.45, 1.6)
-            if name == "door":
-                look, colours = "planks", two((0.3, 0.6), (0.35, 0.9), dark, wood)
-                x1, y1 = at_wall(side, along, 0.9)
-                taken.append((min(x, x1) - 0.3, min(y, y1) - 0.3, max(x, x1) + 0.3, max(y, y1) + 0.3))
-            elif name == "window":
-                look, colours = "plain", (colour((0.3, 0.5), (0.9, 1), (0.53, 0.6)), colour((0, 0.1), (0.9, 1)), light)
-            else:
-                look, colours = rng.choice(["marble", "marble", "checker", "tiles"]), two((0.4, 0.9), (0.3, 1), dark)
-            place([("box", (0, 0, 0), (hw, 0.02, hh), 0)], x, y, z, side * np.pi / 2, name, [(look, colours)],
-                  frame=0.06 if name != "door" else 0.1, glow=1.5 if name == "window" else 0.0)
+            drawn = rng.uniform((0.5, 0.45, 0.3, 0.2), (0.9, 0.65, 0.6, 0.4))
+            x, z = {"door": (0.42, 1.0), "window": drawn[:2], "picture": drawn[2:]}[name]
+            span = self.size[side % 2] - x - 0.3
+            along = rng.uniform(-span, span)
+            up = z if name == "door" else rng.uniform(1.45, 1.6)
+            at = self._at_wall(side, along, 0.02)
+            if name == "door":  # which opens
+                ends = list(zip(at, self._at_wall(side, along, 0.9)))
+                self.taken.append(([min(e) - 0.3 for e in ends], [max(e) + 0.3 for e in ends]))
+            material = self._material(name, "haze" if name == "window" else name)
+            parts = [("box", (0, 0, 0), (x, 0.02, z), 0)]
+            self._place(name, parts, *at, up, side * np.pi / 2, material)
         if rng.uniform() < 0.7:
-            place([("box", (0, 0, 0.008), (rng.uniform(0.7, 1.1), rng.uniform(0.5, 0.9), 0.008), 0)],
-                  *rng.uniform(-0.5, 0.5, 2), 0, rng.uniform(-0.3, 0.3), "rug",
-                  [(rng.choice(["marble", "stripes", "checker", "tiles"]), two((0.3, 0.8), (0.3, 0.9), light))],
-                  frame=0.08)
+            half = (*rng.uniform((0.7, 0.5), (1.1, 0.9)), 0.008)
+            where = (*rng.uniform(-0.5, 0.5, 2), 0, rng.uniform(-0.3, 0.3))
+            self._place("rug", [("box", (0, 0, 0.008), half, 0)], *where, self._material("rug"))
 
-        # Furniture. Every failed try shrinks what comes next a little, so the loop always ends.
-        wanted, placed, shrink = rng.integers(8, 17), 0, 1.0
-        shelves = []  # flat tops that can still carry something: (x, y, z, half size)
-        self.num_objects = wanted
-        while placed < wanted:
+    def _furnish(self):
+        """8 to 16 pieces of furniture. Every failed try shrinks the next ones, so the loop ends."""
+        rng, placed, shrink = self.rng, 0, 1.0
+        self.num_objects = rng.integers(8, 17)
+        shelves = []  # tops that are still empty: (x, y, z, half size)
+        while placed < self.num_objects:
             where = rng.choice(["wall", "free", "top"], p=[0.4, 0.35, 0.25])
             if where == "top" and not shelves:
                 where = "free"
-            kind = rng.choice({"wall": AGAINST_WALL, "free": FREE, "top": SMALL}[where])
-            parts = [(shape, np.array(centre) * shrink, np.array(half) * shrink, tone)
-                     for shape, centre, half, tone in parts_of(kind, rng)]
+            kind = rng.choice(PLACES[where])
+            parts = [(shape, np.multiply(centre, shrink), np.multiply(half, shrink), tone)
+                     for shape, centre, half, tone in parts_of(kind, rng)]  # fmt: skip
             reach = np.max([np.abs(centre[:2]) + half[:2] for _, centre, half, _ in parts], 0)
             if where == "top":
                 x, y, z, room = shelves.pop(rng.integers(len(shelves)))
-                yaw = rng.uniform(0, 2 * np.pi)
-                if np.hypot(*reach) > room:
-                    shrink *= 0.99
-                    continue
+                yaw, fits = rng.uniform(0, 2 * np.pi), np.hypot(*reach) <= room
             else:
-                z = 0.0
-                if where == "wall":
-                    side = rng.integers(4)
-                    span = (hy if side % 2 else hx) - reach[0] - 0.02
-                    x, y = at_wall(side, rng.uniform(-span, span), reach[1] + 0.05)
-                    yaw = side * np.pi / 2
-                    box = reach[::-1] if side % 2 else reach
-                else:
-                    yaw = rng.uniform(0, 2 * np.pi)
-                    c, s = abs(np.cos(yaw)), abs(np.sin(yaw))
-                    box = np.array([c * reach[0] + s * reach[1], s * reach[0] + c * reach[1]])
-                    x, y = rng.uniform(-1, 1, 2) * (self.size[:2] - box - 0.1)
-                outside = np.maximum(np.abs(self.path - (x, y)) - box, 0)
-                blocked = np.hypot(*outside.T).min() < 0.4
-                for x0, y0, x1, y1 in taken:
-                    blocked |= x - box[0] < x1 and x + box[0] > x0 and y - box[1] < y1 and y + box[1] > y0
-                if blocked:
-                    shrink *= 0.99
-                    continue
-                taken.append((x - box[0] - 0.05, y - box[1] - 0.05, x + box[0] + 0.05, y + box[1] + 0.05))
-                if kind in ("table", "cabinet", "box"):
-                    tall = max(centre[2] + half[2] for _, centre, half, _ in parts)
-                    if kind == "box":
-                        shelves.append((x, y, tall, min(reach)))
-                    else:
-                        for i in (-0.5, 0.5):
-                            aside = i * reach[0] * np.array([np.cos(yaw), np.sin(yaw)])
-                            shelves.append((x + aside[0], y + aside[1], tall, min(reach[0] / 2, reach[1])))
-            box_like = all(shape == "box" for shape, *_ in parts)
-            if kind == "plant":
-                main = ("marble", two((0.5, 0.8), (0.2, 0.6), dark, (0.22, 0.4)))
-            elif kind == "cabinet" and rng.uniform() < 0.4:
-                main = ("books", two((0.4, 0.8), (0.2, 0.9), dark))
-            elif kind in ("table", "chair", "cabinet") and rng.uniform() < 0.6:
-                main = ("planks", two((0.35, 0.65), (0.3, 0.8), dark, wood))
-            else:
-                looks = ["plain", "marble", "checker", "stripes", "tiles"] if box_like else ["plain", "marble", "rings"]
-                main = (rng.choice(looks), two((0.3, 0.9), (0.35, 0.95), light))
-            second = ("plain", two((0.1, 0.6), (0.2, 0.8), dark))
-            place(parts, x, y, z, yaw, kind, [main, second])
+                x, y, z, yaw, fits = self._on_floor(where, reach)
+            if not fits:
+                shrink *= 0.99
+                continue
+            for aside in TOPS.get(kind, ()) if where != "top" else ():
+                at = (x + aside * reach[0] * np.cos(yaw), y + aside * reach[0] * np.sin(yaw))
+                top = max(centre[2] + half[2] for _, centre, half, _ in parts)
+                shelves.append((*at, top, min(reach[0] / len(TOPS[kind]), reach[1])))
+            paint = "flat" if all(shape == "box" for shape, *_ in parts) else "round"
+            for name, chance in OWN_PAINTS.get(kind, {}).items():
+                if chance == 1 or rng.uniform() < chance:
+                    paint = name
+                    break
+            self._place(kind, parts, x, y, z, yaw, self._material(paint), self._material("trim"))
             placed += 1
 
-    def _stack(self):
-        """Lay the solids out as arrays, one row each, for the vectorised code below."""
-        self.centre = np.array([s.centre for s in self.solids], np.float32)  # (S, 3)
-        self.half = np.array([s.half for s in self.solids], np.float32)  # (S, 3)
-        self.radius = np.linalg.norm(self.half, axis=1)  # of the bounding sphere of a box, and so of the rest
-        yaw = np.array([s.yaw for s in self.solids], np.float32)
-        c, s, zero = np.cos(yaw), np.sin(yaw), np.zeros_like(yaw)
-        self.turn = np.stack([c, s, zero, -s, c, zero, zero, zero, zero + 1], 1).reshape(-1, 3, 3)  # world to local
-        self.instance = np.array([s.instance for s in self.solids])
-        self.label = np.array([s.label for s in self.solids])
-        self.look = np.array([LOOKS[s.look] for s in self.solids], np.float32)  # (S, 7)
-        self.colours = np.array([s.colours for s in self.solids], np.float32)  # (S, 3, 3)
-        self.edge = np.array([s.frame for s in self.solids], np.float32)
-        self.glow = np.array([s.glow for s in self.solids], np.float32)
+    def _on_floor(self, where, reach):
+        """(x, y, z, yaw, free) for half sizes reach [2]. Taken if free of things and of the path."""
+        rng, size = self.rng, self.size[:2]
+        side = rng.integers(4) if where == "wall" else None
+        yaw = rng.uniform(0, 2 * np.pi) if where == "free" else side * np.pi / 2
+        c, s = abs(np.cos(yaw)), abs(np.sin(yaw))
+        half = np.array([c * reach[0] + s * reach[1], s * reach[0] + c * reach[1]])
+        if where == "wall":
+            span = size[side % 2] - reach[0] - 0.02
+            at = np.array(self._at_wall(side, rng.uniform(-span, span), reach[1] + 0.05))
+        else:
+            at = rng.uniform(-1, 1, 2) * (size - half - 0.1)
+        low, high = at - half, at + half
+        from_path = np.hypot(*np.maximum(np.abs(self.path - at) - half, 0).T).min()
+        overlap = any((low < b).all() and (high > a).all() for a, b in self.taken)
+        free = from_path >= 0.4 and not overlap
+        if free:
+            self.taken.append((low - 0.05, high + 0.05))
+        return (*at, 0.0, yaw, free)
 
-    # -- how it looks
+    def _stack(self):
+        """The solids as arrays, one row each, for the vectorised code below."""
+        columns = Solid(*map(np.array, zip(*self.solids)))
+        self.label, self.instance = columns.label, columns.instance  # [S]
+        self.centre, self.half = np.float32(columns.centre), np.float32(columns.half)  # [S, 3]
+        self.radius = np.linalg.norm(self.half, axis=1)  # [S] of a sphere around it
+        c, s = np.cos(np.float32(columns.yaw)), np.sin(np.float32(columns.yaw))
+        zero = np.zeros_like(c)
+        turn = np.stack([c, s, zero, -s, c, zero, zero, zero, zero + 1], 1)
+        self.turn = turn.reshape(-1, 3, 3)  # [S, 3, 3], world to local
+        self.look = np.float32([LOOKS[look] for look in columns.look])  # [S, 7]
+        self.colours = np.float32(columns.colours)  # [S, 3, 3]
+        self.edge, self.glow = np.float32(columns.frame), np.float32(columns.glow)  # [S]
 
     def cast(self, origin, rays, t):
-        """Nearest solid (not shell) that rays origin + t * ray (3, N) meet before t (N,): t, index or -1, normal."""
-        t, which = t.copy(), np.full(t.shape, -1)
-        normal = np.zeros_like(rays)
+        """The first solid, shell apart, that rays origin + t * ray meet before t [N].
+
+        Returns t [N], the solid [N] or -1, and normals [3, N] of any length.
+        """
+        t, which, normal = t.copy(), np.full(t.shape, -1), np.zeros_like(rays)
         towards = self.centre - origin
+        # Only rays through the bounding sphere are tested; all of them if we stand inside it.
         outside = (towards * towards).sum(1) - self.radius**2
-        # Only rays that pass through the bounding sphere are worth the exact test; all do if we stand inside it.
         least = np.where(outside < 0, -np.inf, np.sqrt(np.maximum(outside, 0)))
         length = np.sqrt((rays * rays).sum(0))
         for k in range(6, len(self.solids)):
@@ -415,130 +458,128 @@ class Room:
             if not rows.size:
                 continue
             to_unit = self.turn[k] / self.half[k][:, None]
-            hit, n = HITS[self.solids[k].shape](to_unit @ -towards[k], matmul(to_unit, rays[:, rows]))
-            closer = (hit > 0) & (hit < t[rows])
+            hit = HITS[self.solids[k].shape]
+            entry, n = hit(to_unit @ -towards[k], matmul(to_unit, rays[:, rows]))
+            closer = (entry > 0) & (entry < t[rows])
             rows = rows[closer]
-            t[rows], which[rows], normal[:, rows] = hit[closer], k, matmul(to_unit.T, n[:, closer])
+            t[rows], which[rows] = entry[closer], k
+            normal[:, rows] = matmul(to_unit.T, n[:, closer])
         return t, which, normal
 
-    def look_along(self, origin, rays):
-        """First surface along rays (3, N) from a point in the room: t (N,), solid (N,), unit world normal (3, N)."""
-        low, high = self.centre[0] - self.half[0], self.centre[0] + self.half[0]
-        with np.errstate(divide="ignore"):  # parallel to a wall is infinitely far from it
-            steps = np.abs(np.where(rays > 0, (high - origin)[:, None], (low - origin)[:, None]) / rays)
-        axis = steps.argmin(0)
-        t, which, normal = self.cast(origin, rays, steps.min(0))
-        shell = which < 0
-        ahead = np.take_along_axis(rays, axis[None], 0)[0] > 0
-        # Faces are numbered like at_wall's sides: -y, +x, +y, -x, floor, ceiling.
-        face = np.array([[3, 1], [0, 2], [4, 5]])[axis, ahead.astype(int)]
-        inward = np.where(np.arange(3)[:, None] == axis, -np.sign(rays), 0)
-        normal = np.where(shell, inward, normal)
-        return t, np.where(shell, face, which), normal / np.linalg.norm(normal, axis=0)
-
     def paint(self, point, which, normal):
-        """Linear colour (3, N) of the surface itself, anchored to each solid's own frame and in metres."""
+        """Linear colour [3, N] of solids `which` [N] at world points [3, N].
+
+        A solid has colours a, b, c. Joints between cells and frames are c; the rest is
+        a + (b - a) * (parity * parity of the cell + random * its random number + noise * noise).
+        """
         c, s = self.turn[which, 0, 0], self.turn[which, 0, 1]
-
-        def turned(v):  # into the solid's own frame: only yaw differs
-            return np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])
-
-        local, facing = turned(point - self.centre.T[:, which]), np.abs(turned(normal))
-        flat, sideways = facing[2] > 0.7, facing[0] > facing[1]
-        u = np.where(~flat & sideways, local[1], local[0])
+        local, facing = (np.stack([c * x + s * y, c * y - s * x, z])
+                         for x, y, z in (point - self.centre.T[:, which], normal))  # fmt: skip
+        facing = np.abs(facing)
+        flat = facing[2] > 0.7
+        u = np.where(~flat & (facing[0] > facing[1]), local[1], local[0])
         v = np.where(flat, local[1], local[2])
         width, height, shift, joint, parity, chance, cloud = self.look.T[:, which]
         row = np.floor(v / height + 0.5)
         column = u / width + 0.5 + shift * row
         cell = np.floor(column)
-        in_joint = (np.abs(column - cell - 0.5) > 0.5 - joint / width / 2) | (
-            np.abs(v / height - row) > 0.5 - joint / height / 2)
-        # A frame runs where the surface ends; the axis it faces along does not count.
+        in_joint = np.abs(column - cell - 0.5) > 0.5 - joint / width / 2
+        in_joint |= np.abs(v / height - row) > 0.5 - joint / height / 2
+        # A frame runs along the surface's ends; the axis it faces does not count.
         to_edge = np.where(facing > 0.7, np.inf, self.half.T[:, which] - np.abs(local)).min(0)
         in_joint |= to_edge < self.edge[which]
-        bits = (row.astype(np.int64) * 73856093 ^ cell.astype(np.int64) * 19349663 ^ which * 83492791).astype(np.uint32)
-        random = ((bits * np.uint32(2654435761)) >> np.uint32(22)).astype(np.float32) / 1023
-        # Smooth noise: four sine waves that bend each other; long along u so that wood has a grain.
+        cells = row.astype(np.int64) * 73856093 ^ cell.astype(np.int64) * 19349663
+        bits = (cells ^ which * 83492791).astype(np.uint32) * np.uint32(2654435761)
+        random = (bits >> np.uint32(22)).astype(np.float32) / 1023
+        # Smooth noise: four sine waves that bend each other. Planks stretch it to a grain.
         stretched = local + (1.7 * which).astype(np.float32)
         stretched[0] *= np.where(width == np.float32(1.1), np.float32(0.15), np.float32(1))
         waves = matmul(NOISE, stretched)
         waves = np.sin(waves + 1.6 * np.sin(np.roll(waves, 1, 0) * 0.7))
         noise = 0.5 + 0.3 * waves.sum(0) / 2
         mix = np.clip(parity * ((row + cell) % 2) + chance * random + cloud * noise, 0, 1)
-        a, b, c = self.colours.transpose(1, 2, 0)[:, :, which]  # 3 x (3, N)
+        a, b, c = self.colours.transpose(1, 2, 0)[:, :, which]  # each [3, N]
         return np.where(in_joint, c, a + (b - a) * mix)
 
     def shade(self, origin, rays):
-        """What a camera at `origin` sees along rays (3, N): colour (3, N) in 0..1, t, solid, normal. Lambert only,
-        so a point has one colour from wherever it is seen."""
-        t, which, normal = self.look_along(origin, rays)
+        """What is seen from a point along rays [3, N]: colour [3, N] in 0..1, t, solid, normal.
+
+        Surfaces are Lambertian: a point has the same colour from everywhere.
+        """
+        low, high = self.centre[0] - self.half[0], self.centre[0] + self.half[0]
+        ends = np.where(rays > 0, (high - origin)[:, None], (low - origin)[:, None])
+        with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
+            steps = np.abs(ends / rays)
+        axis = steps.argmin(0)
+        t, which, normal = self.cast(origin, rays, steps.min(0))
+        # Rays that meet no solid end on the shell: walls -y, +x, +y, -x, floor, ceiling.
+        ahead = np.take_along_axis(rays, axis[None], 0)[0] > 0
+        face = np.array([[3, 1], [0, 2], [4, 5]])[axis, ahead.astype(int)]
+        inward = np.where(np.arange(3)[:, None] == axis, -np.sign(rays), 0)
+        normal = np.where(which < 0, inward, normal)
+        normal /= np.linalg.norm(normal, axis=0)
+        which = np.where(which < 0, face, which)
         point = origin[:, None] + t * rays
-        albedo = self.paint(point, which, normal)
-        # Corners and contacts with the walls and floor see less of the room.
+        # Corners and contacts with the walls and the floor see less of the room.
         gap = self.half[0][:, None] - np.abs(point - self.centre[0][:, None])
         occlusion = 1 - 0.4 * (1 - np.abs(normal)) * np.exp(-np.maximum(gap, 0) / 0.25)
         light = (0.42 + 0.12 * normal[2]) * occlusion.prod(0)
         for lamp in self.light.astype(np.float32) + LAMP:
-            # A shadow is what the lamp does not see: the same cast, from the lamp to the point at t = 1.
+            # From the lamp the point is at t = 1; what comes before casts a shadow.
             reach = point - lamp[:, None]
             shadowed = self.cast(lamp, reach, np.full_like(t, 0.998))[1] >= 0
             square = (reach * reach).sum(0)
             lambert = np.maximum(-(reach * normal).sum(0), 0) / np.sqrt(square)
             light += np.where(shadowed, 0, lambert) * (9 / len(LAMP)) / (2 + square)
-        linear = albedo * (light + self.glow[which])
+        linear = self.paint(point, which, normal) * (light + self.glow[which])
         return np.power(1 - np.exp(-1.4 * linear), 1 / 2.2), t, which, normal
 
     def pose(self, i):
-        """Camera-to-world of frame i, OpenCV axes. (4, 4) float32"""
+        """Camera-to-world matrix of frame i, OpenCV axes, float32 [4, 4]."""
         forward = self.forwards[i] / np.linalg.norm(self.forwards[i])
         right = np.cross(forward, (0, 0, 1))
         right /= np.linalg.norm(right)
         pose = np.eye(4, dtype=np.float32)
-        pose[:3, :3] = np.stack([right, np.cross(forward, right), forward], 1)  # columns: x, y, z
-        pose[:3, 3] = self.eyes[i]
+        pose[:3] = np.stack([right, np.cross(forward, right), forward, self.eyes[i]], 1)
         return pose
 
     def frame(self, i, height, width):
-        """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is the room's own,
-        so other sizes of the same shape show the same view.
+        """Frame i as the module's dict of tensors. Sizes in pixels; they share the vertical field
+        of view, so other sizes of the same shape show the same view.
 
-        Raises IndexError if i is not in 0..len(self) - 1.
+        Raises IndexError if there is no frame i.
         """
         if not 0 <= i < self.num_frames:
             raise IndexError(f"{self.name} has frames 0 to {self.num_frames - 1}, not {i}")
         pose = self.pose(i)
         eye, rotation = pose[:3, 3].copy(), pose[:3, :3].copy()
         focal = height / 2 / np.tan(self.fov / 2)
+        K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
 
-        def see(rows, columns):  # pixel coordinates; with z = 1 in camera axes, t is the z-depth
-            rays = np.stack([(columns - width / 2) / focal, (rows - height / 2) / focal, np.ones_like(rows)])
-            return self.shade(eye, matmul(rotation, rays.astype(np.float32)))
+        def see(rows, columns):  # in pixels; rays have z = 1 in camera axes, so t is the z-depth
+            x, y = (columns - width / 2) / focal, (rows - height / 2) / focal
+            rays = np.stack([x, y, np.ones_like(x)]).astype(np.float32)
+            return self.shade(eye, matmul(rotation, rays))
 
         rows, columns = np.mgrid[0:height, 0:width].reshape(2, -1) + 0.5
-        colour, t, which, normal = see(rows, columns)
-        # Antialias where it shows: pixels that differ from a neighbour are drawn again with four rays.
-        image = colour.reshape(3, height, width)
-        rough = np.zeros((height, width), bool)
-        down, across = (np.abs(np.diff(image, axis=k)).max(0) > 0.12 for k in (1, 2))
-        rough[1:] |= down
-        rough[:-1] |= down
-        rough[:, 1:] |= across
-        rough[:, :-1] |= across
-        again = np.flatnonzero(rough)
-        finer = see(*(np.repeat(p[again], 4) + np.tile(o, len(again)) for p, o in ((rows, [-0.25, -0.25, 0.25, 0.25]),
-                                                                           (columns, [-0.25, 0.25, -0.25, 0.25]))))[0]
-        colour[:, again] = finer.reshape(3, -1, 4).mean(2)
+        image, t, which, normal = see(rows, columns)
+        # Antialiasing: four rays for each pixel that differs from a neighbour.
+        grid = image.reshape(3, height, width)
+        below, beside = (np.abs(np.diff(grid, axis=k)).max(0) > 0.12 for k in (1, 2))
+        rough = np.pad(below, ((0, 1), (0, 0))) | np.pad(below, ((1, 0), (0, 0)))
+        rough |= np.pad(beside, ((0, 0), (0, 1))) | np.pad(beside, ((0, 0), (1, 0)))
+        again = np.flatnonzero(rough)[:, None]
+        dy, dx = CORNERS.T / 4
+        finer = see((rows[again] + dy).ravel(), (columns[again] + dx).ravel())[0]
+        image[:, again[:, 0]] = finer.reshape(3, -1, 4).mean(2)
 
-        K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
-        return {
-            "images": torch.from_numpy(image.astype(np.float32)),  # (3, H, W)
-            "extrinsics": torch.from_numpy(pose),
-            "Ks": torch.from_numpy(K),
-            "depths": torch.from_numpy(t.astype(np.float32).reshape(height, width)),
-            "masks": torch.from_numpy(self.instance[which].reshape(height, width)),
-            "normals": torch.from_numpy(matmul(rotation.T, normal.astype(np.float32)).reshape(3, height, width)),
-            "classes": torch.from_numpy(self.label[which].reshape(height, width)),
+        normals = matmul(rotation.T, normal.astype(np.float32))
+        frame = {
+            "images": image.astype(np.float32), "depths": t.astype(np.float32), "normals": normals,
+            "masks": self.instance[which], "classes": self.label[which],
         }
+        frame = {k: v.reshape(*v.shape[:-1], height, width) for k, v in frame.items()}
+        return {k: torch.from_numpy(v) for k, v in {**frame, "extrinsics": pose, "Ks": K}.items()}
 
 
 class Rooms:
