@@ -45,63 +45,58 @@ from PIL import Image, ImageOps
 # Procedural rooms. The world is z-up, in metres; the floor is z = 0 and the z axis its middle.
 # A solid is a unit shape, scaled, turned about z and moved. Points and rays are [3, N].
 
-CLASSES = tuple(
-    "unlabelled floor wall ceiling door window picture rug light table chair cabinet sofa bed lamp "
-    "plant box ball vase cone".split()
-)
+CLASSES = tuple("unlabelled floor wall ceiling door window picture rug light table chair cabinet "
+                "sofa bed lamp plant box ball vase cone".split())  # fmt: skip
 SPLITS = {  # seeds
-    "train": range(1_000_000),
-    "val": range(1_000_000, 1_010_000),
+    "train": range(1_000_000), "val": range(1_000_000, 1_010_000),
     "probe": range(1_010_000, 1_020_000),
-}
+}  # fmt: skip
 
-# Patterns of cells that mix a solid's two colours, see Room.paint.
-#            cell (m)      shift of  joint   share of the second colour by
-#            u      v      rows (u)  (m)     parity  random  noise
+# Looks are patterns of cells that mix a solid's two colours: see Room.paint.
+#            cell (m)      shift of  joint  share of the second colour by
+#            u      v      rows (u)  (m)    parity random noise
 LOOKS = {
-    "plain":   (99.00, 99.00, 0.00, 0.000, 0.0, 0.0, 0.30),
-    "marble":  (99.00, 99.00, 0.00, 0.000, 0.0, 0.0, 1.00),
-    "checker": (0.20,  0.20,  0.00, 0.000, 1.0, 0.0, 0.15),
-    "stripes": (0.16,  99.00, 0.00, 0.000, 0.8, 0.0, 0.20),
-    "rings":   (99.00, 0.09,  0.00, 0.000, 0.8, 0.0, 0.20),
-    "tiles":   (0.40,  0.40,  0.00, 0.012, 0.0, 0.4, 0.40),
-    "bricks":  (0.36,  0.13,  0.50, 0.014, 0.0, 0.6, 0.30),
-    "planks":  (1.10,  0.16,  0.37, 0.006, 0.0, 0.6, 0.40),
-    "books":   (0.06,  0.34,  0.00, 0.012, 0.0, 1.0, 0.00),
+    "plain":   (99.00, 99.00, 0.00, 0.000,   0.0,   0.0,  0.30),
+    "marble":  (99.00, 99.00, 0.00, 0.000,   0.0,   0.0,  1.00),
+    "checker": (0.20,  0.20,  0.00, 0.000,   1.0,   0.0,  0.15),
+    "stripes": (0.16,  99.00, 0.00, 0.000,   0.8,   0.0,  0.20),
+    "rings":   (99.00, 0.09,  0.00, 0.000,   0.8,   0.0,  0.20),
+    "tiles":   (0.40,  0.40,  0.00, 0.012,   0.0,   0.4,  0.40),
+    "bricks":  (0.36,  0.13,  0.50, 0.014,   0.0,   0.6,  0.30),
+    "planks":  (1.10,  0.16,  0.37, 0.006,   0.0,   0.6,  0.40),
+    "books":   (0.06,  0.34,  0.00, 0.012,   0.0,   1.0,  0.00),
 }  # fmt: skip
 NOISE = np.float32([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]])  # rad/m
 LAMP = np.float32([[-0.25, -0.12, 0], [0.25, 0.12, 0]])  # points that stand for the light, m
 
-# Paints: a look is drawn from a list, then two colours from ranges. Joints are of the room's own
-# dark or light colour.
-#                 looks                                hue    saturation   value         joints
+# Paints: one of the looks, two colours from ranges of HSV, and the room's dark or light for joints.
+#              looks                                  hue   saturation    value         joints
 ANY, WOOD = (0, 1), (0.04, 0.11)
 PAINTS = {
-    "dark":      ("",                                   ANY,  (0.00, 0.40), (0.10, 0.30), ""),
-    "light":     ("",                                   ANY,  (0.00, 0.20), (0.75, 0.95), ""),
-    "wall":      ("plain plain stripes tiles",          ANY,  (0.08, 0.40), (0.65, 0.95), "light"),
-    "accent":    ("bricks stripes plain marble",        ANY,  (0.30, 0.60), (0.50, 0.85), "light"),
-    "floor":     ("planks planks tiles checker marble", ANY,  (0.05, 0.30), (0.40, 0.90), "dark"),
-    "boards":    ("planks",                             WOOD, (0.35, 0.60), (0.40, 0.80), "dark"),
-    "ceiling":   ("plain",                              ANY,  (0.00, 0.08), (0.85, 0.97), "light"),
-    "door":      ("planks",                             WOOD, (0.30, 0.60), (0.35, 0.90), "dark"),
-    "window":    ("plain",                      (0.53, 0.60), (0.30, 0.50), (0.90, 1.00), "light"),
-    "haze":      ("",                                   ANY,  (0.00, 0.10), (0.90, 1.00), ""),
-    "picture":   ("marble marble checker tiles",        ANY,  (0.40, 0.90), (0.30, 1.00), "dark"),
-    "rug":       ("marble stripes checker tiles",       ANY,  (0.30, 0.80), (0.30, 0.90), "light"),
-    "leaves":    ("marble",                     (0.22, 0.40), (0.50, 0.80), (0.20, 0.60), "dark"),
-    "books":     ("books",                              ANY,  (0.40, 0.80), (0.20, 0.90), "dark"),
-    "wood":      ("planks",                             WOOD, (0.35, 0.65), (0.30, 0.80), "dark"),
-    "flat":      ("plain marble checker stripes tiles", ANY,  (0.30, 0.90), (0.35, 0.95), "light"),
-    "round":     ("plain marble rings",                 ANY,  (0.30, 0.90), (0.35, 0.95), "light"),
-    "trim":      ("plain",                              ANY,  (0.10, 0.60), (0.20, 0.80), "dark"),
+    "dark":    ("",                                   ANY,  (0.00, 0.40), (0.10, 0.30), ""),
+    "light":   ("",                                   ANY,  (0.00, 0.20), (0.75, 0.95), ""),
+    "wall":    ("plain plain stripes tiles",          ANY,  (0.08, 0.40), (0.65, 0.95), "light"),
+    "accent":  ("bricks stripes plain marble",        ANY,  (0.30, 0.60), (0.50, 0.85), "light"),
+    "floor":   ("planks planks tiles checker marble", ANY,  (0.05, 0.30), (0.40, 0.90), "dark"),
+    "boards":  ("planks",                             WOOD, (0.35, 0.60), (0.40, 0.80), "dark"),
+    "ceiling": ("plain",                              ANY,  (0.00, 0.08), (0.85, 0.97), "light"),
+    "door":    ("planks",                             WOOD, (0.30, 0.60), (0.35, 0.90), "dark"),
+    "window":  ("plain",                      (0.53, 0.60), (0.30, 0.50), (0.90, 1.00), "light"),
+    "haze":    ("",                                   ANY,  (0.00, 0.10), (0.90, 1.00), ""),
+    "picture": ("marble marble checker tiles",        ANY,  (0.40, 0.90), (0.30, 1.00), "dark"),
+    "rug":     ("marble stripes checker tiles",       ANY,  (0.30, 0.80), (0.30, 0.90), "light"),
+    "leaves":  ("marble",                     (0.22, 0.40), (0.50, 0.80), (0.20, 0.60), "dark"),
+    "books":   ("books",                              ANY,  (0.40, 0.80), (0.20, 0.90), "dark"),
+    "wood":    ("planks",                             WOOD, (0.35, 0.65), (0.30, 0.80), "dark"),
+    "flat":    ("plain marble checker stripes tiles", ANY,  (0.30, 0.90), (0.35, 0.95), "light"),
+    "round":   ("plain marble rings",                 ANY,  (0.30, 0.90), (0.35, 0.95), "light"),
+    "trim":    ("plain",                              ANY,  (0.10, 0.60), (0.20, 0.80), "dark"),
 }  # fmt: skip
 FRAMES = {"door": 0.1, "window": 0.06, "picture": 0.06, "rug": 0.08}  # width of painted frames, m
 GLOWS = {"window": 1.5, "light": 3.0}  # light given off, as a multiple of the colour
 
-
-# Furniture stands on z = 0 with its back towards -y. Its sizes are drawn from ranges (m); of them
-# are its parts: (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
+# Furniture stands on z = 0 with its back towards -y. Its sizes are drawn from ranges (m) and give
+# its parts: (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
 CORNERS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
 FURNITURE = {
     "table": ([(0.4, 0.8), (0.3, 0.45), (0.32, 0.37), (0.02, 0.04)], lambda x, y, z, r: [
@@ -136,33 +131,33 @@ FURNITURE = {
         ("cylinder", (0, 0, 0.02), (r + 0.03, r + 0.03, 0.02), 1),
         ("cone", (0, 0, z + 0.03), (r, r, z), 0)]),
 }  # fmt: skip
+CROWNS = {  # of plants, (height over the pot, half width, half height) in metres
+    "cone": ((0.15, 0.3, 0.2), (0.35, 0.25, 0.2), (0.55, 0.18, 0.2)),
+    "sphere": ((0.12, 0.2, 0.2), (0.3, 0.24, 0.24), (0.5, 0.17, 0.17)),
+}
 PLACES = {  # what stands there; twice is twice as often
     "wall": ("cabinet", "sofa", "bed", "lamp", "plant", "cabinet"),
     "free": ("table", "chair", "box", "ball", "cone", "table", "chair"),
     "top": ("ball", "vase", "cone", "box"),
 }
-TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where others may stand on it
-OWN_PAINTS = {  # with the chance of each; else flat or round
+TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where "top" is, in half widths
+OWN_PAINTS = {  # tried in turn, with a chance; else flat for boxes and round
     "plant": {"leaves": 1}, "cabinet": {"books": 0.4, "wood": 0.6},
     "table": {"wood": 0.6}, "chair": {"wood": 0.6},
 }  # fmt: skip
 
 
 def parts_of(kind, rng):
-    """The parts of a piece of furniture of random size; on a pot three cones or balls."""
+    """The parts of a piece of furniture of random size."""
     ranges, parts = FURNITURE[kind]
     sizes = [rng.uniform(*ends) for ends in ranges]
-    parts = parts(*sizes)
-    if kind == "plant":
-        top, is_fir = 2 * sizes[1], rng.uniform() < 0.5
-        if is_fir:
-            tiers = ((0.15, 0.3), (0.35, 0.25), (0.55, 0.18))  # height, radius
-            parts += [("cone", (0, 0, top + up), (r, r, 0.2), 0) for up, r in tiers]
-        else:
-            balls = ((0.12, 0.2), (0.3, 0.24), (0.5, 0.17))
-            at = rng.uniform(-0.13, 0.13, (3, 2))
-            parts += [("sphere", (*xy, top + up), (r, r, r), 0) for xy, (up, r) in zip(at, balls)]
-    return parts
+    if kind != "plant":
+        return parts(*sizes)
+    shape = "cone" if rng.uniform() < 0.5 else "sphere"
+    at = np.zeros((3, 2)) if shape == "cone" else rng.uniform(-0.13, 0.13, (3, 2))
+    crown = [(shape, (*xy, 2 * sizes[1] + up), (r, r, z), 0)
+             for xy, (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
+    return parts(*sizes) + crown
 
 
 class Solid(NamedTuple):
@@ -174,7 +169,7 @@ class Solid(NamedTuple):
     yaw: float
     label: int  # index into CLASSES
     instance: int  # segment id, shared by all parts of one object
-    look: str  # a key of LOOKS
+    look: tuple  # a row of LOOKS
     colours: tuple  # three linear RGB colours: two to mix, one for joints and frames
     frame: float = 0.0
     glow: float = 0.0
@@ -199,7 +194,7 @@ def hit_box(o, d):
 
 
 def cross_ball(o, d):
-    """Rays inside the unit ball (or disc): the middle t [N], half the duration [N], hit [N].
+    """When rays are half-way through the unit ball (or disc) [N], half how long [N], if at all [N].
 
     Measured from the closest approach, where float32 loses nothing.
     """
@@ -230,11 +225,8 @@ def hit_cylinder(o, d):
 
 
 def hit_cone(o, d):
-    """Apex (0, 0, 1), unit base at z = -1: the nearest valid hit of wall and base.
-
-    From the apex, p = o - (0, 0, 1), the wall is x^2 + y^2 = z^2 / 4, -2 < z < 0.
-    """
-    q = np.array([[1], [1], [-0.25]], o.dtype)
+    """Apex (0, 0, 1), unit base at z = -1: the nearest of its valid hits. p is o from the apex."""
+    q = np.array([[1], [1], [-0.25]], o.dtype)  # on the wall q . p^2 = 0 and -2 < z < 0
     p = o[:, None] - np.array([[0], [0], [1]], o.dtype)
     a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)  # a t^2 + 2 b t + c = 0
     a = np.where(np.abs(a) < 1e-9, 1e-9, a)
@@ -312,10 +304,10 @@ class Room:
         return tuple(np.power(colorsys.hsv_to_rgb(hue % 1, saturation, value), 2.2))
 
     def _material(self, paint, second=None, look=None):
-        """(look, three linear RGB colours), the second one perhaps of another paint."""
+        """(row of LOOKS, three linear RGB colours), the second perhaps of another paint."""
         look = look or self._look(paint)
         colours = self._colour(paint), self._colour(second or paint)
-        return look, (*colours, self.joints[PAINTS[paint][-1]])
+        return LOOKS[look], (*colours, self.joints[PAINTS[paint][-1]])
 
     def _place(self, name, parts, x, y, z, yaw, *materials):
         """Add an object as one segment."""
@@ -327,7 +319,7 @@ class Room:
             self.solids.append(Solid(shape, centre, half, yaw, label, instance, *material))
 
     def _at_wall(self, side, along, gap):
-        """(x, y) at a distance from wall 0..3: -y, +x, +y, -x. A thing there has yaw side * pi / 2."""
+        """(x, y) off wall 0..3: -y, +x, +y, -x. Yaw side * pi / 2 turns a thing's back to it."""
         x, y, _ = self.size
         return [(along, gap - y), (x - gap, along), (-along, y - gap), (gap - x, -along)][side]
 
@@ -343,9 +335,9 @@ class Room:
             wall[1] = tuple(0.8 * np.array(wall[0]))
         floor_look = self._look("floor")
         floor = self._material("boards" if floor_look == "planks" else "floor", look=floor_look)
-        faces = [("wall", wall_look, (*wall, light))] * 4
+        faces = [("wall", LOOKS[wall_look], (*wall, light))] * 4
         faces += [("floor", *floor), ("ceiling", *self._material("ceiling"))]
-        faces[rng.integers(4)] = ("wall", accent_look, (*accent, light))
+        faces[rng.integers(4)] = ("wall", LOOKS[accent_look], (*accent, light))
         centre, half = (0, 0, top / 2), (*self.size[:2], top / 2)
         self.solids = [
             Solid("shell", centre, half, 0.0, CLASSES.index(name), 1 + k, look, colours)
@@ -355,7 +347,7 @@ class Room:
         self.light = np.array([*rng.uniform(-0.4, 0.4, 2) * self.size[:2], top - 0.08])
         where = (*self.light[:2], top - 0.02)
         lamp = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)]
-        self._place("light", lamp, *where, 0.0, ("plain", (light, light, light)))
+        self._place("light", lamp, *where, 0.0, (LOOKS["plain"], (light,) * 3))
         self.taken = []  # corners (low, high) of what stands on the floor, (x, y) each
         for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
             drawn = rng.uniform((0.5, 0.45, 0.3, 0.2), (0.9, 0.65, 0.6, 0.4))
@@ -409,17 +401,17 @@ class Room:
             placed += 1
 
     def _on_floor(self, where, reach):
-        """(x, y, z, yaw, free) for half sizes reach [2]. Taken if free of things and of the path."""
+        """Try a place for half sizes reach [2], and take it if free: (x, y, z, yaw, free)."""
         rng, size = self.rng, self.size[:2]
         side = rng.integers(4) if where == "wall" else None
-        yaw = rng.uniform(0, 2 * np.pi) if where == "free" else side * np.pi / 2
+        yaw = rng.uniform(0, 2 * np.pi) if side is None else side * np.pi / 2
         c, s = abs(np.cos(yaw)), abs(np.sin(yaw))
         half = np.array([c * reach[0] + s * reach[1], s * reach[0] + c * reach[1]])
-        if where == "wall":
+        if side is None:
+            at = rng.uniform(-1, 1, 2) * (size - half - 0.1)
+        else:
             span = size[side % 2] - reach[0] - 0.02
             at = np.array(self._at_wall(side, rng.uniform(-span, span), reach[1] + 0.05))
-        else:
-            at = rng.uniform(-1, 1, 2) * (size - half - 0.1)
         low, high = at - half, at + half
         from_path = np.hypot(*np.maximum(np.abs(self.path - at) - half, 0).T).min()
         overlap = any((low < b).all() and (high > a).all() for a, b in self.taken)
@@ -429,18 +421,13 @@ class Room:
         return (*at, 0.0, yaw, free)
 
     def _stack(self):
-        """The solids as arrays, one row each, for the vectorised code below."""
-        columns = Solid(*map(np.array, zip(*self.solids)))
-        self.label, self.instance = columns.label, columns.instance  # [S]
-        self.centre, self.half = np.float32(columns.centre), np.float32(columns.half)  # [S, 3]
-        self.radius = np.linalg.norm(self.half, axis=1)  # [S] of a sphere around it
-        c, s = np.cos(np.float32(columns.yaw)), np.sin(np.float32(columns.yaw))
-        zero = np.zeros_like(c)
+        """All solids' fields as arrays with a row each, for the vectorised code below."""
+        columns = [np.array(column) for column in zip(*self.solids)]
+        self.all = Solid(*(np.float32(c) if c.dtype == float else c for c in columns))
+        self.radius = np.linalg.norm(self.all.half, axis=1)  # [S], of bounding spheres
+        c, s, zero = np.cos(self.all.yaw), np.sin(self.all.yaw), np.zeros_like(self.all.yaw)
         turn = np.stack([c, s, zero, -s, c, zero, zero, zero, zero + 1], 1)
         self.turn = turn.reshape(-1, 3, 3)  # [S, 3, 3], world to local
-        self.look = np.float32([LOOKS[look] for look in columns.look])  # [S, 7]
-        self.colours = np.float32(columns.colours)  # [S, 3, 3]
-        self.edge, self.glow = np.float32(columns.frame), np.float32(columns.glow)  # [S]
 
     def cast(self, origin, rays, t):
         """The first solid, shell apart, that rays origin + t * ray meet before t [N].
@@ -448,7 +435,7 @@ class Room:
         Returns t [N], the solid [N] or -1, and normals [3, N] of any length.
         """
         t, which, normal = t.copy(), np.full(t.shape, -1), np.zeros_like(rays)
-        towards = self.centre - origin
+        towards = self.all.centre - origin
         # Only rays through the bounding sphere are tested; all of them if we stand inside it.
         outside = (towards * towards).sum(1) - self.radius**2
         least = np.where(outside < 0, -np.inf, np.sqrt(np.maximum(outside, 0)))
@@ -457,8 +444,8 @@ class Room:
             rows = np.flatnonzero(matmul(towards[k : k + 1], rays)[0] > least[k] * length)
             if not rows.size:
                 continue
-            to_unit = self.turn[k] / self.half[k][:, None]
-            hit = HITS[self.solids[k].shape]
+            to_unit = self.turn[k] / self.all.half[k][:, None]
+            hit = HITS[self.all.shape[k]]
             entry, n = hit(to_unit @ -towards[k], matmul(to_unit, rays[:, rows]))
             closer = (entry > 0) & (entry < t[rows])
             rows = rows[closer]
@@ -469,25 +456,24 @@ class Room:
     def paint(self, point, which, normal):
         """Linear colour [3, N] of solids `which` [N] at world points [3, N].
 
-        A solid has colours a, b, c. Joints between cells and frames are c; the rest is
-        a + (b - a) * (parity * parity of the cell + random * its random number + noise * noise).
+        Joints and frames have the third of a solid's colours. The rest mixes the first two by a
+        cell's parity and random number and by smooth noise, each with its share in LOOKS.
         """
         c, s = self.turn[which, 0, 0], self.turn[which, 0, 1]
-        local, facing = (np.stack([c * x + s * y, c * y - s * x, z])
-                         for x, y, z in (point - self.centre.T[:, which], normal))  # fmt: skip
-        facing = np.abs(facing)
+        own = lambda v: np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])  # noqa: E731
+        local, facing = own(point - self.all.centre.T[:, which]), np.abs(own(normal))
         flat = facing[2] > 0.7
         u = np.where(~flat & (facing[0] > facing[1]), local[1], local[0])
         v = np.where(flat, local[1], local[2])
-        width, height, shift, joint, parity, chance, cloud = self.look.T[:, which]
+        width, height, shift, joint, parity, chance, cloud = self.all.look.T[:, which]
         row = np.floor(v / height + 0.5)
         column = u / width + 0.5 + shift * row
         cell = np.floor(column)
         in_joint = np.abs(column - cell - 0.5) > 0.5 - joint / width / 2
         in_joint |= np.abs(v / height - row) > 0.5 - joint / height / 2
         # A frame runs along the surface's ends; the axis it faces does not count.
-        to_edge = np.where(facing > 0.7, np.inf, self.half.T[:, which] - np.abs(local)).min(0)
-        in_joint |= to_edge < self.edge[which]
+        to_edge = np.where(facing > 0.7, np.inf, self.all.half.T[:, which] - np.abs(local)).min(0)
+        in_joint |= to_edge < self.all.frame[which]
         cells = row.astype(np.int64) * 73856093 ^ cell.astype(np.int64) * 19349663
         bits = (cells ^ which * 83492791).astype(np.uint32) * np.uint32(2654435761)
         random = (bits >> np.uint32(22)).astype(np.float32) / 1023
@@ -498,7 +484,7 @@ class Room:
         waves = np.sin(waves + 1.6 * np.sin(np.roll(waves, 1, 0) * 0.7))
         noise = 0.5 + 0.3 * waves.sum(0) / 2
         mix = np.clip(parity * ((row + cell) % 2) + chance * random + cloud * noise, 0, 1)
-        a, b, c = self.colours.transpose(1, 2, 0)[:, :, which]  # each [3, N]
+        a, b, c = self.all.colours.transpose(1, 2, 0)[:, :, which]  # each [3, N]
         return np.where(in_joint, c, a + (b - a) * mix)
 
     def shade(self, origin, rays):
@@ -506,10 +492,10 @@ class Room:
 
         Surfaces are Lambertian: a point has the same colour from everywhere.
         """
-        low, high = self.centre[0] - self.half[0], self.centre[0] + self.half[0]
-        ends = np.where(rays > 0, (high - origin)[:, None], (low - origin)[:, None])
+        middle, half = self.all.centre[0], self.all.half[0]  # of the room
+        ends = (middle + half - origin)[:, None], (middle - half - origin)[:, None]
         with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
-            steps = np.abs(ends / rays)
+            steps = np.abs(np.where(rays > 0, *ends) / rays)
         axis = steps.argmin(0)
         t, which, normal = self.cast(origin, rays, steps.min(0))
         # Rays that meet no solid end on the shell: walls -y, +x, +y, -x, floor, ceiling.
@@ -521,7 +507,7 @@ class Room:
         which = np.where(which < 0, face, which)
         point = origin[:, None] + t * rays
         # Corners and contacts with the walls and the floor see less of the room.
-        gap = self.half[0][:, None] - np.abs(point - self.centre[0][:, None])
+        gap = half[:, None] - np.abs(point - middle[:, None])
         occlusion = 1 - 0.4 * (1 - np.abs(normal)) * np.exp(-np.maximum(gap, 0) / 0.25)
         light = (0.42 + 0.12 * normal[2]) * occlusion.prod(0)
         for lamp in self.light.astype(np.float32) + LAMP:
@@ -531,7 +517,7 @@ class Room:
             square = (reach * reach).sum(0)
             lambert = np.maximum(-(reach * normal).sum(0), 0) / np.sqrt(square)
             light += np.where(shadowed, 0, lambert) * (9 / len(LAMP)) / (2 + square)
-        linear = self.paint(point, which, normal) * (light + self.glow[which])
+        linear = self.paint(point, which, normal) * (light + self.all.glow[which])
         return np.power(1 - np.exp(-1.4 * linear), 1 / 2.2), t, which, normal
 
     def pose(self, i):
@@ -544,15 +530,13 @@ class Room:
         return pose
 
     def frame(self, i, height, width):
-        """Frame i as the module's dict of tensors. Sizes in pixels; they share the vertical field
-        of view, so other sizes of the same shape show the same view.
-
-        Raises IndexError if there is no frame i.
+        """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is
+        the same for all. Raises IndexError if there is no frame i.
         """
         if not 0 <= i < self.num_frames:
             raise IndexError(f"{self.name} has frames 0 to {self.num_frames - 1}, not {i}")
         pose = self.pose(i)
-        eye, rotation = pose[:3, 3].copy(), pose[:3, :3].copy()
+        eye, rotation = pose[:3, 3], pose[:3, :3]
         focal = height / 2 / np.tan(self.fov / 2)
         K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
 
@@ -576,7 +560,7 @@ class Room:
         normals = matmul(rotation.T, normal.astype(np.float32))
         frame = {
             "images": image.astype(np.float32), "depths": t.astype(np.float32), "normals": normals,
-            "masks": self.instance[which], "classes": self.label[which],
+            "masks": self.all.instance[which], "classes": self.all.label[which],
         }
         frame = {k: v.reshape(*v.shape[:-1], height, width) for k, v in frame.items()}
         return {k: torch.from_numpy(v) for k, v in {**frame, "extrinsics": pose, "Ks": K}.items()}
@@ -1349,59 +1333,54 @@ LAYOUTS = (  # files that mark a folder, here or in these folders of it, and wha
 )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Views of scenes
 
 VIEW_KEYS = ("images", "extrinsics", "Ks", "depths", "masks", "valid")
 
 
 class NoViews(ValueError):
-    """A scene has not the frames that are to be drawn from it."""
+    """A scene lacks the frames that are to be drawn from it."""
 
 
 def some(scenes):
-    """At most 64 scenes, evenly spread: what is said of thousands comes from them alone."""
+    """At most 64 scenes, evenly spread, which are looked at in place of thousands."""
     return [scenes[i] for i in range(0, len(scenes), -(-len(scenes) // 64))]
 
 
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
-    """What `sample_views` draws from: the first and the last context frame [P], and their gaps [P].
+    """What `sample_views` draws from: pairs of context frames, first [P] and last [P], and gaps [P].
 
-    Raises NoViews where the frames do not suffice.
+    Raises NoViews if there are none.
     """
-    others = num_context - 2 + (target == "between")  # frames that are needed between the two
-    ends = np.searchsorted(numbers, numbers + max_gap, side="right")
-    starts = np.arange(len(numbers)) + 1 + others
-    counts = np.maximum(ends - starts, 0)
-    first = np.repeat(np.arange(len(numbers)), counts)
-    last = starts[first] + np.arange(len(first)) - np.repeat(counts.cumsum() - counts, counts)
+    count, between = len(numbers), num_context - 2 + (target == "between")  # frames needed between
+    # Numbers rise by 1 or more, so a pair is at most max_gap frames apart.
+    first, step = np.indices((count, min(count, max_gap + 1))).reshape(2, -1)
+    last = np.minimum(first + step, count - 1)
     gaps = numbers[last] - numbers[first]
-    if num_context < 2 or min_gap <= others or not len(gaps):
-        step = np.diff(numbers).min() if len(numbers) > 1 else 1
-        need = f"need {others + 2} frames and a gap of {others + 1} to {max_gap}"
-        there = f"there are {len(numbers)}, numbered {step} or more apart"
+    kept = (step > between) & (first + step < count) & (gaps <= max_gap)
+    if num_context < 2 or min_gap <= between or not kept.any():
+        need = f"need {between + 2} frames and a gap of {between + 1} to {max_gap}"
+        there = f"there are {count}, numbered {min(np.diff(numbers), default=1)} or more apart"
         raise NoViews(f"{num_context} context views and a target {target} {need}; {there}")
-    kept = gaps >= min(min_gap, gaps.max())
+    kept &= gaps >= min(min_gap, gaps[kept].max())
     return first[kept], last[kept], gaps[kept]
 
 
 def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="between"):
-    """Frames to train on: context frames, the first and last of them between min_gap and max_gap
-    apart (others evenly between), and a target frame.
+    """Draw frames to train on: num_context context frames and a target frame.
 
-    numbers: those of the frames, rising, that gaps are counted in; an int N is 0 to N - 1. The
-    target lies strictly between the first and the last context frame and is none of the others;
-    with target "any" it is any frame from the first to the last, context frames too. Where no
-    frames are min_gap apart, the largest gap that there is is taken. Returns (list of num_context
-    indices, index). Raises NoViews where the frames do not suffice.
+    numbers: the frames' own, rising, in which gaps are counted; an int N means 0 to N - 1.
+    The first and the last context frame are min_gap to max_gap apart, or as far as possible if all
+    are closer; the others lie evenly between. The target lies strictly between the first and the
+    last and is no context frame. With target "any" it is any frame from the first to the last.
+    Returns ([num_context indices], index). Raises NoViews if there are too few frames.
     """
     numbers = np.arange(numbers) if isinstance(numbers, int) else np.asarray(numbers)
-    first, last, gaps = context_pairs(numbers, num_context, min_gap, max_gap, target)
-    widths = np.unique(gaps)
-    gap = widths[int(rng.integers(len(widths)))]
-    pairs = np.flatnonzero(gaps == gap)
-    pair = pairs[int(rng.integers(len(pairs)))]
-    first, last = int(first[pair]), int(last[pair])
+    firsts, lasts, gaps = context_pairs(numbers, num_context, min_gap, max_gap, target)
+    gap = rng.choice(np.unique(gaps))
+    pair = rng.choice(np.flatnonzero(gaps == gap))
+    first, last = int(firsts[pair]), int(lasts[pair])
     between, context = list(range(first + 1, last)), [first, last]
     for i in range(1, num_context - 1):
         wanted = numbers[first] + round(i * int(gap) / (num_context - 1))
@@ -1421,9 +1400,9 @@ class Views(torch.utils.data.Dataset):
         seed, length: the sequence of samples and its length.
 
     A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W]
-    (if any of `some` scenes has), masks [V, H, W], valid [V, H, W] bool (of captures: what validity
-    masks leave)}, "target": the same without V, "has_masks": bool (), "scene": name, "frames":
-    [V+1]}. Scenes that lack the frames are left out; ValueError if all that are looked at do.
+    (if any of `some` scenes has depth), masks [V, H, W], valid [V, H, W] bool (of captures)},
+    "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V + 1]}.
+    Scenes without enough frames are left out. Raises ValueError if all of `some` are.
     """
 
     def __init__(
@@ -1437,37 +1416,32 @@ class Views(torch.utils.data.Dataset):
         self.scenes, self.size, self.seed, self.length = scenes, (height, width), seed, length
         self.sampling = dict(num_context=num_context, min_gap=min_gap, max_gap=max_gap)
         self.sampling["target"] = target
-        self.keys = VIEW_KEYS
         if isinstance(scenes, Rooms):
-            self.keys = tuple(k for k in VIEW_KEYS if k != "valid")
-        elif isinstance(scenes, Chunks):
-            self.keys = tuple(k for k in VIEW_KEYS if k != "depths")
+            absent = "valid"
         else:
-            self._look(some(scenes))
+            absent = "depths" if isinstance(scenes, Chunks) or not self._have_depth() else None
+        self.keys = tuple(k for k in VIEW_KEYS if k != absent)
 
-    def _look(self, scenes):
-        """Are there frames to draw from, and depth? What does not end it is said."""
-        short, failed = [], []
+    def _have_depth(self):
+        """Whether any of the scenes has depth. Warns of scenes that lack depth or frames."""
+        scenes, failed, close = some(self.scenes), [], []
         for scene in scenes:
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
-                short += [scene] if gaps.max() < self.sampling["min_gap"] else []
             except NoViews as error:
                 failed.append(f"{scene.name}: {error}")
+            else:
+                if gaps.max() < self.sampling["min_gap"]:
+                    close.append(f"{scene.name}: {len(scene)} frames are too few for min_gap")
         if len(failed) == len(scenes):
             raise ValueError(failed[0])
-        if failed:
-            warnings.warn(f"{failed[0]} ({len(failed)} of {len(scenes)} scenes are left out)")
-        if short:
-            few = f"{short[0].name}: {len(short[0])} frames are too few for context views"
-            few = f"{few} {self.sampling['min_gap']} apart; they are as far apart as can be"
-            warnings.warn(f"{few} ({len(short)} of {len(scenes)} scenes)")
-        without = [scene.name for scene in scenes if not scene.has_depth]
-        if len(without) == len(scenes):
-            self.keys = tuple(k for k in VIEW_KEYS if k != "depths")
-        elif without:
-            also = f"{without[0]} and {len(without) - 1} more scenes have no depth"
-            warnings.warn(f"{also}; it counts as unknown there")
+        flat = [f"{scene.name} has no depth" for scene in scenes if not scene.has_depth]
+        some_flat = flat if len(flat) < len(scenes) else []
+        effects = ("are left out", "take their largest gap", "count as unknown there")
+        for found, effect in zip((failed, close, some_flat), effects):
+            if found:
+                warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
+        return len(flat) < len(scenes)
 
     def __len__(self):
         return self.length
@@ -1478,32 +1452,30 @@ class Views(torch.utils.data.Dataset):
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
             try:
                 return scene, *sample_views(scene.numbers, rng, **self.sampling)
-            except NoViews as error:  # another one then: not all were looked at before
+            except NoViews as error:  # then another: not all were looked at before
                 failed = f"{scene.name}: {error}"
         raise ValueError(failed)
 
     def __getitem__(self, index):
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
-        rng = np.random.default_rng([self.seed, index])
-        scene, context, target = self._draw(rng)
+        scene, context, target = self._draw(np.random.default_rng([self.seed, index]))
         unknown = {"depths": torch.zeros(self.size)}
         views = [unknown | scene.frame(i, *self.size) for i in (*context, target)]
-        views = [{k: view[k] for k in self.keys} for view in views]
         return {
             "context": {k: torch.stack([view[k] for view in views[:-1]]) for k in self.keys},
-            "target": views[-1],
+            "target": {k: views[-1][k] for k in self.keys},
             "has_masks": torch.tensor(scene.has_masks),
             "scene": scene.name,
             "frames": torch.tensor([*context, target]),
         }
 
     def point_range(self):
-        """(near, far) that the captures' own points tell, None where they have none.
+        """(near, far) by the captures' own points, in context baselines; None without points.
 
-        In distances between the first and the last context camera: of the depths that the points
-        have in context views, over 100 draws from each of up to 16 scenes, the 1st percentile less
-        a fifth and the 99th and a quarter.
+        A baseline is the distance between the first and the last context camera. Of the points'
+        depths in context views, in 100 draws from each of up to 16 scenes, near is the 1st
+        percentile times 0.8 and far the 99th times 1.25.
         """
         if isinstance(self.scenes, (Rooms, Chunks)):
             return None
@@ -1515,33 +1487,33 @@ class Views(torch.utils.data.Dataset):
                 ends = [scene.shots[i].pose[:3, 3] for i in (context[0], context[-1])]
                 baseline = np.linalg.norm(ends[0] - ends[1])
                 found += [depths[i] / baseline for i in context if baseline > 1e-9]
-        found = np.concatenate(found) if found else np.zeros(0)
-        found = found[found > 0]
-        if not len(found):
+        found = np.concatenate(found or [np.zeros(0)])
+        if not (found > 0).any():
             return None
-        near, far = np.percentile(found, (1, 99)) * (0.8, 1.25)
+        near, far = np.percentile(found[found > 0], (1, 99)) * (0.8, 1.25)
         return float(near), float(far)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Single photos, and crops of them, to pretrain a teacher with
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Photos(torch.utils.data.Dataset):
-    """Single photos [3, height, width] in 0..1: of a folder, sub-folders included, scaled to cover the size and cropped
-    about the centre; or without a folder `count` views of rooms, eight of each, which are kept once drawn.
+    """Single photos [3, height, width] in 0..1, of a folder or of rooms.
 
-    Raises ValueError: the folder holds no photo.
+    Those of a folder, sub-folders included, are scaled to cover the size and cropped about the
+    centre. Without a folder they are `count` views of rooms, eight of each.
+    Raises ValueError if the folder holds no photo.
     """
 
     def __init__(self, path, height, width, count=0, split="train"):
-        self.size, self.files, self.rooms, self.kept = (height, width), None, Rooms(split), {}
-        self.count = count
+        self.size, self.count, self.files = (height, width), count, None
+        self.rooms, self.kept = Rooms(split), {}
         if path is not None:
-            found = Path(path).rglob("*") if Path(path).is_dir() else ()
-            self.files = sorted(f for f in found if f.suffix.lower() in PHOTO_SUFFIXES and f.is_file())
+            found = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
+            self.files = [f for f in found if f.is_file()]
             self.count = len(self.files)
             if not self.files:
                 raise ValueError(f"{path}: no photos ({', '.join(PHOTO_SUFFIXES)}) in it or below")
@@ -1561,20 +1533,22 @@ class Photos(torch.utils.data.Dataset):
 
 
 class Crops(torch.utils.data.Dataset):
-    """Two crops of one photo, and where they overlap; crops[index] is a function of (seed, index) alone.
+    """Two crops of one photo and their overlap; crops[index] is a function of (seed, index) alone.
 
     Args:
         photos: a sequence of photos [3, H, W]: `Photos`.
         size: of the crops, pixels, square.
+        scales: least and most of the photo's side that a crop shows.
         seed, length: the sequence of samples and its length.
 
-    A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]}: affine maps from
-    the crops' coordinates to the photo's, and from the first crop's to the second's, all x, y in -1..1 from corner to
-    corner.
+    A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]}.
+    The last two are affine maps from the crops' coordinates to the photo's and from the first
+    crop's to the second's; coordinates are x, y in -1..1 from corner to corner.
     """
 
-    def __init__(self, photos, size, seed=0, *, length):
-        self.photos, self.size, self.seed, self.length = photos, size, seed, length
+    def __init__(self, photos, size, scales=(0.35, 0.9), seed=0, *, length):
+        self.photos, self.size, self.scales = photos, size, scales
+        self.seed, self.length = seed, length
 
     def __len__(self):
         return self.length
@@ -1584,8 +1558,7 @@ class Crops(torch.utils.data.Dataset):
             raise IndexError(f"sample {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index])
         photo = self.photos[int(rng.integers(len(self.photos)))]
-        share = self.size / min(photo.shape[1:])
-        windows = np.stack([turned_window(rng, share) for _ in range(2)])
+        windows = np.stack([turned_window(rng, self.scales) for _ in range(2)])  # [2, 3, 3]
         crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in windows])
         first_to_second = np.linalg.inv(windows[1]) @ windows[0]
         return {
@@ -1594,11 +1567,13 @@ class Crops(torch.utils.data.Dataset):
         }  # fmt: skip
 
 
-def turned_window(rng, share):
-    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1: 0.7 to 1.8 times
-    `share` of the photo's sides, up to an eighth longer or shorter, turned by up to 20 degrees, mirrored half the time,
-    and all of it inside the photo."""
-    scale, turn = rng.uniform(0.7, 1.8) * share, rng.uniform(-0.35, 0.35)
+def turned_window(rng, scales):
+    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1.
+
+    It takes between scales[0] and scales[1] of the photo's sides, is up to an eighth longer or
+    shorter, turned by up to 20 degrees, mirrored half the time, and lies inside the photo.
+    """
+    scale, turn = rng.uniform(*scales), rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
     c, s = np.cos(turn), np.sin(turn)
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
@@ -1611,15 +1586,19 @@ def turned_window(rng, share):
 
 def cut_out(photo, window, size):
     """The part of a photo [3, H, W] that a window shows, [3, size, size]."""
-    grid = torch.nn.functional.affine_grid(torch.from_numpy(window[None, :2]).float(), (1, 3, size, size), False)
-    return torch.nn.functional.grid_sample(photo[None], grid, padding_mode="border", align_corners=False)[0]
+    theta = torch.from_numpy(window[None, :2]).float()
+    grid = torch.nn.functional.affine_grid(theta, (1, 3, size, size), align_corners=False)
+    options = dict(padding_mode="border", align_corners=False)
+    return torch.nn.functional.grid_sample(photo[None], grid, **options)[0]
 
 
 def jitter(photo, rng):
-    """Another exposure, white balance and gamma, and a little noise: what tells nothing about the place."""
+    """Another exposure, white balance and gamma, and a little noise: nothing about the place."""
     gains = np.exp(rng.uniform(-0.15, 0.15) + rng.uniform(-0.06, 0.06, (3, 1, 1)))
-    photo = (photo * torch.from_numpy(gains).float()).clamp(1e-4, 1) ** float(np.exp(rng.uniform(-0.12, 0.12)))
-    return (photo + 0.01 * torch.from_numpy(rng.standard_normal(photo.shape, np.float32))).clamp(0, 1)
+    gamma = float(np.exp(rng.uniform(-0.12, 0.12)))
+    photo = (photo * torch.from_numpy(gains).float()).clamp(1e-4, 1) ** gamma
+    noise = torch.from_numpy(rng.standard_normal(photo.shape, np.float32))
+    return (photo + 0.01 * noise).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------

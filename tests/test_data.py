@@ -1,4 +1,4 @@
-"""Rooms against their own geometry, captures against numbers worked out by hand, and the sampler's bounds."""
+"""Rooms against their geometry, captures against numbers worked by hand, the sampler's bounds."""
 
 import io
 import json
@@ -32,19 +32,21 @@ def unproject(frame):
     """World points (3, H, W) of a frame's depth map."""
     K, pose, depth = (frame[k].double().numpy() for k in ("Ks", "extrinsics", "depths"))
     rows, columns = pixels(*depth.shape)
-    camera = np.stack([(columns - K[0, 2]) / K[0, 0], (rows - K[1, 2]) / K[1, 1], np.ones_like(rows)]) * depth
+    x, y = (columns - K[0, 2]) / K[0, 0], (rows - K[1, 2]) / K[1, 1]
+    camera = np.stack([x, y, np.ones_like(rows)]) * depth
     return np.einsum("ij,jhw->ihw", pose[:3, :3], camera) + pose[:3, 3, None, None]
 
 
 def project(points, frame):
     """Columns, rows and depths of world points (3, ...) in a frame."""
     K, pose = frame["Ks"].double().numpy(), frame["extrinsics"].double().numpy()
-    x, y, z = np.einsum("ji,j...->i...", pose[:3, :3], points - pose[:3, 3].reshape(3, *[1] * (points.ndim - 1)))
+    from_camera = points - pose[:3, 3].reshape(3, *[1] * (points.ndim - 1))
+    x, y, z = np.einsum("ji,j...->i...", pose[:3, :3], from_camera)
     return K[0, 0] * x / z + K[0, 2], K[1, 1] * y / z + K[1, 2], z
 
 
 def warp(source, target):
-    """Where target's depth agrees with source's points: (agree (H, W), target row, target column)."""
+    """Where target's depth agrees with source's points: agree (H, W), target row and column."""
     height, width = target["depths"].shape
     u, v, z = project(unproject(source), target)
     inside = (z > 0.05) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
@@ -52,7 +54,7 @@ def warp(source, target):
     return inside & (np.abs(target["depths"].numpy()[row, column] / z - 1) < 0.01), row, column
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Rooms
 
 
@@ -129,9 +131,9 @@ def test_normals_are_those_of_the_depth(seed):
 def room_with(*solids):
     """Room 5 with nothing in it but these: (shape, centre, half, yaw, frame)."""
     room = Room(5)
-    colours = (1, 0, 0), (1, 0, 0), (0, 0, 1)
+    plain, colours = data.LOOKS["plain"], ((1, 0, 0), (1, 0, 0), (0, 0, 1))
     room.solids = room.solids[:6] + [
-        data.Solid(shape, centre, half, yaw, CLASSES.index("box"), 7 + i, "plain", colours, frame)
+        data.Solid(shape, centre, half, yaw, CLASSES.index("box"), 7 + i, plain, colours, frame)
         for i, (shape, centre, half, yaw, frame) in enumerate(solids)
     ]
     room._stack()
@@ -144,7 +146,8 @@ def test_normals_of_a_stretched_and_turned_shape(shape):
     p = unproject(dict(frame, extrinsics=torch.eye(4)))
     cross = np.cross(p[:, 2:, 1:-1] - p[:, :-2, 1:-1], p[:, 1:-1, 2:] - p[:, 1:-1, :-2], axis=0)
     cross /= np.linalg.norm(cross, axis=0)
-    angle = np.degrees(np.arccos(np.clip((cross * frame["normals"].numpy()[:, 1:-1, 1:-1]).sum(0), -1, 1)))
+    cosine = (cross * frame["normals"].numpy()[:, 1:-1, 1:-1]).sum(0)
+    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
     on_it = (frame["masks"] == 7).numpy()[1:-1, 1:-1]
     assert on_it.sum() > 2000
     assert np.median(angle[on_it]) < 0.3 and np.quantile(angle[on_it], 0.9) < 3
@@ -153,15 +156,19 @@ def test_normals_of_a_stretched_and_turned_shape(shape):
 def test_paint_turns_with_its_solid():
     c, s = np.cos(0.6), np.sin(0.6)
     room = room_with(("box", (0.1, 0, 0.8), (0.8, 0.25, 0.5), 0.6, 0.1))
-    local = np.array([[0.0, 0.25, 0.0], [0.65, 0.25, 0.35], [0.75, 0.25, 0.0], [-0.75, 0.25, 0.0], [0.0, 0.25, 0.45]])
-    world = np.stack([0.1 + c * local[:, 0] - s * local[:, 1], s * local[:, 0] + c * local[:, 1], 0.8 + local[:, 2]])
+    x = np.array([0, 0.65, 0.75, -0.75, 0])
+    y = np.full(5, 0.25)
+    z = np.array([0, 0.35, 0, 0, 0.45])
+    world = np.stack([0.1 + c * x - s * y, s * x + c * y, 0.8 + z])
     normal = np.array([-s, c, 0])[:, None].repeat(5, 1)
     red, _, blue = room.paint(world.astype(np.float32), np.full(5, 6), normal.astype(np.float32))
-    assert red.tolist() == [1, 1, 0, 0, 0] and blue.tolist() == [0, 0, 1, 1, 1]  # a frame of 10 cm inside the edges
+    assert red.tolist() == [1, 1, 0, 0, 0]
+    assert blue.tolist() == [0, 0, 1, 1, 1]  # a frame of 10 cm inside the edges
 
 
 def test_a_camera_may_stand_within_the_bounds_of_a_large_thing():
-    frame = room_with(("box", (0, 0, 0.01), (3, 3, 0.01), 0.0, 0.0)).frame(0, 60, 60)  # wall-to-wall carpet
+    carpet = ("box", (0, 0, 0.01), (3, 3, 0.01), 0.0, 0.0)  # from wall to wall
+    frame = room_with(carpet).frame(0, 60, 60)
     low = unproject(frame)[2] < 0.1
     on_carpet = (frame["masks"] == 7).numpy()
     assert low.mean() > 0.2 and on_carpet[low].mean() > 0.95
@@ -196,11 +203,13 @@ def test_another_size_of_the_same_shape_shows_the_same_view():
 
 def test_a_room_is_a_function_of_its_seed():
     before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    a, b, other = Room(9).frame(12, 48, 48), Room(9, num_frames=40).frame(12, 48, 48), Room(10).frame(12, 48, 48)
+    rooms = Room(9), Room(9, num_frames=40), Room(10)
+    a, b, other = (room.frame(12, 48, 48) for room in rooms)
     for key in a:
         assert torch.equal(a[key], b[key]), key
         assert not torch.equal(a[key], other[key]), key
-    assert torch.equal(before[0], torch.random.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    assert torch.equal(before[0], torch.random.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all()
     with pytest.raises(IndexError, match="0 to 39, not 40"):
         Room(9, num_frames=40).frame(40, 8, 8)
 
@@ -220,8 +229,10 @@ def test_rooms_hold_8_to_16_things_each_in_its_own_segment():
         assert 8 <= len(furniture) == room.num_objects <= 16
         if seed < 5:
             frame = room.frame(seed, 60, 60)
-            drawn = torch.stack([frame["masks"], frame["classes"]], -1).view(-1, 2).unique(dim=0).tolist()
-            assert all(labels[instance] == CLASSES[label] for instance, label in drawn) and len(drawn) > 4
+            drawn = torch.stack([frame["masks"], frame["classes"]], -1).view(-1, 2)
+            drawn = drawn.unique(dim=0).tolist()
+            assert all(labels[instance] == CLASSES[label] for instance, label in drawn)
+            assert len(drawn) > 4
     assert len(counts) > 4
     assert names == set(CLASSES) - {"unlabelled"}
     assert shapes == {"shell", *HITS}
@@ -232,9 +243,8 @@ def test_furniture_stands_in_the_room_and_off_the_path():
         room = Room(seed)
         for solid in room.solids[6:]:
             c, s = abs(np.cos(solid.yaw)), abs(np.sin(solid.yaw))
-            reach = np.array(
-                [c * solid.half[0] + s * solid.half[1], s * solid.half[0] + c * solid.half[1], solid.half[2]]
-            )
+            x, y, z = solid.half
+            reach = np.array([c * x + s * y, s * x + c * y, z])
             low, high = solid.centre - reach, solid.centre + reach
             assert low[2] > -1e-4 and high[2] < room.size[2] + 1e-4
             if CLASSES[solid.label] not in FIXTURES and low[2] < 1e-3:
@@ -251,7 +261,8 @@ def test_the_path_moves_smoothly_and_neighbouring_views_overlap():
             step = np.linalg.norm(a[:3, 3] - b[:3, 3])
             angle = np.degrees(np.arccos(np.clip((a[:3, 2] * b[:3, 2]).sum(), -1, 1)))
             assert 0.003 < step < 0.055 and angle < 3.2
-            assert np.allclose(a[:3, :3].T @ a[:3, :3], np.eye(3), atol=1e-5) and np.linalg.det(a[:3, :3]) > 0
+            assert np.allclose(a[:3, :3].T @ a[:3, :3], np.eye(3), atol=1e-5)
+            assert np.linalg.det(a[:3, :3]) > 0
             assert a[2, 1] < -0.5  # the camera's y points down
         apart = [room.frame(i, 48, 48) for i in (0, 12)]
         assert warp(*apart)[0].mean() > 0.4
@@ -278,7 +289,7 @@ def test_rooms_are_drawn_fast_enough():
         room.frame(8, 224, 224)
     speed = len(rooms) / (time.perf_counter() - start)
     print(f"{speed:.1f} images per second")
-    assert speed > 1.5  # a guard against falling off a cliff, not a benchmark: others may use this machine
+    assert speed > 1.5  # a guard against falling off a cliff; others may use this machine
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1119,11 +1130,12 @@ def test_a_thousand_scenes_open_at_once(tmp_path):
     assert spent < 15 and more < 2**20
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The sampler
 
 
-@given(st.integers(3, 200), st.integers(2, 15), st.integers(0, 15), st.integers(2, 5), st.integers(0, 2**32))
+@given(st.integers(3, 200), st.integers(2, 15), st.integers(0, 15), st.integers(2, 5),
+       st.integers(0, 2**32))  # fmt: skip
 def test_sampled_views_keep_their_bounds(frames, least, more, num_context, seed):
     most, rng = least + more, np.random.default_rng(seed)
     if min(least, most, frames - 1) < num_context:
@@ -1150,26 +1162,28 @@ def test_a_sample_is_what_its_frames_show():
     a, b = views[3], views[4]
     again = Views(Rooms("train"), 24, 32, num_context=3, seed=5, length=500)[3]
     other = Views(Rooms("train"), 24, 32, num_context=3, seed=6, length=10)[3]
-    assert a["scene"] == again["scene"] and torch.equal(a["target"]["images"], again["target"]["images"])
+    assert a["scene"] == again["scene"]
+    assert torch.equal(a["target"]["images"], again["target"]["images"])
     assert len({a["scene"], b["scene"], other["scene"]}) == 3
     room = Room(int(a["scene"].removeprefix("room")))
     *context, target = a["frames"].tolist()
     for key in ("images", "extrinsics", "Ks", "depths", "masks"):
         assert torch.equal(a["target"][key], room.frame(target, 24, 32)[key])
-        assert torch.equal(a["context"][key], torch.stack([room.frame(i, 24, 32)[key] for i in context]))
+        shown = torch.stack([room.frame(i, 24, 32)[key] for i in context])
+        assert torch.equal(a["context"][key], shown)
     assert a["has_masks"].item() is True
     batch = torch.utils.data.default_collate([a, b])
-    assert torch.equal(batch["context"]["images"][1], b["context"]["images"]) and batch["scene"] == [
-        a["scene"],
-        b["scene"],
-    ]
-    assert batch["context"]["depths"].shape == (2, 3, 24, 32) and batch["has_masks"].tolist() == [True, True]
+    assert torch.equal(batch["context"]["images"][1], b["context"]["images"])
+    assert batch["scene"] == [a["scene"], b["scene"]]
+    assert batch["context"]["depths"].shape == (2, 3, 24, 32)
+    assert batch["has_masks"].tolist() == [True, True]
     with pytest.raises(IndexError):
         views[10]
 
 
 def test_views_of_captures(tmp_path):
-    with_depth = write_capture(tmp_path / "deep", 14, change=lambda i, f: f | {"depth_file_path": "d.npy"})
+    deep = lambda i, f: f | {"depth_file_path": "d.npy"}  # noqa: E731
+    with_depth = write_capture(tmp_path / "deep", 14, change=deep)
     np.save(with_depth / "d.npy", np.full((30, 40), 2, np.float32))
     write_capture(tmp_path / "flat", 14)
     scenes = open_scenes(tmp_path)
@@ -1178,7 +1192,8 @@ def test_views_of_captures(tmp_path):
     samples = [views[i] for i in range(40)]
     assert {s["scene"] for s in samples} == {"deep", "flat"}
     for sample in samples:
-        assert (sample["target"]["depths"] == (2 if sample["scene"] == "deep" else 0)).all()  # 0 is unknown
+        depth = 2 if sample["scene"] == "deep" else 0  # unknown
+        assert (sample["target"]["depths"] == depth).all()
         assert sample["has_masks"].item() is False
         assert 8 <= sample["frames"][1] - sample["frames"][0] <= 12
         grey = sample["target"]["images"].mean().item() * 255 / 10
@@ -1190,7 +1205,8 @@ def test_views_of_captures(tmp_path):
 
 
 def test_short_captures(tmp_path):
-    five, two = (PosedFolder(write_capture(tmp_path / name, n)) for name, n in (("five", 5), ("two", 2)))
+    sizes = {"five": 5, "two": 2}
+    five, two = (PosedFolder(write_capture(tmp_path / name, n)) for name, n in sizes.items())
     with pytest.warns(UserWarning, match="five: 5 frames are too few"):
         views = Views([five], 12, 16, length=20)
     assert {tuple(views[i]["frames"][:2].tolist()) for i in range(20)} == {(0, 4)}
@@ -1314,13 +1330,15 @@ def test_masked_pixels_are_no_error_of_a_rendering():
     assert losses[0] == losses[1] == pytest.approx(float(error), rel=1e-4)
 
 
-# --------------------------------------------------------------------------- single photos and crops
+# -------------------------------------------------------------------------------------------------
+# Single photos and crops
 
 
 def test_crops_say_where_they_overlap(monkeypatch):
-    """On a photo whose colours are its coordinates, each pixel of the first crop is found in the second."""
+    """On a photo of its own coordinates each pixel of the first crop is found in the second."""
     monkeypatch.setattr(data, "jitter", lambda photo, rng: photo)
-    y, x = torch.meshgrid((torch.arange(90) + 0.5) / 90, (torch.arange(120) + 0.5) / 120, indexing="ij")
+    rows, columns = (torch.arange(90) + 0.5) / 90, (torch.arange(120) + 0.5) / 120
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     crops = data.Crops([torch.stack([x, y, 0 * x])], 56, length=12)
     compared = 0
     for index in range(12):
@@ -1331,7 +1349,8 @@ def test_crops_say_where_they_overlap(monkeypatch):
         there = here @ sample["first_to_second"][:, :2].T + sample["first_to_second"][:, 2]
         inside = there.abs().amax(-1) < 0.95
         found = torch.nn.functional.grid_sample(second[None], there[None], align_corners=False)[0]
-        torch.testing.assert_close(found[:2, inside], first[:2, inside], rtol=0, atol=0.012)  # a pixel
+        a, b = found[:2, inside], first[:2, inside]
+        torch.testing.assert_close(a, b, rtol=0, atol=0.012)  # a pixel
         compared += int(inside.sum())
     assert compared > 3000
 
@@ -1345,6 +1364,12 @@ def test_crops_are_a_function_of_seed_and_index():
         assert not torch.equal(a[3][key], data.Crops(photos, 28, seed=5, length=5)[3][key])
     with pytest.raises(IndexError, match="sample 5 of 5"):
         a[5]
+
+
+def test_crops_show_the_share_that_is_asked_for():
+    crops = data.Crops([torch.rand(3, 60, 80)], 28, (0.2, 0.3), length=30)
+    sides = torch.stack([crops[i]["windows"][:, :, :2].det().abs().sqrt() for i in range(30)])
+    assert 0.2 <= sides.min() < 0.22 and 0.28 < sides.max() <= 0.3
 
 
 def test_photos_of_a_folder_and_below(tmp_path):
@@ -1369,5 +1394,6 @@ def test_photos_of_rooms_are_their_frames():
     photos = data.Photos(None, 24, 32, 20, "val")
     first = photos[9].clone()
     room = data.Rooms("val")[1]
-    assert any((room.frame(i, 24, 32)["images"] - first).abs().max() < 0.003 for i in range(len(room)))
+    frames = (room.frame(i, 24, 32)["images"] for i in range(len(room)))
+    assert any((frame - first).abs().max() < 0.003 for frame in frames)
     assert torch.equal(photos[9], first) and len(photos) == 20
