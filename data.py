@@ -42,7 +42,7 @@ import torch
 from PIL import Image, ImageOps
 
 # -------------------------------------------------------------------------------------------------
-# Procedural rooms. The world is z-up, in metres; the floor is z = 0 and the z axis its middle.
+# Procedural rooms. The world is z-up, in metres; the middle of the floor is the origin.
 # A solid is a unit shape, scaled, turned about z and moved. Points and rays are [3, N].
 
 CLASSES = tuple("unlabelled floor wall ceiling door window picture rug light table chair cabinet "
@@ -92,8 +92,8 @@ PAINTS = {
     "round":   ("plain marble rings",                 ANY,  (0.30, 0.90), (0.35, 0.95), "light"),
     "trim":    ("plain",                              ANY,  (0.10, 0.60), (0.20, 0.80), "dark"),
 }  # fmt: skip
-FRAMES = {"door": 0.1, "window": 0.06, "picture": 0.06, "rug": 0.08}  # width of painted frames, m
-GLOWS = {"window": 1.5, "light": 3.0}  # light given off, as a multiple of the colour
+FRAMES = {"door": 0.1, "window": 0.06, "picture": 0.06, "rug": 0.08}  # see Solid
+GLOWS = {"window": 1.5, "light": 3.0}
 
 # Furniture stands on z = 0 with its back towards -y. Its sizes are drawn from ranges (m) and give
 # its parts: (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
@@ -140,8 +140,8 @@ PLACES = {  # what stands there; twice is twice as often
     "free": ("table", "chair", "box", "ball", "cone", "table", "chair"),
     "top": ("ball", "vase", "cone", "box"),
 }
-TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where "top" is, in half widths
-OWN_PAINTS = {  # tried in turn, with a chance; else flat for boxes and round
+TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where "top" is: x / half width
+OWN_PAINTS = {  # tried in turn with these chances; all else is painted flat or round
     "plant": {"leaves": 1}, "cabinet": {"books": 0.4, "wood": 0.6},
     "table": {"wood": 0.6}, "chair": {"wood": 0.6},
 }  # fmt: skip
@@ -170,9 +170,9 @@ class Solid(NamedTuple):
     label: int  # index into CLASSES
     instance: int  # segment id, shared by all parts of one object
     look: tuple  # a row of LOOKS
-    colours: tuple  # three linear RGB colours: two to mix, one for joints and frames
-    frame: float = 0.0
-    glow: float = 0.0
+    colours: tuple  # three in linear RGB: two to mix, one for joints and frames
+    frame: float = 0.0  # width of a painted frame, m
+    glow: float = 0.0  # light given off, as a multiple of the colour
 
 
 def matmul(a, b):
@@ -194,19 +194,16 @@ def hit_box(o, d):
 
 
 def cross_ball(o, d):
-    """When rays are half-way through the unit ball (or disc) [N], half how long [N], if at all [N].
-
-    Measured from the closest approach, where float32 loses nothing.
-    """
+    """Through the unit ball or disc: the middle t [N], half the duration [N], met at all [N]."""
     square = (d * d).sum(0) + 1e-12
     middle = -(o @ d) / square
-    closest = o[:, None] + middle * d
+    closest = o[:, None] + middle * d  # measured from here float32 loses nothing
     inside = 1 - (closest * closest).sum(0)
     return middle, np.sqrt(np.maximum(inside, 0) / square), inside > 0
 
 
 def hit_sphere(o, d):
-    """|x| <= 1."""
+    """x^2 + y^2 + z^2 <= 1."""
     middle, reach, hit = cross_ball(o, d)
     t = middle - reach
     return np.where(hit, t, np.inf), o[:, None] + t * d
@@ -260,7 +257,7 @@ class Room:
     def __init__(self, seed, num_frames=120):
         self.rng = np.random.default_rng(seed)  # draws what is built here, and no frame
         self.name, self.num_frames = f"room{seed}", num_frames
-        # Half the width, half the depth, and the height
+        # Half the width, half the depth, the height
         self.size = np.float32(self.rng.uniform((2.2, 2.2, 2.4), (3.4, 3.4, 3.0)))
         self.fov = np.radians(self.rng.uniform(60, 75))  # vertical
         self._walk()
@@ -324,7 +321,7 @@ class Room:
         return [(along, gap - y), (x - gap, along), (-along, y - gap), (gap - x, -along)][side]
 
     def _build(self):
-        """The six inner faces, the ceiling light, one thing on each wall, mostly a rug."""
+        """The six inner faces, the ceiling light, one thing on each wall and often a rug."""
         rng, top = self.rng, self.size[2]
         self.joints = {name: self._colour(name) for name in ("dark", "light")}
         light, hue = self.joints["light"], rng.uniform()
@@ -348,15 +345,16 @@ class Room:
         where = (*self.light[:2], top - 0.02)
         lamp = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)]
         self._place("light", lamp, *where, 0.0, (LOOKS["plain"], (light,) * 3))
-        self.taken = []  # corners (low, high) of what stands on the floor, (x, y) each
+        self.taken = []  # of the floor: corners (low, high), (x, y) each
         for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
+            # Half sizes; a window's and a picture's are drawn for every wall.
             drawn = rng.uniform((0.5, 0.45, 0.3, 0.2), (0.9, 0.65, 0.6, 0.4))
             x, z = {"door": (0.42, 1.0), "window": drawn[:2], "picture": drawn[2:]}[name]
             span = self.size[side % 2] - x - 0.3
             along = rng.uniform(-span, span)
             up = z if name == "door" else rng.uniform(1.45, 1.6)
             at = self._at_wall(side, along, 0.02)
-            if name == "door":  # which opens
+            if name == "door":  # room to open
                 ends = list(zip(at, self._at_wall(side, along, 0.9)))
                 self.taken.append(([min(e) - 0.3 for e in ends], [max(e) + 0.3 for e in ends]))
             material = self._material(name, "haze" if name == "window" else name)
@@ -1349,7 +1347,7 @@ def some(scenes):
 
 
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
-    """What `sample_views` draws from: pairs of context frames, first [P] and last [P], and gaps [P].
+    """What `sample_views` draws from: first and last context frames, and their gaps, [P] each.
 
     Raises NoViews if there are none.
     """
@@ -1405,10 +1403,8 @@ class Views(torch.utils.data.Dataset):
     Scenes without enough frames are left out. Raises ValueError if all of `some` are.
     """
 
-    def __init__(
-        self, scenes, height, width, *, num_context=2, min_gap=8, max_gap=12, target="between",
-        seed=0, length,
-    ):  # fmt: skip
+    def __init__(self, scenes, height, width, *, num_context=2, min_gap=8, max_gap=12,
+                 target="between", seed=0, length):  # fmt: skip
         if not 2 <= min_gap <= max_gap:
             raise ValueError(f"2 <= min_gap <= max_gap must hold, not {min_gap} and {max_gap}")
         if target not in ("between", "any"):
@@ -1418,30 +1414,30 @@ class Views(torch.utils.data.Dataset):
         self.sampling["target"] = target
         if isinstance(scenes, Rooms):
             absent = "valid"
-        else:
+        else:  # thousands of scenes in chunks are not looked at
             absent = "depths" if isinstance(scenes, Chunks) or not self._have_depth() else None
         self.keys = tuple(k for k in VIEW_KEYS if k != absent)
 
     def _have_depth(self):
-        """Whether any of the scenes has depth. Warns of scenes that lack depth or frames."""
+        """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
         scenes, failed, close = some(self.scenes), [], []
         for scene in scenes:
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
-            except NoViews as error:
-                failed.append(f"{scene.name}: {error}")
-            else:
                 if gaps.max() < self.sampling["min_gap"]:
                     close.append(f"{scene.name}: {len(scene)} frames are too few for min_gap")
+            except NoViews as error:
+                failed.append(f"{scene.name}: {error}")
         if len(failed) == len(scenes):
             raise ValueError(failed[0])
-        flat = [f"{scene.name} has no depth" for scene in scenes if not scene.has_depth]
-        some_flat = flat if len(flat) < len(scenes) else []
-        effects = ("are left out", "take their largest gap", "count as unknown there")
-        for found, effect in zip((failed, close, some_flat), effects):
+        deep = any(scene.has_depth for scene in scenes)
+        flat = [f"{scene.name} has no depth" for scene in scenes if deep and not scene.has_depth]
+        for found, effect in (
+            (failed, "are left out"), (close, "take their largest gap"), (flat, "count as unknown"),
+        ):  # fmt: skip
             if found:
                 warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
-        return len(flat) < len(scenes)
+        return deep
 
     def __len__(self):
         return self.length
@@ -1471,11 +1467,11 @@ class Views(torch.utils.data.Dataset):
         }
 
     def point_range(self):
-        """(near, far) by the captures' own points, in context baselines; None without points.
+        """(near, far) of the captures' own points, None where they have none.
 
-        A baseline is the distance between the first and the last context camera. Of the points'
-        depths in context views, in 100 draws from each of up to 16 scenes, near is the 1st
-        percentile times 0.8 and far the 99th times 1.25.
+        In distances between the first and the last context camera: of the points' depths in
+        context views, over 100 draws from each of up to 16 scenes, the 1st percentile times 0.8
+        and the 99th times 1.25.
         """
         if isinstance(self.scenes, (Rooms, Chunks)):
             return None
