@@ -284,12 +284,12 @@ def test_splits_share_no_room():
 def test_rooms_are_drawn_fast_enough():
     rooms = [Room(seed) for seed in range(4)]
     rooms[0].frame(0, 224, 224)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: others use the machine
     for room in rooms:
         room.frame(8, 224, 224)
-    speed = len(rooms) / (time.perf_counter() - start)
+    speed = len(rooms) / (time.process_time() - start)
     print(f"{speed:.1f} images per second")
-    assert speed > 1.5  # a guard against falling off a cliff; others may use this machine
+    assert speed > 1.5  # a guard against falling off a cliff, not a benchmark
 
 
 # ---------------------------------------------------------------------------------------------------------
