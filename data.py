@@ -1424,8 +1424,9 @@ class Views(torch.utils.data.Dataset):
         for scene in scenes:
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
-                if gaps.max() < self.sampling["min_gap"]:
-                    close.append(f"{scene.name}: {len(scene)} frames are too few for min_gap")
+                if gaps.max() < (least := self.sampling["min_gap"]):
+                    few = f"{len(scene)} frames are too few for gaps of {least}"
+                    close.append(f"{scene.name}: {few}")
             except NoViews as error:
                 failed.append(f"{scene.name}: {error}")
         if len(failed) == len(scenes):
@@ -1433,7 +1434,8 @@ class Views(torch.utils.data.Dataset):
         deep = any(scene.has_depth for scene in scenes)
         flat = [f"{scene.name} has no depth" for scene in scenes if deep and not scene.has_depth]
         for found, effect in (
-            (failed, "are left out"), (close, "take their largest gap"), (flat, "count as unknown"),
+            (failed, "are left out"), (close, "take their largest gap"),
+            (flat, "have unknown depth"),
         ):  # fmt: skip
             if found:
                 warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
