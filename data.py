@@ -1525,6 +1525,7 @@ class Crops(torch.utils.data.Dataset):
     Args:
         photos: a sequence of photos [3, H, W]: `Photos`.
         size: of the crops, pixels, square.
+        scales: least and most of the photo's side that a crop shows.
         seed, length: the sequence of samples and its length.
 
     A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]}: affine maps from
@@ -1532,8 +1533,9 @@ class Crops(torch.utils.data.Dataset):
     corner.
     """
 
-    def __init__(self, photos, size, seed=0, *, length):
-        self.photos, self.size, self.seed, self.length = photos, size, seed, length
+    def __init__(self, photos, size, scales=(0.35, 0.9), seed=0, *, length):
+        self.photos, self.size, self.scales = photos, size, scales
+        self.seed, self.length = seed, length
 
     def __len__(self):
         return self.length
@@ -1543,8 +1545,7 @@ class Crops(torch.utils.data.Dataset):
             raise IndexError(f"sample {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index])
         photo = self.photos[int(rng.integers(len(self.photos)))]
-        share = self.size / min(photo.shape[1:])
-        windows = np.stack([turned_window(rng, share) for _ in range(2)])
+        windows = np.stack([turned_window(rng, self.scales) for _ in range(2)])
         crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in windows])
         first_to_second = np.linalg.inv(windows[1]) @ windows[0]
         return {
@@ -1553,11 +1554,12 @@ class Crops(torch.utils.data.Dataset):
         }  # fmt: skip
 
 
-def turned_window(rng, share):
-    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1: 0.7 to 1.8 times
-    `share` of the photo's sides, up to an eighth longer or shorter, turned by up to 20 degrees, mirrored half the time,
-    and all of it inside the photo."""
-    scale, turn = rng.uniform(0.7, 1.8) * share, rng.uniform(-0.35, 0.35)
+def turned_window(rng, scales):
+    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1.
+
+    It takes between scales[0] and scales[1] of the photo's sides, is up to an eighth longer or
+    shorter, turned by up to 20 degrees, mirrored half the time, and lies inside the photo."""
+    scale, turn = rng.uniform(*scales), rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
     c, s = np.cos(turn), np.sin(turn)
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
