@@ -45,15 +45,15 @@ def metrics(run):
 
 def stop_after(step, monkeypatch):
     """As if the user pressed Ctrl-C during that step."""
-    real = train.train_step
+    real = train.Run.train_step
 
-    def interrupted(model, batch, optimizer, schedule, number, settings):
-        if number == step:
+    def interrupted(run, batch):
+        if run.step + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(model, batch, optimizer, schedule, number, settings)
+        return real(run, batch)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
-    return lambda: monkeypatch.setattr(train, "train_step", real)
+    monkeypatch.setattr(train.Run, "train_step", interrupted)
+    return lambda: monkeypatch.setattr(train.Run, "train_step", real)
 
 
 def test_a_run_writes_what_it_says(capsys):
@@ -133,7 +133,8 @@ def test_a_reconstructor_is_trained_resumed_and_used(monkeypatch, capsys):
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
     with safe_open("runs/whole/reconstructor.safetensors", "pt") as file:
         about = file.metadata()
-    assert sorted(about["command"].split()) == sorted(f"python train.py {' '.join(RECONSTRUCT)} --name whole".split())
+    flags = f"python train.py {' '.join(RECONSTRUCT)} --preset demo --name whole"
+    assert sorted(about["command"].split()) == sorted(flags.split())
     assert json.loads(about["measured"])["shown_psnr"] == lines[-1]["shown_psnr"] and float(about["hours"]) >= 0
     sheet = np.asarray(Image.open("runs/whole/preview_000006.png"))
     assert sheet.shape == (64 + 18, 5 * 68 - 4, 3)  # photo, rendering, error, depth, true depth
@@ -146,8 +147,8 @@ def test_a_reconstructor_is_trained_resumed_and_used(monkeypatch, capsys):
 
 
 PRETRAIN = (
-    "--stage pretrain --teacher dinov2_vits14 --steps 4 --batch-size 2 --photos 4 --height 42 --width 42 --crop 28 "
-    "--workers 0 --preview-every 2 --checkpoint-every 2 --place-weight 0.1"
+    "--stage pretrain --teacher dinov2_vits14 --steps 4 --batch-size 2 --photos 4 --height 42 "
+    "--width 42 --crop 28 --workers 0 --preview-every 2 --checkpoint-every 2 --place-weight 0.1"
 ).split()
 
 
@@ -205,7 +206,7 @@ def test_reconstruction_learns_from_photos_alone(tmp_path):
     capture(tmp_path / "scan", depth=False)
     train.main([*RECONSTRUCT, "--data", "scan", "--preset", "demo", "--steps", "2", "--coarse", "0"])
     lines = metrics("reconstruct-1")
-    with pytest.raises(SystemExit, match="no depth maps in 1 of 1 scenes; with --coarse 0 photos suffice"):
+    with pytest.raises(SystemExit, match="scan: no depth maps; with --coarse 0 photos suffice"):
         train.main([*RECONSTRUCT, "--data", "scan", "--preset", "demo"])
     assert all(m["loss"] == m["mse"] for m in lines) and "shown_abs_rel" not in lines[-1]
 
@@ -254,7 +255,7 @@ def test_runs_do_not_overwrite_each_other():
     train.main([*SMALL, "--steps", "1"])
     train.main([*SMALL, "--steps", "1"])
     assert Path("runs/demo-2/student.safetensors").exists()
-    with pytest.raises(SystemExit, match="runs/demo-1: there is a run of that name; go on with --resume"):
+    with pytest.raises(SystemExit, match="runs/demo-1: there is a run of that name; --resume goes on"):
         train.main([*SMALL, "--name", "demo-1"])
 
 
@@ -294,11 +295,11 @@ def test_demo_goes_on_without_the_teachers_weights(monkeypatch, capsys):
     assert torch.equal(start.blocks[0].mlp.fc1.weight, student.blocks[0].mlp.fc1.weight)
 
 
-def test_with_data_missing_weights_stop_the_run(monkeypatch):
+def test_with_data_missing_weights_stop_the_run(monkeypatch, tmp_path):
     no_network(monkeypatch)
-    monkeypatch.setattr(train, "load_views", lambda settings: (None, None))
+    capture(tmp_path / "scan")
     with pytest.raises(SystemExit, match="fetch them or pass the file .--teacher-weights FILE"):
-        train.main(["--data", "somewhere"])
+        train.main(["--data", "scan", "--height", "48", "--width", "64"])
 
 
 def test_presets():
@@ -331,7 +332,7 @@ def test_every_setting_is_read(tmp_path):
     photos = ["--height", "48", "--width", "64", "--geometry", str(tmp_path / "small.safetensors")]
     for stage, arguments in (("distill", [*SMALL, *photos]), ("reconstruct", RECONSTRUCT), ("pretrain", PRETRAIN)):
         settings = Recorded(train.parse_settings([*arguments, "--steps", "2"]))
-        train.run(settings)
+        train.train(settings)
         assert set(train.SETTINGS[stage]) - settings.read == set()
 
 
@@ -344,14 +345,15 @@ def test_the_learning_rate_climbs_and_falls():
 
 @pytest.mark.parametrize("steps", range(1, 21))
 @pytest.mark.parametrize("warmup", ["0.01", "0.1", "0.05", "0.125"])
-def test_any_number_of_steps_has_a_schedule(steps, warmup):
+def test_any_number_of_steps_has_a_schedule(steps, warmup, monkeypatch):
     """Torch's one-cycle schedule divides by zero where warm-up is exactly one step."""
+    monkeypatch.setattr(train, "load_views", lambda settings, num_shown: (None, None))
     settings = train.parse_settings([*SMALL, "--steps", str(steps), "--warmup", warmup])
-    _, optimizer, schedule = train.build(settings, M.load_vit("dinov2_vits14", "random"), "cpu")
+    run = train.Run(settings)
     for _ in range(steps):
-        optimizer.step()
-        schedule.step()
-    assert schedule.get_last_lr()[0] < settings["lr"]
+        run.optimizer.step()
+        run.schedule.step()
+    assert run.schedule.get_last_lr()[0] < settings["lr"]
 
 
 def test_teacher_is_updated_every_so_many_steps(monkeypatch):
@@ -398,14 +400,14 @@ def test_the_points_of_a_reconstruction_say_near_and_far(tmp_path, capsys):
     flags = "--data scan --preset demo --geometry shipped --height 48 --width 32 --steps 1".split()
     flags = [*SMALL, *flags, "--min-gap", "2", "--max-gap", "40", "--target", "any"]
     settings = train.parse_settings(flags)
-    views, _ = train.load_views(settings)
+    views, _ = train.load_views(settings, 1)
     near, far = views.point_range()
     assert settings["near"] == pytest.approx(near, rel=0.005) != 3
     assert settings["far"] == pytest.approx(far, rel=0.005) != 50
     assert f"--near {settings['near']} --far {settings['far']}" in train.command(settings)
     assert f"by its points, --near {settings['near']:g}" in capsys.readouterr().out
     settings = train.parse_settings([*flags, "--far", "20"])
-    train.load_views(settings)
+    train.load_views(settings, 1)
     assert (settings["near"], settings["far"]) == (3, 20)
 
 
@@ -415,7 +417,7 @@ def test_a_split_chooses_what_is_trained_on(tmp_path):
     (tmp_path / "split.txt").write_text("two\n")
     flags = [*SMALL, "--data", "scans", "--preset", "demo", "--split", "split.txt", "--steps", "1"]
     settings = train.parse_settings(flags)
-    assert [scene.name for scene in train.load_views(settings)[0].scenes] == ["two"]
+    assert [scene.name for scene in train.load_views(settings, 1)[0].scenes] == ["two"]
     assert settings["split"] == str(tmp_path / "split.txt")  # to resume from anywhere
 
 
@@ -431,15 +433,15 @@ def test_capture_without_depth_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_photo_that_breaks_stops_the_run_but_loses_nothing(tmp_path, monkeypatch, workers):
     folder = Path(capture(tmp_path / "scan"))
-    real = train.train_step
+    real = train.Run.train_step
 
-    def breaks(model, batch, optimizer, schedule, step, settings):
-        if step == 1:
+    def breaks(run, batch):
+        if run.step == 0:
             for photo in (folder / "images").iterdir():
                 photo.write_bytes(b"broken")
-        return real(model, batch, optimizer, schedule, step, settings)
+        return real(run, batch)
 
-    monkeypatch.setattr(train, "train_step", breaks)
+    monkeypatch.setattr(train.Run, "train_step", breaks)
     with pytest.raises(SystemExit, match="images/.*png: an image that cannot be read") as error:
         train.main([*SMALL, "--data", "scan", "--preset", "demo", "--workers", workers, "--checkpoint-every", "99"])
     assert "\n" not in str(error.value)
@@ -477,22 +479,28 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
     "arguments,message",
     [
         (["--depth-weight", "-1", "--stage", "reconstruct"], "--depth-weight must be at least 0"),
-        (["--height", "40", "--stage", "reconstruct"], "--height 40 does not fit: multiples of 16 do; 32 and 48 do"),
-        (["--blend", "2"], "--blend must be between 0 and 1, not 2.0"),
-        (["--steps", "0"], "--steps must be more than 0"),
+        (["--height", "40", "--stage", "reconstruct"], "--height must be a multiple of 16, .*not 40"),
+        (["--blend", "2"], "--blend must be at most 1, not 2.0"),
+        (["--blend", "-1"], "--blend must be at least 0, not -1.0"),
+        (["--momentum", "nan"], "--momentum must be at least 0, not nan"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--lr", "0"], "--lr must be more than 0, not 0.0"),
         (["--height", "10"], "--height must be at least 14, not 10"),
         (["--workers", "-1"], "--workers must be at least 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--teacher", "vit"], "unknown model 'vit'; known are"),
         (["--teacher-weights", "nothing.pth"], "nothing.pth: no such file"),
-        (["--near", "5", "--far", "2"], "--far must be more than --near, not 2.0 with 5.0"),
+        (["--near", "5", "--far", "2"], "--far must be more than --near"),
+        (["--stage", "pretrain", "--most-scale", "0.2"], "--most-scale must be at least --least-sc"),
+        (["--stage", "pretrain", "--least-scale", "0"], "--least-scale must be more than 0, not 0"),
+        (["--stage", "pretrain", "--most-scale", "2"], "--most-scale must be at most 1, not 2.0"),
+        (["--stage", "pretrain", "--crop", "30"], "--crop must be a multiple of 14, .*28, not 30"),
         (["--near", "1"], "--near is not read with --geometry depth"),
-        (["--geometry", "shipped"], "--height 42 does not fit: multiples of 16 do; 32 and 48 do"),
-        (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width 15 does not fit: .* 16 is the least"),
+        (["--geometry", "shipped"], "--height must be a multiple of 16, .*not 42"),
+        (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width must be .*not 15"),
         (["--data", "nowhere"], "nowhere"),
-        (["--target", "all"], "the target is between the context views or any, not 'all'"),
-        (["--split", "scenes.txt"], "--split lists scenes of --data, which is not given"),
-        (["--resume", "nowhere"], "nowhere/checkpoint.pt: no such file; --resume takes the folder of a run"),
+        (["--split", "scenes.txt"], "--split is not read with --data None: it lists the scenes of"),
+        (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .* No such file"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
     ],
 )
@@ -501,6 +509,13 @@ def test_bad_arguments_get_one_sentence(arguments, message):
     with pytest.raises(SystemExit, match=message) as error:
         train.main([*rest, *arguments])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--target", "--targets", "--loss", "--upsampling"])
+def test_unknown_words_are_errors(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.main([flag, "all"])
+    assert f"argument {flag}: invalid choice: 'all' (choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--learning-rate", "--step", "--blending"])
