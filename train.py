@@ -305,14 +305,13 @@ class Distill:
         self.views, self.shown = load_views(settings, 1)
         if path := settings["data"]:
             scenes = data.some(self.views.scenes)
-            lacking = sum(not scene.has_depth for scene in scenes), len(scenes)
-            if lacking[0] and settings["geometry"] == "depth":
-                lack = "no depth maps in {} of {} scenes".format(*lacking)
+            no_depth = sum(not scene.has_depth for scene in scenes)
+            no_masks = sum(not scene.has_masks for scene in scenes)
+            if no_depth and settings["geometry"] == "depth":
+                lack = f"no depth maps in {no_depth} of {len(scenes)} scenes"
                 raise ValueError(f"{path}: {lack}; with another --geometry photos suffice")
-            lacking = sum(not scene.has_masks for scene in scenes), len(scenes)
-            if lacking[0]:
-                print("No segment masks in {} of {} scenes: no blending there".format(*lacking))
-        if settings["data"]:
+            if no_masks:
+                print(f"No segment masks in {no_masks} of {len(scenes)} scenes: no blending there")
             self.then = "load it: model.load_vit('{teacher}', '{weights}')"
         vit, self.warning = load_teacher(settings)
         self.notes = {"random_weights": self.warning == RANDOM}
@@ -341,12 +340,12 @@ class Distill:
         camera = target["extrinsics"], target["Ks"], *alpha.shape[::-1]
         depth = render(drawn["gaussians"], *camera)[1][0]  # [H, W]
         splatted = drawn["splatted"][0][:, ~drawn["holes"][0]]  # [C, locations]
-        basis = shared_pca(torch.cat([splatted.T, student.flatten(1).T]))
-        teacher = to_rgb(drawn["rendered"][0], basis, alpha.shape)
+        samples = torch.cat([splatted.T, student.flatten(1).T])
+        teacher, student = pca_pictures(samples, [drawn["rendered"][0], student], alpha.shape)
         panels = {
             "target photo": target["images"][0].permute(1, 2, 0),
             "splatted teacher": teacher * (alpha > 0.5)[..., None],
-            "student": to_rgb(student, basis, alpha.shape),
+            "student": student,
             "alpha": alpha[..., None].expand(-1, -1, 3),
             "depth": depth_colours(depth.cpu(), alpha.cpu() > 0.5),
         }
@@ -387,10 +386,12 @@ class Reconstruct:
         """Panels of the first scene, and mean errors of all, which are rendered one by one."""
         target, drawn = batch["target"], []
         for i in range(len(target["images"])):
-            parts = {k: batch[k].items() for k in ("context", "target")}
-            drawn.append(self.model({p: {k: v[i : i + 1] for k, v in parts[p]} for p in parts})[2])
-        parts = ("photo", "depth", "alphas")
-        photo, depth, alphas = (torch.cat([d[k] for d in drawn]) for k in parts)
+            context, view = ({k: v[i : i + 1] for k, v in batch[part].items()}
+                             for part in ("context", "target"))  # fmt: skip
+            drawn.append(self.model({"context": context, "target": view})[2])
+        photo, depth, alphas = (
+            torch.cat([d[k] for d in drawn]) for k in ("photo", "depth", "alphas")
+        )
         valid = target.get("valid", torch.ones_like(alphas, dtype=torch.bool))  # [B, H, W]
         error = (photo - target["images"]).abs() * valid[:, None]  # [B, 3, H, W]
         panels = {
@@ -399,8 +400,9 @@ class Reconstruct:
             "error x 4": 4 * error[0].permute(1, 2, 0),
             "depth": depth_colours(depth[0].cpu(), alphas[0].cpu() > 0.5),
         }
-        mse = (error**2).sum((1, 2, 3)) / (3 * valid.sum((1, 2)))  # [B]
-        measured = {"shown_psnr": -10 * mse.log10().nanmean()}
+        squares, pixels = (error**2).sum((1, 2, 3)), valid.sum((1, 2))  # [B], [B]
+        mse = (squares / (3 * pixels))[pixels > 0]
+        measured = {"shown_psnr": -10 * mse.log10().mean()}
         if "depths" in target:
             truth = target["depths"]
             panels["true depth"] = depth_colours(truth[0].cpu(), truth[0].cpu() > 0)
@@ -445,12 +447,13 @@ class Pretrain:
 
     def draw(self, batch):
         """Panels of photos and their features, and the share of spots that are found again."""
-        features = patch_tokens(self.model.vit, batch["photos"])  # [B, C, h, w]
-        basis = shared_pca(features.transpose(0, 1).flatten(1).T)
+        photos = batch["photos"]
+        features = patch_tokens(self.model.vit, photos)  # [B, C, h, w]
+        samples = features.transpose(0, 1).flatten(1).T  # [B*h*w, C]
         panels = {}
-        for i, (photo, own) in enumerate(zip(batch["photos"], features), start=1):
-            panels[f"photo {i}"] = photo.permute(1, 2, 0)
-            panels[f"features {i}"] = to_rgb(own, basis, photo.shape[1:])
+        for i, picture in enumerate(pca_pictures(samples, features, photos.shape[2:])):
+            panels[f"photo {i + 1}"] = photos[i].permute(1, 2, 0)
+            panels[f"features {i + 1}"] = picture
         return panels, {"shown_matched": self.model(batch)[1]["matched"]}
 
     def export(self):
@@ -474,23 +477,22 @@ def free_folder(parent, kind):
     return next(folder for folder in folders if not folder.exists())
 
 
-def shared_pca(samples):
-    """Mean, three principal axes and robust ranges of feature vectors [M, C]."""
+def pca_pictures(samples, maps, size):
+    """Feature maps [C, h, w] as images [H, W, 3] in 0..1 of size (H, W): red, green and blue are
+    the three principal axes of samples [M, C], each over the range that most samples have."""
     samples = samples.float()
     mean = samples.mean(0)
     axes = torch.linalg.svd(samples - mean, full_matrices=False).Vh[:3].T
     axes = axes * torch.sign(axes.sum(0) + 1e-12)  # an SVD's signs are arbitrary: fix the colours
     levels = torch.tensor([0.02, 0.98], device=samples.device)
-    return mean, axes, *torch.quantile((samples - mean) @ axes, levels, dim=0)
-
-
-def to_rgb(features, basis, size):
-    """Features [C, h, w] by `shared_pca`'s basis as an image [H, W, 3] in 0..1 of size (H, W)."""
-    mean, axes, low, high = basis
-    colours = (features.flatten(1).T.float() - mean) @ axes  # [h*w, 3]
-    colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    picture = colours.T.unflatten(1, features.shape[1:])[None]  # [1, 3, h, w]
-    return F.interpolate(picture, size, mode="nearest")[0].permute(1, 2, 0)
+    low, high = torch.quantile((samples - mean) @ axes, levels, dim=0)
+    pictures = []
+    for features in maps:
+        colours = (features.flatten(1).T.float() - mean) @ axes  # [h*w, 3]
+        colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        picture = colours.T.unflatten(1, features.shape[1:])[None]  # [1, 3, h, w]
+        pictures.append(F.interpolate(picture, size, mode="nearest")[0].permute(1, 2, 0))
+    return pictures
 
 
 def depth_colours(depth, valid):
