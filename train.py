@@ -272,8 +272,8 @@ def load_views(settings, num_shown):
     """
     options = {k: settings[k] for k in ("height", "width", "min_gap", "max_gap", "target")}
     options["num_context"] = settings["context_views"]
-    path, seed = settings["data"], settings["seed"]
-    scenes = data.open_scenes(path, settings["split"]) if path else data.Rooms("train")
+    path, split, seed = (settings[k] for k in ("data", "split", "seed"))
+    scenes = data.open_scenes(path, split) if path else data.Rooms("train")
     length = settings["steps"] * settings["batch_size"]
     views = data.Views(scenes, **options, seed=seed, length=length)
     from_points = settings.pop("points", False) and settings.get("geometry") != "depth"
