@@ -68,7 +68,7 @@ TRAINING = {
     "batch_size": Setting(16, 64, "scenes or photos a step", 1),
     "steps": Setting(6000, 100_000, "of the optimiser", 1),
     "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE),
-    "warmup": Setting(0.05, 0.01, "share of the steps in which it climbs, before a cosine", 0, 1),
+    "warmup": Setting(0.05, 0.01, "share of the steps in which lr climbs, before a cosine", 0, 1),
     "weight_decay": Setting(0.05, 0.05, "of AdamW; 0 makes it the papers' Adam", 0),
     "clip": Setting(1.0, 1.0, "largest norm of the gradients", POSITIVE),
     "preview_every": Setting(500, 1000, "steps between previews", 1),
@@ -111,13 +111,13 @@ METHOD = {  # what SplatAndDistill takes
     "loss": Setting("contrastive", "prototypes", "the paper's is prototypes",
                     choices=("prototypes", "contrastive", "both")),
     "temperature": Setting(0.07, 0.07, "of the contrastive loss", POSITIVE),
-    "targets": Setting("splatted", "splatted", "own, as a control: of the target view itself",
+    "targets": Setting("splatted", "splatted", "own, as a control: the target view's features",
                        choices=("splatted", "own")),
     "prototypes": Setting(1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU", 1),
     "head_dim": Setting(512, 2048, "hidden width of the heads", 1),
     "bottleneck_dim": Setting(128, 256, "width before the prototypes", 1),
-    "upsampling": Setting("centred", "mask-aware", "mask-aware as the paper's code, the same from "
-                          "patch centres, or bilinear across segments",
+    "upsampling": Setting("centred", "mask-aware", "of features to pixels: mask-aware (the paper's "
+                          "code), the same centred on patches, or bilinear across segments",
                           choices=("mask-aware", "centred", "bilinear")),
     "blend": Setting(1.0, 0.5, "share of a splatted feature against its segment's mean", 0, 1),
     "centring": Setting(1.0, 1.0, "momentum of the teacher's mean logits; 1: not centred", 0, 1),
@@ -191,7 +191,7 @@ def parse_settings(arguments=None):
     about = dict(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
     parser = argparse.ArgumentParser(**about)
     add = parser.add_argument
-    add("--stage", choices=list(SETTINGS), default="distill", help="each has its own settings")
+    add("--stage", choices=list(SETTINGS), default="distill", help="what to train")
     add("--preset", choices=["demo", "paper"], help="default: paper with --data, demo without")
     add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
     rows = SETTINGS[parser.parse_known_args(arguments)[0].stage]
@@ -209,7 +209,8 @@ def parse_settings(arguments=None):
     check(settings)
     for name, value, unread, why in UNREAD:
         if settings.get(name) == value and (wrong := sorted(unread & given.keys())):
-            raise SystemExit(f"{flag(wrong[0])} is not read with {flag(name)} {value}: {why}")
+            case = f"with {flag(name)} {value}" if value is not None else f"without {flag(name)}"
+            raise SystemExit(f"{flag(wrong[0])} is not read {case}: {why}")
     for name in settings.keys() & PATHS:  # absolute, to resume from any folder
         if settings[name] not in WORDS and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
@@ -248,8 +249,8 @@ def command(settings):
 def load_teacher(settings):
     """The teacher's ViT, and a warning about its weights for all that is written, or None.
 
-    On rooms the shipped teacher stands in for public weights that cannot be had, in the settings
-    too. With --data that ends the program (SystemExit).
+    On rooms the shipped teacher stands in for public weights that are not to be had, and settings
+    name it from then on. With --data that is an error (SystemExit).
     """
     name, weights, seed = (settings[k] for k in ("teacher", "teacher_weights", "seed"))
     if weights == "random":
@@ -267,8 +268,8 @@ def load_teacher(settings):
 def load_views(settings, num_shown):
     """Views to train on, one for every scene of every step, and a batch to show in previews.
 
-    The batch is of other rooms, but of the same captures. The captures' points, where there are
-    any, set near and far unless a flag does.
+    The batch is of rooms that training does not see; of captures nothing is held out. Points of
+    captures set near and far, unless a flag does.
     """
     options = {k: settings[k] for k in ("height", "width", "min_gap", "max_gap", "target")}
     options["num_context"] = settings["context_views"]
@@ -556,10 +557,11 @@ class Run:
         self.model = self.stage.model.to(self.device).train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         lr, decay, total = settings["lr"], settings["weight_decay"], settings["steps"] + 1
-        warmup = settings["warmup"] * total > 1 and settings["warmup"]  # a climb takes over a step
+        # OneCycleLR divides by zero if the climb takes one step
+        warmup = settings["warmup"] if settings["warmup"] * total > 1 else 0.0
         self.optimizer = torch.optim.AdamW(self.trainable, lr, weight_decay=decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, lr, total, pct_start=float(warmup), cycle_momentum=False
+            self.optimizer, lr, total, pct_start=warmup, cycle_momentum=False
         )
         self.step, self.first, self.seconds, self.measured = 0, 0, 0.0, {}
         self.started, self.asked_to_stop = time.time(), False
@@ -590,11 +592,11 @@ class Run:
         except Exception as error:  # torch.load raises a dozen kinds
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise SystemExit(f"{path}: not a checkpoint of train.py ({reason})") from None
-        if step >= settings["steps"]:
-            raise SystemExit(f"{folder}: has all its {step} steps already")
         run = cls(settings)
         if saved["model"].keys() != set(trained(run.model)):
             raise SystemExit(f"{path}: its parameters are not those that its settings train")
+        if step >= settings["steps"]:
+            raise SystemExit(f"{folder}: has all its {step} steps already")
         run.model.load_state_dict(saved["model"], strict=False)
         run.optimizer.load_state_dict(saved["optimizer"])
         run.schedule.load_state_dict(saved["schedule"])
@@ -635,12 +637,12 @@ class Run:
         replace_file(path, lambda path: save_file(weights, path, about))
 
     def batches(self):
-        """The batches that are left. Before a photo that cannot be read ends the run, it saves."""
+        """The batches that are left. A photo that cannot be read ends the run, after a save."""
         views, size = self.stage.views, self.settings["batch_size"]
         loader = DataLoader(
             Subset(views, range(self.step * size, len(views))), size,
             num_workers=self.settings["workers"], worker_init_fn=ignore_ctrl_c,
-            generator=torch.Generator(),  # a seed from torch's own would change a resumed dropout
+            generator=torch.Generator(),  # a draw from torch's own would shift a resumed dropout
         )  # fmt: skip
         try:
             for batch in loader:

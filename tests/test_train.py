@@ -574,7 +574,7 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
         (["--geometry", "shipped"], "--height must be a multiple of 16, .*not 42"),
         (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width must be .*not 15"),
         (["--data", "nowhere"], "nowhere"),
-        (["--split", "scenes.txt"], "--split is not read with --data None: it lists the scenes of"),
+        (["--split", "scenes.txt"], "--split is not read without --data: it lists the scenes of"),
         (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .* No such file"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
     ],
