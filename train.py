@@ -1,24 +1,15 @@
 """Train a student: python train.py --teacher dinov2_vits14 [--data FOLDER] [--SETTING VALUE ...]
-or the network that turns its photos into Gaussians: python train.py --stage reconstruct [...]
+or a network that turns photos into Gaussians: python train.py --stage reconstruct [...]
 or a small teacher, from single photos: python train.py --stage pretrain [...]
 
-Without --data on procedural rooms made on the fly, sized for a CPU; with --data on posed photos, with the paper's
-numbers. Everything is written to runs/NAME/:
-
-    student.safetensors         the student under its teacher's parameter names, LoRA merged; the
-                                settings in its metadata
-    or reconstructor.safetensors, which load_reconstructor reads and --geometry takes
-    or teacher.safetensors, which load_vit reads and --teacher-weights takes
-    checkpoint.pt               to go on from: python train.py --resume runs/NAME
-    metrics.jsonl               one line a step
-    preview_000100.png          target photo, splatted and student features (one PCA for both), alpha, depth
-                                or target photo, rendering, its error, depth
-                                or photos that training does not see, and the teacher's features of them
-
-Ctrl-C finishes the step, saves, and stops.
+By default on procedural rooms, sized for a CPU; with --data on photos, as the papers. It writes to
+runs/NAME/ student.safetensors (reconstructor.safetensors, teacher.safetensors), metrics.jsonl with
+one line a step, preview_*.png of views that training does not see, and checkpoint.pt, with which
+python train.py --resume runs/NAME goes on. Ctrl-C finishes the step, saves, and stops.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -28,7 +19,9 @@ import signal
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,224 +30,229 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, default_collate
 
 import data
 from model import (
-    SMALL, FeedForward, Pretraining, Reconstruction, ReconstructorConfig, SensorDepth, SplatAndDistill,
-    WeightsNotFound, load_reconstructor, load_vit, merge_lora, new_reconstructor, patch_tokens, render, sizes_of,
+    SMALL, FeedForward, Pretraining, Reconstruction, ReconstructorConfig, SensorDepth,
+    SplatAndDistill, WeightsNotFound, load_reconstructor, load_vit, merge_lora, new_reconstructor,
+    patch_tokens, render, sizes_of,
 )  # fmt: skip
 
-# Every setting: (on rooms, on photos, why). On photos the numbers are the papers' (Splat and Distill on ScanNet++;
-# MVSplat on RealEstate10K); on rooms they are for two cores: minutes to distill, an hour or two to reconstruct.
+
+class Setting(NamedTuple):
+    """A flag: its value in two presets (None: it has none), its help, and the values it takes."""
+
+    demo: bool | int | float | str | None
+    paper: bool | int | float | str | None
+    help: str
+    low: float | None = None  # included, as high is
+    high: float | None = None
+    choices: tuple | None = None
+
+
+def changed(rows, **values):
+    """The rows with other values {name: (demo, paper)}."""
+    return rows | {k: rows[k]._replace(demo=d, paper=p) for k, (d, p) in values.items()}
+
+
+# demo: on procedural rooms, for two CPU cores. paper: on photos, as published for Splat and Distill
+# on ScanNet++ and for MVSplat on RealEstate10K; for pretrain ours.
+POSITIVE = 1e-12  # the low of a number that must be more than 0
+TEACHERS = "dinov2_vit{s,b,l,g}14[_reg], dinov3_vit{s16,s16plus,b16,l16}, vit_tiny14"
 TRAINING = {
-    "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the network off"),
-    "seed": (0, 0, "of everything random"),
-    "workers": (1, 4, "processes that load data"),
+    "data": Setting(None, None, "folder of photos (README); default: procedural rooms"),
+    "name": Setting(None, None, "of the run; default: its kind and the next free number"),
+    "height": Setting(224, 224, "of the images, pixels; a reconstructor takes multiples of 16"),
+    "width": Setting(224, 224, "likewise"),
+    "batch_size": Setting(16, 64, "scenes or photos a step", 1),
+    "steps": Setting(6000, 100_000, "of the optimiser", 1),
+    "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE),
+    "warmup": Setting(0.05, 0.01, "share of the steps in which lr climbs, before a cosine", 0, 1),
+    "weight_decay": Setting(0.05, 0.05, "of AdamW; 0 makes it the papers' Adam", 0),
+    "clip": Setting(1.0, 1.0, "largest norm of the gradients", POSITIVE),
+    "preview_every": Setting(500, 1000, "steps between previews", 1),
+    "checkpoint_every": Setting(250, 1000, "steps between checkpoints", 1),
+    "seed": Setting(0, 0, "of everything random", 0),
+    "workers": Setting(1, 4, "processes that load data", 0),
 }
-VIEWS = TRAINING | {
-    "context_views": (2, 2, "that are lifted to 3D"),
-    "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
-    "max_gap": (12, 12, "at most: overlap"),
-    "target": ("between", "between", "the context views (the paper) or any, them too (its code)"),
-    "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
-    "far": (50.0, 50.0, "likewise farthest; both as the shipped weights were trained (the papers: 1, 100 units)"),
-    "batch_size": (1, 1, "scenes a step"),
-    "weight_decay": (0.0, 0.0, "0 makes AdamW the Adam of the papers"),
+PRETRAIN = TRAINING | {
+    "teacher": Setting("vit_tiny14", "vit_tiny14", TEACHERS),
+    "crop": Setting(112, 112, "side of the crops, pixels; a multiple of the patch"),
+    "least_scale": Setting(0.35, 0.35, "of a photo's side that a crop shows", POSITIVE, 1),
+    "most_scale": Setting(0.9, 0.9, "likewise", POSITIVE, 1),
+    "photos": Setting(2400, 2400, "views of rooms to train on; of a folder all are", 1),
+    "temperature": Setting(0.07, 0.07, "of the contrast between spots", POSITIVE),
+    "place_weight": Setting(0.0, 0.0, "of a second loss: where in the photo a patch lies", 0),
+    "start": Setting("random", "random", "weights to begin with, or a file"),
 }
-SETTINGS = {
-    "distill": VIEWS | {
-        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of its patch below"),
-        "width": (224, 880, "likewise"),
-        "min_gap": (16, 8, "frames between the first and the last context view, at least: parallax"),
-        "max_gap": (32, 12, "at most: overlap; rooms' depth is exact, so views far apart teach more"),
-        "geometry": ("depth", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
-        "steps": (250, 300_000, "of the optimiser"),
-        "lr": (6e-4, 2e-5, "peak learning rate; the demo has 1,000 times fewer steps to get anywhere"),
-        "warmup": (0.1, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "lora_rank": (0, 8, "of the student's LoRA; 0 trains all weights, which learns more in few steps"),
-        "lora_alpha": (8.0, 8.0, "its scale is alpha / rank"),
-        "lora_dropout": (0.1, 0.1, "on LoRA's input"),
-        "loss": ("contrastive", "prototypes", "prototypes is the paper's; or contrastive, or both"),
-        "temperature": (0.07, 0.07, "of the contrastive loss"),
-        "targets": ("splatted", "splatted", "or own: the control, the teacher's own features of the target view"),
-        "prototypes": (1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU"),
-        "head_dim": (512, 2048, "hidden width of the heads"),
-        "bottleneck_dim": (128, 256, "width before the prototypes"),
-        "upsampling": ("centred", "mask-aware", "of the teacher's features to pixels; mask-aware puts them where the "
-                       "paper's code does, centred where their patches are; or bilinear across segments"),
-        "blend": (1.0, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
-        "centring": (1.0, 1.0, "momentum of the mean that is taken off the teacher's logits; 1 keeps it 0: none"),
-        "teacher_temperature": (0.1, 1.0, "that the teacher's logits are divided by"),
-        "student_temperature": (0.1, 1.0, "likewise the student's"),
-        "momentum": (0.97, 0.999, "of the teacher's moving average; a teacher that follows fast learns with the student"),
-        "ema_every": (1, 10, "steps between updates of the teacher"),
-        "preview_every": (250, 1000, "steps between previews"),
-        "checkpoint_every": (250, 1000, "steps between checkpoints"),
-    },
-    "reconstruct": VIEWS | {
-        "height": (224, 256, "of the images, pixels; a multiple of 16"),
-        "width": (224, 256, "likewise"),
-        "start": ("small", "published", "network to begin with: small or published, both random, or a file of weights"),
-        "batch_size": (1, 14, "scenes a step"),
-        "steps": (2000, 300_000, "of the optimiser"),
-        "coarse": (3, 0, "steps that learn only to match views for every one that renders: they cost a quarter"),
-        "lr": (1e-3, 2e-4, "peak learning rate; the small network bears more"),
-        "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "depth_weight": (0.2, 0.2, "of the depth error beside the photo's; without depth nothing is added"),
-        "preview_every": (250, 1000, "steps between previews"),
-        "checkpoint_every": (250, 1000, "steps between checkpoints"),
-    },
-    "pretrain": TRAINING | {
-        "height": (224, 224, "of the photos, pixels"),
-        "width": (224, 224, "likewise"),
-        "crop": (112, 112, "side of the crops, pixels; a multiple of the patch"),
-        "photos": (2400, 2400, "views of rooms to train on; of a folder all are"),
-        "batch_size": (16, 64, "photos a step"),
-        "steps": (6000, 100_000, "of the optimiser"),
-        "lr": (1e-3, 1e-3, "peak learning rate"),
-        "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "weight_decay": (0.05, 0.05, "of AdamW"),
-        "temperature": (0.07, 0.07, "of the contrast between spots"),
-        "place_weight": (0.0, 0.0, "of telling where in the photo a patch lies, beside the contrast"),
-        "start": ("random", "random", "weights to begin with, or a file"),
-        "preview_every": (500, 1000, "steps between previews"),
-        "checkpoint_every": (250, 1000, "steps between checkpoints"),
-    },
+VIEWS = changed(TRAINING, batch_size=(1, 1), weight_decay=(0.0, 0.0), preview_every=(250, 1000)) | {
+    "split": Setting(None, None, "text file of the scenes in --data to take, one name a line"),
+    "context_views": Setting(2, 2, "views that are lifted to 3D", 1),
+    "min_gap": Setting(8, 8, "least frames from the first to the last context view: parallax"),
+    "max_gap": Setting(12, 12, "most frames between them: overlap"),
+    "target": Setting("between", "between", "the context views, or any frame as the paper's code",
+                      choices=("between", "any")),
+    "near": Setting(3.0, 3.0, "near plane, in units of the context baseline", POSITIVE),
+    "far": Setting(50.0, 50.0, "far plane, likewise; the papers: 1 and 100 units"),
 }  # fmt: skip
-TEACHERS = (
-    "dinov2_{vits,vitb,vitl,vitg}14, each also with _reg, dinov3_{vits16,vits16plus,vitb16,vitl16}, vit_tiny14"
+RECONSTRUCT = changed(
+    VIEWS, height=(224, 256), width=(224, 256), batch_size=(1, 14), steps=(2000, 300_000),
+    lr=(1e-3, 2e-4),  # the small network tolerates a higher one
+) | {
+    "start": Setting("small", "published", "random network: small or published; or a file"),
+    "coarse": Setting(3, 0, "cheap steps that only match views, for every one that renders", 0),
+    "depth_weight": Setting(0.2, 0.2, "of the depth error, where depth is known", 0),
+}  # fmt: skip
+METHOD = {  # what SplatAndDistill takes
+    "lora_rank": Setting(0, 8, "of the student's LoRA; 0 trains all weights, for few steps", 0),
+    "lora_alpha": Setting(8.0, 8.0, "LoRA's scale is alpha / rank"),
+    "lora_dropout": Setting(0.1, 0.1, "on LoRA's input", 0, 1),
+    "loss": Setting("contrastive", "prototypes", "the paper's is prototypes",
+                    choices=("prototypes", "contrastive", "both")),
+    "temperature": Setting(0.07, 0.07, "of the contrastive loss", POSITIVE),
+    "targets": Setting("splatted", "splatted", "own, as a control: the target view's features",
+                       choices=("splatted", "own")),
+    "prototypes": Setting(1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU", 1),
+    "head_dim": Setting(512, 2048, "hidden width of the heads", 1),
+    "bottleneck_dim": Setting(128, 256, "width before the prototypes", 1),
+    "upsampling": Setting("centred", "mask-aware", "of features to pixels: mask-aware (the paper's "
+                          "code), the same centred on patches, or bilinear across segments",
+                          choices=("mask-aware", "centred", "bilinear")),
+    "blend": Setting(1.0, 0.5, "share of a splatted feature against its segment's mean", 0, 1),
+    "centring": Setting(1.0, 1.0, "momentum of the teacher's mean logits; 1: not centred", 0, 1),
+    "teacher_temperature": Setting(0.1, 1.0, "of the teacher's logits", POSITIVE),
+    "student_temperature": Setting(0.1, 1.0, "of the student's logits", POSITIVE),
+}  # fmt: skip
+DISTILL = METHOD | changed(
+    VIEWS, height=(224, 576), width=(224, 880), steps=(250, 300_000), warmup=(0.1, 0.01),
+    lr=(6e-4, 2e-5),  # the demo takes 1,000 times fewer steps
+    min_gap=(16, 8), max_gap=(32, 12),  # rooms' depth is exact: views far apart teach more
+) | {
+    "teacher": Setting("dinov2_vits14", "dinov2_vits14", TEACHERS),
+    "teacher_weights": Setting(None, None, 'a file, or "random"; default: the public weights'),
+    "geometry": Setting("depth", "shipped", "depth maps, the shipped reconstructor, or a file"),
+    "momentum": Setting(0.97, 0.999, "of the teacher's EMA; a low one suits few steps", 0, 1),
+    "ema_every": Setting(1, 10, "steps between updates of the teacher", 1),
+}  # fmt: skip
+SETTINGS = {"distill": DISTILL, "reconstruct": RECONSTRUCT, "pretrain": PRETRAIN}
+# (a setting, its value, the settings that nothing reads then, why)
+UNREAD = (
+    ("geometry", "depth", {"near", "far"}, "it bounds the depth of photos"),
+    ("loss", "contrastive", {"prototypes", "head_dim", "bottleneck_dim", "centring",
+                             "teacher_temperature", "student_temperature"}, "there are no heads"),
+    ("loss", "prototypes", {"temperature"}, "it belongs to the contrastive loss"),
+    ("lora_rank", 0, {"lora_alpha", "lora_dropout"}, "without LoRA all weights are trained"),
+    ("data", None, {"split"}, "it lists the scenes of a folder"),
+)  # fmt: skip
+OF_FOLDERS = ("geometry", "min_gap", "max_gap")  # with --data the paper's in both presets
+PATHS = {"data", "split", "teacher_weights", "geometry", "start"}
+WORDS = (None, "random", "shipped", "depth", "small", "published")  # values that are no path
+RANDOM = (
+    "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
 )
-RANDOM = "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
-SHIPPED = "Teacher: vit_tiny14, this repository's own, trained on procedural rooms (weights/teacher.safetensors)"
+SHIPPED = (
+    "Teacher: vit_tiny14, this repository's own, trained on procedural rooms "
+    "(weights/teacher.safetensors)"
+)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def add_settings(parser, rows, titles=("demo", "paper")):
+    """Add a flag for each row. One that is not given sets nothing: the preset decides later."""
+    for name, row in rows.items():
+        kind, help = {"type": type(row.paper), "choices": row.choices}, row.help
+        if row.paper is None:
+            kind["type"] = str
+        else:
+            help += f" ({titles[0]} {row.demo}, {titles[1]} {row.paper})"
+        if isinstance(row.paper, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=help, **kind)
+
+
+def check_settings(rows, values):
+    """SystemExit with one sentence for the first value {name: value} out of its row's range."""
+    for name, row in rows.items():
+        value = values[name]
+        if row.low is not None and not value >= row.low:  # NaN is out of any range
+            least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
+            raise SystemExit(f"{flag(name)} must be {least}, not {value}")
+        if row.high is not None and not value <= row.high:
+            raise SystemExit(f"{flag(name)} must be at most {row.high}, not {value}")
 
 
 def parse_settings(arguments=None):
-    """The command line as {setting: value}, or with {"resume": folder} the settings of that folder's run."""
+    """The command line as {setting: value}, or {"resume": folder} for that run's settings."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    about = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    first = argparse.ArgumentParser(**about, add_help=False)
-    first.add_argument(
-        "--stage", choices=list(SETTINGS), default="distill", help="what to train; each has its settings"
-    )
-    stage = first.parse_known_args(arguments)[0].stage
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[first], **about)
+    about = dict(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(**about)
     add = parser.add_argument
-    if stage != "reconstruct":
-        least = "dinov2_vits14" if stage == "distill" else "vit_tiny14"
-        add("--teacher", default=least, help=TEACHERS)
-    if stage == "distill":
-        add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
-    add("--data", help="folder of posed photos (README, Data); nothing for procedural rooms")
-    if stage != "pretrain":
-        add("--split", help="text file of the names of the scenes in --data to take, one a line")
-    add("--preset", choices=["demo", "paper"], help="nothing is paper with --data and demo without")
-    add("--name", help="of the run; nothing is the stage or preset and the next free number")
+    add("--stage", choices=list(SETTINGS), default="distill", help="what to train")
+    add("--preset", choices=["demo", "paper"], help="default: paper with --data, demo without")
     add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
-    for name, (demo, paper, why) in SETTINGS[stage].items():
-        help = f"{why} (demo {demo}, paper {paper})"
-        add("--" + name.replace("_", "-"), type=type(paper), default=argparse.SUPPRESS, help=help)
+    rows = SETTINGS[parser.parse_known_args(arguments)[0].stage]
+    add("-h", "--help", action="help", help="show this and exit")
+    add_settings(parser, rows)
     given = vars(parser.parse_args(arguments))
-    if given["resume"]:
+    if folder := given.pop("resume"):
         if any(not a.startswith("--resume") for a in arguments if a.startswith("--")):
-            raise SystemExit("--resume goes on with the run's own settings: no other flag goes with it")
-        return {"resume": given["resume"]}
-    preset = given["preset"] or ("paper" if given["data"] else "demo")
-    settings = {**preset_of(stage, preset, given["data"]), **given, "preset": preset}
-    del settings["resume"]
-    if stage != "pretrain" and given["data"] and not {"near", "far"} & given.keys():
-        settings["points"] = True  # may say near and far: see bounds
+            raise SystemExit("--resume takes the run's own settings: no other flag goes with it")
+        return {"resume": folder}
+    preset = given["preset"] or ("paper" if given.get("data") else "demo")
+    paper = rows if preset == "paper" else OF_FOLDERS if given.get("data") else ()
+    settings = {name: row.paper if name in paper else row.demo for name, row in rows.items()}
+    settings |= given | {"preset": preset}
     check(settings)
-    for flags, reader, name in unread(settings):
-        if wrong := sorted(flags & given.keys()):
-            flag, other = (n.replace("_", "-") for n in (wrong[0], name))
-            raise SystemExit(f"--{flag} is not read with --{other} {settings[name]}: {reader}")
-    paths = {"data", "split", "teacher_weights", "geometry", "start"}
-    for name in paths & settings.keys():  # to resume from anywhere
+    for name, value, unread, why in UNREAD:
+        if settings.get(name) == value and (wrong := sorted(unread & given.keys())):
+            case = f"with {flag(name)} {value}" if value is not None else f"without {flag(name)}"
+            raise SystemExit(f"{flag(wrong[0])} is not read {case}: {why}")
+    for name in settings.keys() & PATHS:  # absolute, to resume from any folder
         if settings[name] not in WORDS and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
+    if settings["data"] and "near" in rows and not {"near", "far"} & given.keys():
+        settings["points"] = True  # a capture's points may say near and far: see load_views
     return settings
 
 
-WORDS = (None, "random", "shipped", "depth", "small", "published")  # values that are no path
-
-
-def unread(settings):
-    """(settings that nothing reads, what they are for, the setting that makes them so), of these settings."""
-    if settings["stage"] != "distill":
-        return
-    if settings["geometry"] == "depth":
-        yield {"near", "far"}, "it bounds what photos are taken to show", "geometry"
-    if settings["loss"] == "contrastive":
-        heads = {"prototypes", "head_dim", "bottleneck_dim", "centring", "teacher_temperature", "student_temperature"}
-        yield heads, "it belongs to the heads of the prototypes' loss", "loss"
-    if settings["loss"] == "prototypes":
-        yield {"temperature"}, "it is the contrastive loss's", "loss"
-    if settings["lora_rank"] == 0:
-        yield {"lora_alpha", "lora_dropout"}, "without LoRA all weights are trained", "lora_rank"
-
-
-OF_FOLDERS = ("geometry", "min_gap", "max_gap")  # on photos of a folder both presets are the paper's in these
-
-
-def preset_of(stage, preset, folder):
-    """{setting: value} of a preset."""
-    paper = {n for n in SETTINGS[stage] if preset == "paper" or (folder and n in OF_FOLDERS)}
-    return {name: values[name in paper] for name, values in SETTINGS[stage].items()}
-
-
 def check(settings):
-    """SystemExit for the first setting that is out of its range."""
-    for name in ("context_views", "near", "batch_size", "clip", "steps", "lr", "preview_every", "checkpoint_every",
-                 "prototypes", "head_dim", "bottleneck_dim", "teacher_temperature", "student_temperature",
-                 "ema_every", "temperature", "photos"):  # fmt: skip
-        if name in settings and not settings[name] > 0:
-            raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
+    """SystemExit for the first setting that is out of its range or does not fit the others."""
+    stage = settings["stage"]
+    check_settings(SETTINGS[stage], settings)
     patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
-    for name, least in (("height", patch), ("width", patch), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("place_weight", 0),
-                        ("coarse", 0), ("lora_rank", 0), ("weight_decay", 0), ("crop", 2 * patch)):  # fmt: skip
-        if name in settings and not settings[name] >= least:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
-    for name in ("warmup", "lora_dropout", "blend", "centring", "momentum"):
-        if name in settings and not 0 <= settings[name] <= 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
-    if settings["stage"] == "pretrain":
-        if settings["crop"] % patch:
-            raise SystemExit(f"--crop {settings['crop']} does not fit: multiples of {patch} do")
-        return
-    if settings["split"] and not settings["data"]:
-        raise SystemExit("--split lists scenes of --data, which is not given")
-    if settings["far"] <= settings["near"]:
-        raise SystemExit(f"--far must be more than --near, not {settings['far']} with {settings['near']}")
-    if settings.get("geometry") != "depth":
-        for name in ("height", "width"):
-            if settings[name] % 16:
-                low = settings[name] // 16 * 16
-                fits = f"{low} and {low + 16} do" if low else "16 is the least"
-                raise SystemExit(f"--{name} {settings[name]} does not fit: multiples of 16 do; {fits}")
+    unit = 1 if stage == "pretrain" or settings.get("geometry") == "depth" else 16
+    sizes = ("height", patch, unit), ("width", patch, unit), ("crop", 2 * patch, patch)
+    for name, least, unit in sizes:
+        value = settings.get(name, least)
+        if value < least or value % unit:
+            multiple = f"a multiple of {unit}, " if unit > 1 else ""
+            raise SystemExit(f"{flag(name)} must be {multiple}at least {least}, not {value}")
+    if stage != "pretrain" and not settings["far"] > settings["near"]:
+        raise SystemExit("--far must be more than --near")
+    if stage == "pretrain" and settings["least_scale"] > settings["most_scale"]:
+        raise SystemExit("--most-scale must be at least --least-scale")
 
 
 def command(settings):
     """What to type for these settings."""
-    preset = "paper" if settings["data"] else "demo"
-    teacher = None if settings["stage"] == "distill" else "vit_tiny14"
-    usual = {"stage": "distill", "teacher": teacher, "preset": preset}
-    usual |= dict.fromkeys(("teacher_weights", "data", "split", "name"))
-    usual |= preset_of(settings["stage"], settings["preset"], settings["data"])
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k]]
-    return " ".join(["python train.py", *sorted(flags, key=lambda f: not f.startswith("--stage"))])
+    about = ["--stage", settings["stage"], "--preset", settings["preset"]]
+    usual = parse_settings(about)
+    flags = [f"{flag(name)} {value}" for name, value in settings.items() if value != usual[name]]
+    return " ".join(["python train.py", *about, *flags])
 
 
-# ----------------------------------------------------------------------------- what a run is made of
-
-
+# ------------------------------------------------------------------------------ what is trained
 def load_teacher(settings):
-    """The teacher's ViT; where its weights cannot be had and all is on procedural rooms, the shipped one.
+    """The teacher's ViT, and a warning about its weights for all that is written, or None.
 
-    Returns the ViT and what is to be said of it in all that is written, or None. Where the shipped teacher stands in,
-    it is the settings' teacher from then on.
+    On rooms the shipped teacher stands in for public weights that are not to be had, and settings
+    name it from then on. With --data that is an error (SystemExit).
     """
-    name, weights, seed = settings["teacher"], settings["teacher_weights"], settings["seed"]
+    name, weights, seed = (settings[k] for k in ("teacher", "teacher_weights", "seed"))
     if weights == "random":
         return load_vit(name, "random", seed), RANDOM
     try:
@@ -267,109 +265,206 @@ def load_teacher(settings):
         return load_vit("vit_tiny14"), SHIPPED
 
 
-def load_views(settings):
-    """Training views, one for every scene of every step, and a batch to draw previews from that training never sees.
+def load_views(settings, num_shown):
+    """Views to train on, one for every scene of every step, and a batch to show in previews.
 
-    A single capture has nothing to hold out; its preview is of its own frames.
+    The batch is of rooms that training does not see; of captures nothing is held out. Points of
+    captures set near and far, unless a flag does.
     """
-    if settings["stage"] == "pretrain":
-        return load_crops(settings)
-    options = {k: settings[k] for k in ("min_gap", "max_gap", "target")}
+    options = {k: settings[k] for k in ("height", "width", "min_gap", "max_gap", "target")}
     options["num_context"] = settings["context_views"]
-    size = settings["height"], settings["width"]
-    path, split = settings["data"], settings["split"]
+    path, split, seed = (settings[k] for k in ("data", "split", "seed"))
     scenes = data.open_scenes(path, split) if path else data.Rooms("train")
-    steps, batch, seed = (settings[k] for k in ("steps", "batch_size", "seed"))
-    views = data.Views(scenes, *size, **options, seed=seed, length=steps * batch)
-    if settings["data"]:
-        looked = data.some(scenes)
-        without = sum(not scene.has_depth for scene in looked)
-        deep = without if settings.get("geometry") == "depth" else without == len(looked)
-        if deep and (settings.get("geometry") == "depth" or settings.get("coarse")):
-            need = "--coarse 0" if settings.get("coarse") else "another --geometry"
-            lack = f"no depth maps in {without} of {len(looked)} scenes"
-            raise ValueError(f"{path}: {lack}; with {need} photos suffice")
-        without = sum(not scene.has_masks for scene in looked)
-        if without and settings["stage"] == "distill":
-            lack = f"No segment masks in {without} of {len(looked)} scenes"
-            print(f"{lack}: one segment per image there, blending off.")
-        settings.update(bounds(settings, views))
-    held_out = scenes if settings["data"] else data.Rooms("val")
-    count = 1 if settings["stage"] == "distill" else 8  # one is looked at; errors of depth want a mean
-    shown = data.Views(held_out, *size, **options, seed=seed + 1, length=count)
-    return views, torch.utils.data.default_collate([shown[i] for i in range(count)])
+    length = settings["steps"] * settings["batch_size"]
+    views = data.Views(scenes, **options, seed=seed, length=length)
+    from_points = settings.pop("points", False) and settings.get("geometry") != "depth"
+    if from_points and (found := views.point_range()):
+        near, far = (float(f"{depth:.3g}") for depth in found)
+        print(f"{path}: by its points, --near {near:g} --far {far:g}")
+        settings.update(near=near, far=far)
+    held_out = scenes if path else data.Rooms("val")
+    shown = data.Views(held_out, **options, seed=seed + 1, length=num_shown)
+    return views, default_collate([shown[i] for i in range(num_shown)])
 
 
-def bounds(settings, views):
-    """Near and far as the captures' own points say, where neither flag was given."""
-    if not settings.pop("points", False) or settings.get("geometry") == "depth":
-        return {}
-    found = views.point_range()
-    if not found:
-        return {}
-    near, far = (float(f"{d:.3g}") for d in found)
-    print(f"{settings['data']}: by its points, --near {near:g} --far {far:g}")
-    return {"near": near, "far": far}
+class Distill:
+    """A student learns what its teacher sees from other views (Splat and Distill).
 
+    Every stage has: views to train on, a batch to show, a model, a warning about its weights or
+    None, notes for each line of metrics.jsonl, and the name of the file of weights.
+    """
 
-def load_crops(settings):
-    """The same of single photos: two crops for every photo of every step, and photos that training does not see."""
-    height, width, count, crop, seed = (settings[k] for k in ("height", "width", "photos", "crop", "seed"))
-    photos = data.Photos(settings["data"], height, width, count)
-    crops = data.Crops(photos, crop, seed, length=settings["steps"] * settings["batch_size"])
-    held_out = photos if settings["data"] else data.Photos(None, height, width, 8, "val")
-    shown = data.Crops(held_out, crop, seed + 1, length=8)
-    shown = torch.utils.data.default_collate([shown[i] for i in range(8)])
-    return crops, shown | {"photos": torch.stack([held_out[i % len(held_out)] for i in range(8)])}
-
-
-def geometry(settings):
-    near, far = settings["near"], settings["far"]
-    if settings["geometry"] == "depth":
-        return SensorDepth()
-    return FeedForward(
-        load_reconstructor(None if settings["geometry"] == "shipped" else settings["geometry"]), near, far
+    filename = "student.safetensors"
+    summary = (
+        "Cosine with the teacher's own features of the target view: splatted {cosine_splatted}, "
+        "context left unwarped {cosine_unwarped}"
     )
+    then = "is it better at 3D than its teacher? python evaluate.py --task correspondence"
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.views, self.shown = load_views(settings, 1)
+        if path := settings["data"]:
+            scenes = data.some(self.views.scenes)
+            no_depth = sum(not scene.has_depth for scene in scenes)
+            no_masks = sum(not scene.has_masks for scene in scenes)
+            if no_depth and settings["geometry"] == "depth":
+                lack = f"no depth maps in {no_depth} of {len(scenes)} scenes"
+                raise ValueError(f"{path}: {lack}; with another --geometry photos suffice")
+            if no_masks:
+                print(f"No segment masks in {no_masks} of {len(scenes)} scenes: no blending there")
+            self.then = "load it: model.load_vit('{teacher}', '{weights}')"
+        vit, self.warning = load_teacher(settings)
+        self.notes = {"random_weights": self.warning == RANDOM}
+        torch.manual_seed(settings["seed"])
+        reconstruct = SensorDepth()
+        if settings["geometry"] != "depth":
+            path = None if settings["geometry"] == "shipped" else settings["geometry"]
+            reconstruct = FeedForward(load_reconstructor(path), settings["near"], settings["far"])
+        self.model = SplatAndDistill(vit, reconstruct, **{k: settings[k] for k in METHOD})
+
+    def step(self, batch, number, descend):
+        """A step of training. Returns {metric: scalar tensor}."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+            loss, metrics, _ = self.model(batch)
+        descend(loss)
+        if number % self.settings["ema_every"] == 0:
+            self.model.update_teacher(self.settings["momentum"])
+        return metrics
+
+    def draw(self, batch):
+        """Panels {title: [H, W, 3]} of the first scene, and {measure: scalar tensor}."""
+        target = batch["target"]
+        drawn = self.model.splat(batch["context"], target, batch["has_masks"])
+        student = patch_tokens(self.model.student, target["images"])[0]  # [C, h, w]
+        alpha = drawn["alphas"][0]  # [H, W]
+        camera = target["extrinsics"], target["Ks"], *alpha.shape[::-1]
+        depth = render(drawn["gaussians"], *camera)[1][0]  # [H, W]
+        splatted = drawn["splatted"][0][:, ~drawn["holes"][0]]  # [C, locations]
+        samples = torch.cat([splatted.T, student.flatten(1).T])
+        teacher, student = pca_pictures(samples, [drawn["rendered"][0], student], alpha.shape)
+        panels = {
+            "target photo": target["images"][0].permute(1, 2, 0),
+            "splatted teacher": teacher * (alpha > 0.5)[..., None],
+            "student": student,
+            "alpha": alpha[..., None].expand(-1, -1, 3),
+            "depth": depth_colours(depth.cpu(), alpha.cpu() > 0.5),
+        }
+        return panels, self.model.alignment(batch, drawn)
+
+    def export(self):
+        """Weights {name: tensor}, and what to say of them {key: string}."""
+        return merge_lora(self.model.student), {k: json.dumps(v) for k, v in self.notes.items()}
 
 
-def build(settings, vit, device):
-    """The stage's module, its optimiser and its schedule. No ViT is needed to reconstruct."""
-    torch.manual_seed(settings["seed"])
-    if settings["stage"] == "distill":
-        names = ("prototypes", "head_dim", "bottleneck_dim", "lora_rank", "lora_alpha", "lora_dropout", "upsampling",
-                 "blend", "centring", "teacher_temperature", "student_temperature", "loss", "temperature",
-                 "targets")  # fmt: skip
-        model = SplatAndDistill(vit, geometry(settings), **{k: settings[k] for k in names})
-    elif settings["stage"] == "pretrain":
-        start = settings["start"]
-        vit = load_vit(settings["teacher"], start, settings["seed"])
-        model = Pretraining(vit, settings["temperature"], settings["place_weight"], fresh=start == "random")
-    else:
-        sizes = {"small": SMALL, "published": ReconstructorConfig()}
-        start = settings["start"]
-        network = new_reconstructor(sizes[start]) if start in sizes else load_reconstructor(start).requires_grad_(True)
-        model = Reconstruction(network, *(settings[k] for k in ("near", "far", "depth_weight")))
-    model.to(device).train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    total = settings["steps"] + 1
-    warmup = settings["warmup"] if settings["warmup"] * total > 1 else 0.0  # torch's cycle cannot climb within a step
-    optimizer = torch.optim.AdamW(trainable, lr=settings["lr"], weight_decay=settings["weight_decay"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings["lr"], total_steps=total, pct_start=warmup, cycle_momentum=False
-    )
-    return model, optimizer, schedule
+class Reconstruct:
+    """A network learns to turn two photos into Gaussians (MVSplat)."""
+
+    filename = "reconstructor.safetensors"
+    summary = "Views that were shown: {shown_psnr} dB, depth abs rel {shown_abs_rel}"
+    then = "distill with it: python train.py --geometry {weights}"
+    warning, notes = None, {}
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.views, self.shown = load_views(settings, 8)
+        if settings["coarse"] and (path := settings["data"]):
+            if not any(scene.has_depth for scene in data.some(self.views.scenes)):
+                raise ValueError(f"{path}: no depth maps; with --coarse 0 photos suffice")
+        torch.manual_seed(settings["seed"])
+        start, sizes = settings["start"], {"small": SMALL, "published": ReconstructorConfig()}
+        network = new_reconstructor(sizes[start]) if start in sizes else load_reconstructor(start)
+        options = (settings[k] for k in ("near", "far", "depth_weight"))
+        self.model = Reconstruction(network.requires_grad_(True), *options)
+
+    def step(self, batch, number, descend):
+        coarse = number % (self.settings["coarse"] + 1) != 0
+        loss, metrics, _ = self.model(batch, coarse=coarse)  # in float32, which positions need
+        descend(loss)
+        return metrics
+
+    def draw(self, batch):
+        """Panels of the first scene, and mean errors of all, which are rendered one by one."""
+        target, drawn = batch["target"], []
+        for i in range(len(target["images"])):
+            context, view = ({k: v[i : i + 1] for k, v in batch[part].items()}
+                             for part in ("context", "target"))  # fmt: skip
+            drawn.append(self.model({"context": context, "target": view})[2])
+        photo, depth, alphas = (
+            torch.cat([d[k] for d in drawn]) for k in ("photo", "depth", "alphas")
+        )
+        valid = target.get("valid", torch.ones_like(alphas, dtype=torch.bool))  # [B, H, W]
+        error = (photo - target["images"]).abs() * valid[:, None]  # [B, 3, H, W]
+        panels = {
+            "target photo": target["images"][0].permute(1, 2, 0),
+            "rendering": photo[0].permute(1, 2, 0),
+            "error x 4": 4 * error[0].permute(1, 2, 0),
+            "depth": depth_colours(depth[0].cpu(), alphas[0].cpu() > 0.5),
+        }
+        squares, pixels = (error**2).sum((1, 2, 3)), valid.sum((1, 2))  # [B], [B]
+        mse = (squares / (3 * pixels))[pixels > 0]
+        measured = {"shown_psnr": -10 * mse.log10().mean()}
+        if "depths" in target:
+            truth = target["depths"]
+            panels["true depth"] = depth_colours(truth[0].cpu(), truth[0].cpu() > 0)
+            known = (truth > 0) & (alphas > 0.5)
+            measured["shown_abs_rel"] = (depth / truth - 1).abs()[known].mean()
+        return panels, measured
+
+    def export(self):
+        network = self.model.reconstruct.reconstructor
+        return network.state_dict(), {"config": json.dumps(dataclasses.asdict(network.config))}
 
 
-def trained(model):
-    """Names of what training changes: in the student and, by EMA, in the teacher. The rest is the teacher's file."""
-    buffers = [name for name, _ in model.named_buffers() if name == "centre"]
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    return names + [name.replace("student", "teacher", 1) for name in names if "student" in name] + buffers
+class Pretrain:
+    """A small teacher learns to know a spot again, from two crops of a photo."""
+
+    filename = "teacher.safetensors"
+    summary = "Spots in unseen photos that find themselves in the other crop: {shown_matched}"
+    then = "a student: python train.py --teacher {teacher} --teacher-weights {weights}"
+    warning, notes = None, {}
+
+    def __init__(self, settings):
+        self.settings = settings
+        folder, height, width, seed = (settings[k] for k in ("data", "height", "width", "seed"))
+        photos = data.Photos(folder, height, width, settings["photos"])
+        held_out = photos if folder else data.Photos(None, height, width, 8, "val")
+        crop = settings["crop"], (settings["least_scale"], settings["most_scale"])
+        length = settings["steps"] * settings["batch_size"]
+        self.views = data.Crops(photos, *crop, seed, length=length)
+        shown = data.Crops(held_out, *crop, seed + 1, length=8)
+        self.shown = default_collate([shown[i] for i in range(8)])
+        self.shown["photos"] = torch.stack([held_out[i % len(held_out)] for i in range(4)])
+        torch.manual_seed(seed)
+        vit = load_vit(settings["teacher"], settings["start"], seed)
+        options = settings["temperature"], settings["place_weight"], settings["start"] == "random"
+        self.model = Pretraining(vit, *options)
+
+    def step(self, batch, number, descend):
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+            loss, metrics, _ = self.model(batch)
+        descend(loss)
+        return metrics
+
+    def draw(self, batch):
+        """Panels of photos and their features, and the share of spots that are found again."""
+        photos = batch["photos"]
+        features = patch_tokens(self.model.vit, photos)  # [B, C, h, w]
+        samples = features.transpose(0, 1).flatten(1).T  # [B*h*w, C]
+        panels = {}
+        for i, picture in enumerate(pca_pictures(samples, features, photos.shape[2:])):
+            panels[f"photo {i + 1}"] = photos[i].permute(1, 2, 0)
+            panels[f"features {i + 1}"] = picture
+        return panels, {"shown_matched": self.model(batch)[1]["matched"]}
+
+    def export(self):
+        return {k: v.half() for k, v in self.model.vit.state_dict().items()}, {}  # 6 MB to ship
 
 
-# ----------------------------------------------------------------------------- what a run writes
+STAGES = {"distill": Distill, "reconstruct": Reconstruct, "pretrain": Pretrain}
 
 
+# ------------------------------------------------------------------------------ what is written
 def replace_file(path, write):
     """Write a file beside its place and rename it there, so that there is always a whole one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -377,180 +472,44 @@ def replace_file(path, write):
     os.replace(temporary, path)
 
 
-WEIGHTS = {
-    "distill": "student.safetensors", "reconstruct": "reconstructor.safetensors", "pretrain": "teacher.safetensors"
-}  # fmt: skip
+def free_folder(parent, kind):
+    """parent/kind-1, or with the first number that is not taken."""
+    folders = (parent / f"{kind}-{i}" for i in itertools.count(1))
+    return next(folder for folder in folders if not folder.exists())
 
 
-def save(folder, step, seconds, settings, warning, model, optimizer, schedule, measured):
-    state = model.state_dict()
-    checkpoint = dict(
-        step=step, seconds=seconds, measured=measured, settings=settings, random_weights=warning == RANDOM,
-        model={name: state[name] for name in trained(model)},
-        optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
-        rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
-    )  # fmt: skip
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    metadata = {
-        "command": command(settings), "settings": json.dumps(settings), "step": str(step), "device": device,
-        "hours": f"{seconds / 3600:.2f}", "measured": json.dumps(measured),
-    }  # fmt: skip
-    name = WEIGHTS[settings["stage"]]
-    if settings["stage"] == "distill":
-        weights = merge_lora(model.student)
-        metadata["random_weights"] = str(warning == RANDOM).lower()
-    elif settings["stage"] == "pretrain":  # half precision: 6 MB to ship
-        weights = {k: v.cpu().half().contiguous() for k, v in model.vit.state_dict().items()}
-    else:
-        network = model.reconstruct.reconstructor
-        weights = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
-        metadata["config"] = json.dumps(dataclasses.asdict(network.config))
-    if warning:
-        metadata["warning"] = warning
-    if str(settings.get("start")).endswith(".safetensors"):  # how the weights that this run began with were made
-        with safe_open(settings["start"], "pt") as file:
-            metadata["start"] = json.dumps(file.metadata() or {})
-    replace_file(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-    replace_file(folder / name, lambda path: save_file(weights, path, metadata))
-
-
-def load_checkpoint(folder):
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; --resume takes the folder of a run, such as runs/demo-1")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = set("step seconds measured settings random_weights model optimizer schedule rng cuda_rng".split())
-        if not isinstance(checkpoint, dict) or checkpoint.keys() != wanted:
-            raise ValueError("it has other contents")
-        found, beside = checkpoint["settings"], {"stage", "data", "preset", "name"}
-        beside |= {"distill": {"teacher", "teacher_weights"}, "pretrain": {"teacher"}}.get(found.get("stage"), set())
-        beside |= {"split"} if found.get("stage") != "pretrain" else set()
-        if found.keys() != SETTINGS.get(found.get("stage"), {}).keys() | beside:
-            raise ValueError("its settings are those of another version")
-    except Exception as error:  # torch.load raises a dozen kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SystemExit(f"{path}: not a checkpoint of train.py ({reason})") from None
-    return checkpoint
-
-
-def truncate_metrics(path, step):
-    """Drop the lines after a step: the run died between a checkpoint and them, and is about to write them again."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    try:
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    except (ValueError, KeyError, TypeError):
-        raise SystemExit(f"{path}: a line of it is not one that train.py wrote; move the file away to go on") from None
-    replace_file(path, lambda temporary: temporary.write_text("".join(kept)))
-
-
-def number(value):
-    """A scalar tensor for JSON, which knows no NaN."""
-    return float(value) if math.isfinite(value) else None
-
-
-def to_rgb(features, basis):
-    """Features [C, h, w] in a PCA basis (mean, axes, low, high) as an image [h, w, 3] in 0..1."""
-    mean, axes, low, high = basis
-    flat = features.flatten(1).T.float() - mean
-    return ((flat @ axes - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).unflatten(0, features.shape[1:])
-
-
-def shared_pca(samples):
-    """Mean, three principal axes and robust ranges of feature vectors [M, C]."""
+def pca_pictures(samples, maps, size):
+    """Feature maps [C, h, w] as images [H, W, 3] in 0..1 of size (H, W): red, green and blue are
+    the three principal axes of samples [M, C], each over the range that most samples have."""
     samples = samples.float()
     mean = samples.mean(0)
     axes = torch.linalg.svd(samples - mean, full_matrices=False).Vh[:3].T
-    axes = axes * torch.sign(axes.sum(0) + 1e-12)  # an SVD's signs are arbitrary; colours should not flip
-    low, high = torch.quantile((samples - mean) @ axes, torch.tensor([0.02, 0.98], device=samples.device), dim=0)
-    return mean, axes, low, high
+    axes = axes * torch.sign(axes.sum(0) + 1e-12)  # an SVD's signs are arbitrary: fix the colours
+    levels = torch.tensor([0.02, 0.98], device=samples.device)
+    low, high = torch.quantile((samples - mean) @ axes, levels, dim=0)
+    pictures = []
+    for features in maps:
+        colours = (features.flatten(1).T.float() - mean) @ axes  # [h*w, 3]
+        colours = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+        picture = colours.T.unflatten(1, features.shape[1:])[None]  # [1, 3, h, w]
+        pictures.append(F.interpolate(picture, size, mode="nearest")[0].permute(1, 2, 0))
+    return pictures
 
 
 def depth_colours(depth, valid):
     """Depth [H, W] as an image [H, W, 3]: near yellow, far blue, black where not valid."""
-    stops = torch.tensor([[0.98, 0.91, 0.30], [0.90, 0.42, 0.30], [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]])
     if not valid.any():
         return torch.zeros(*depth.shape, 3)
-    low, high = torch.quantile(depth[valid][:: max(1, int(valid.sum()) // 100_000)], torch.tensor([0.02, 0.98]))
+    stops = [[0.98, 0.91, 0.30], [0.90, 0.42, 0.30], [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]]
+    samples = depth[valid][:: max(1, int(valid.sum()) // 100_000)]
+    low, high = torch.quantile(samples, torch.tensor([0.02, 0.98]))
     at = ((depth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 2.999
-    i = at.long()
+    i, stops = at.long(), torch.tensor(stops)
     return torch.lerp(stops[i], stops[i + 1], (at - i)[..., None]) * valid[..., None]
 
 
-@torch.no_grad()
-def draw_distillation(model, batch):
-    """Panels {title: (H, W, 3)} of a batch's first scene, and how well splatting aligns {name: number}."""
-    drawn = model.splat(batch["context"], batch["target"], batch["has_masks"])
-    drawn["student"] = patch_tokens(model.student, batch["target"]["images"])
-    target, gaussians, alpha = batch["target"], drawn["gaussians"], drawn["alphas"][0].cpu()
-    H, W = alpha.shape
-    grey = torch.zeros(*gaussians.opacities.shape, 3, 1, device=gaussians.means.device)
-    depth = render(gaussians._replace(harmonics=grey), target["extrinsics"], target["Ks"], W, H)[1]
-    seen, rendered, student = ~drawn["holes"][0], drawn["rendered"][0], drawn["student"][0]
-    basis = shared_pca(torch.cat([drawn["splatted"][0][:, seen].T, student.flatten(1).T]))
-    student = F.interpolate(to_rgb(student, basis).permute(2, 0, 1)[None], (H, W), mode="nearest")[0].permute(1, 2, 0)
-    panels = {
-        "target photo": target["images"][0].permute(1, 2, 0),
-        "splatted teacher": to_rgb(rendered, basis) * (drawn["alphas"][0] > 0.5)[..., None],
-        "student": student,
-        "alpha": alpha[..., None].expand(-1, -1, 3),
-        "depth": depth_colours(depth[0].cpu(), alpha > 0.5),
-    }
-    return panels, {name: number(value) for name, value in model.alignment(batch, drawn).items()}
-
-
-@torch.no_grad()
-def draw_reconstruction(model, batch):
-    """Panels of a batch's first scene, and errors over all its scenes, which are taken one at a time."""
-    target, scenes = batch["target"], []
-    for i in range(len(target["images"])):
-        one = {part: {k: v[i : i + 1] for k, v in batch[part].items()} for part in ("context", "target")}
-        scenes.append(model(one)[2])
-    photo, depth, alphas = (torch.cat([s[k] for s in scenes]) for k in ("photo", "depth", "alphas"))
-    error = (photo - target["images"]).abs()
-    panels = {
-        "target photo": target["images"][0].permute(1, 2, 0),
-        "rendering": photo[0].permute(1, 2, 0),
-        "error x 4": 4 * error[0].permute(1, 2, 0),
-        "depth": depth_colours(depth[0].cpu(), (alphas[0] > 0.5).cpu()),
-    }
-    measured = {"shown_psnr": number(-10 * (error**2).mean((1, 2, 3)).log10().mean())}
-    if "depths" in target:
-        known = (target["depths"] > 0) & (alphas > 0.5)
-        panels["true depth"] = depth_colours(target["depths"][0].cpu(), (target["depths"][0] > 0).cpu())
-        measured["shown_abs_rel"] = number(((depth / target["depths"] - 1).abs())[known].mean())
-    return panels, measured
-
-
-@torch.no_grad()
-def draw_pretraining(model, batch):
-    """Panels of a batch's first photos, and the share of spots that find themselves in the other crop."""
-    photos = batch["photos"][:4]
-    features = patch_tokens(model.vit, photos)  # (n, C, h, w)
-    basis = shared_pca(features.transpose(0, 1).flatten(1).T)
-    panels = {}
-    for i, (photo, f) in enumerate(zip(photos, features)):
-        panels[f"photo {i + 1}"] = photo.permute(1, 2, 0)
-        colours = to_rgb(f, basis).permute(2, 0, 1)[None]
-        panels[f"features {i + 1}"] = F.interpolate(colours, photo.shape[1:], mode="nearest")[0].permute(1, 2, 0)
-    return panels, {"shown_matched": number(model(batch)[1]["matched"])}
-
-
-DRAW = {"distill": draw_distillation, "reconstruct": draw_reconstruction, "pretrain": draw_pretraining}
-
-
-def preview(path, model, batch, step, settings, warning):
-    """Draw a batch's first scene to a PNG, and measure. Returns {name: number}."""
-    model.eval()
-    panels, measured = DRAW[settings["stage"]](model, batch)
-    model.train()
-    panels = {f"step {step}: {title}" if i == 0 else title: p for i, (title, p) in enumerate(panels.items())}
-    write_sheet(path, panels, warning)
-    return measured
-
-
 def write_sheet(path, panels, warning=None):
-    """Panels {title: (H, W, 3) in 0..1} side by side as a PNG, a warning above them in red and in the file's text."""
+    """Panels {title: [H, W, 3] in 0..1} side by side as a PNG; a warning above them, in red."""
     H, W = next(iter(panels.values())).shape[:2]
     header, gap = 18 * (2 if warning else 1), 4
     sheet = Image.new("RGB", (len(panels) * (W + gap) - gap, H + header), "white")
@@ -565,13 +524,7 @@ def write_sheet(path, panels, warning=None):
     replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=text))
 
 
-def banner(text):
-    print("\n".join(["", "!" * (len(text) + 6), f"!! {text} !!", "!" * (len(text) + 6), ""]), flush=True)
-
-
-# ----------------------------------------------------------------------------- the run
-
-
+# ------------------------------------------------------------------------------ the run
 def move(batch, device):
     """A batch's tensors, however nested, to a device."""
     if isinstance(batch, dict):
@@ -579,184 +532,249 @@ def move(batch, device):
     return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
 
 
-def train_step(model, batch, optimizer, schedule, step, settings):
-    """Step number `step`, counted from 1. Returns {metric: scalar tensor}."""
-    reconstruct = settings["stage"] == "reconstruct"
-    options = {"coarse": step % (settings["coarse"] + 1) != 0} if reconstruct else {}
-    # To reconstruct is a matter of positions, which need float32
-    with torch.autocast("cuda", torch.bfloat16, enabled=not reconstruct and torch.cuda.is_available()):
-        loss, metrics, _ = model(batch, **options)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings["clip"])
-    optimizer.step()
-    schedule.step()
-    if settings["stage"] == "distill" and step % settings["ema_every"] == 0:
-        model.update_teacher(settings["momentum"])
-    return metrics
+def trained(model):
+    """Names of what training changes: parameters, their EMA in the teacher, and its centre."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    emas = [name.replace("student", "teacher", 1) for name in names if "student" in name]
+    return names + emas + [name for name, _ in model.named_buffers() if name == "centre"]
 
 
-def leave_ctrl_c_to_the_parent(_worker):
-    """Ctrl-C reaches every process of a group; the workers have to live until the step is done."""
+def ignore_ctrl_c(_worker):
+    """Ctrl-C reaches the loader's processes too; they have to live until the step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def saved_if_it_fails(loader, save):
-    """The loader's batches; a photo that cannot be read ends the run, but not before what was learnt is saved."""
-    try:
-        yield from loader
-    except ValueError:
-        save()
-        raise
+class Run:
+    """A stage with its optimiser and schedule, how far it has come, and its folder.
+
+    step is the last finished one; measured is what the last preview measured {name: number};
+    seconds were spent up to step `first`, where this process began.
+    """
+
+    def __init__(self, settings):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.settings, self.stage = settings, STAGES[settings["stage"]](settings)
+        self.model = self.stage.model.to(self.device).train()
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        lr, decay, total = settings["lr"], settings["weight_decay"], settings["steps"] + 1
+        # OneCycleLR divides by zero if the climb takes one step
+        warmup = settings["warmup"] if settings["warmup"] * total > 1 else 0.0
+        self.optimizer = torch.optim.AdamW(self.trainable, lr, weight_decay=decay)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, lr, total, pct_start=warmup, cycle_momentum=False
+        )
+        self.step, self.first, self.seconds, self.measured = 0, 0, 0.0, {}
+        self.started, self.asked_to_stop = time.time(), False
+
+    @classmethod
+    def new(cls, settings):
+        """A run in a folder of its own. SystemExit: its name is taken."""
+        run = cls(settings)
+        kind = settings["preset"] if settings["stage"] == "distill" else settings["stage"]
+        parent, name = Path("runs"), settings["name"]
+        folder = run.folder = parent / name if name else free_folder(parent, kind)
+        if (folder / "checkpoint.pt").exists():
+            raise SystemExit(f"{folder}: there is a run of that name; --resume goes on with it")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text("")
+        return run
+
+    @classmethod
+    def load(cls, folder):
+        """A run as its checkpoint has it. SystemExit: it does not fit, or nothing is left to do."""
+        path = folder / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            settings, step = saved["settings"], saved["step"]
+            lines = (folder / "metrics.jsonl").read_bytes()[: saved["written"]]
+            if settings.keys() != parse_settings(["--stage", settings["stage"]]).keys():
+                raise ValueError("its settings are those of another version")
+        except Exception as error:  # torch.load raises a dozen kinds
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise SystemExit(f"{path}: not a checkpoint of train.py ({reason})") from None
+        run = cls(settings)
+        if saved["model"].keys() != set(trained(run.model)):
+            raise SystemExit(f"{path}: its parameters are not those that its settings train")
+        if step >= settings["steps"]:
+            raise SystemExit(f"{folder}: has all its {step} steps already")
+        run.model.load_state_dict(saved["model"], strict=False)
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.schedule.load_state_dict(saved["schedule"])
+        run.folder, run.step, run.first = folder, step, step
+        run.seconds, run.measured = saved["seconds"], saved["measured"]
+        # Steps after the checkpoint are taken again
+        replace_file(folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
+        torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+        return run
+
+    def save(self):
+        """Write the weights, and a checkpoint to go on from."""
+        state, settings = self.model.state_dict(), self.settings
+        seconds = self.seconds + time.time() - self.started
+        checkpoint = dict(
+            step=self.step, seconds=seconds, measured=self.measured, settings=settings,
+            model={name: state[name] for name in trained(self.model)}, **self.stage.notes,
+            optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
+            rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
+            written=(self.folder / "metrics.jsonl").stat().st_size,
+        )  # fmt: skip
+        cpu = f"CPU, {torch.get_num_threads()} threads"
+        weights, about = self.stage.export()
+        about |= {
+            "command": command(settings), "settings": json.dumps(settings), "step": str(self.step),
+            "hours": f"{seconds / 3600:.2f}", "measured": json.dumps(self.measured),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        }  # fmt: skip
+        if self.stage.warning:
+            about["warning"] = self.stage.warning
+        if str(settings.get("start")).endswith(".safetensors"):  # how those weights were made
+            with safe_open(settings["start"], "pt") as file:
+                about["start"] = json.dumps(file.metadata() or {})
+        weights = {k: v.cpu().contiguous() for k, v in weights.items()}
+        replace_file(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        path = self.folder / self.stage.filename
+        replace_file(path, lambda path: save_file(weights, path, about))
+
+    def batches(self):
+        """The batches that are left. A photo that cannot be read ends the run, after a save."""
+        views, size = self.stage.views, self.settings["batch_size"]
+        loader = DataLoader(
+            Subset(views, range(self.step * size, len(views))), size,
+            num_workers=self.settings["workers"], worker_init_fn=ignore_ctrl_c,
+            generator=torch.Generator(),  # a draw from torch's own would shift a resumed dropout
+        )  # fmt: skip
+        try:
+            for batch in loader:
+                yield move(batch, self.device)
+        except ValueError:
+            self.save()
+            raise
+
+    def descend(self, loss):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, self.settings["clip"])
+        self.optimizer.step()
+        self.schedule.step()
+
+    def train_step(self, batch):
+        """The next step. Returns {metric: number}. SystemExit: the loss is not finite."""
+        metrics = self.stage.step(batch, self.step + 1, self.descend)
+        self.step += 1
+        metrics = {"step": self.step} | {k: float(v) for k, v in metrics.items()}
+        if not math.isfinite(metrics["loss"]):
+            raise SystemExit(f"{self.folder}: the loss of step {self.step} is {metrics['loss']}")
+        return metrics | {"lr": self.schedule.get_last_lr()[0]}
+
+    @torch.no_grad()
+    def preview(self):
+        """Draw and measure what training does not see. Returns {name: number}."""
+        self.model.eval()
+        panels, measured = self.stage.draw(move(self.stage.shown, self.device))
+        self.model.train()
+        # JSON knows no NaN
+        self.measured = {k: float(v) if v.isfinite() else None for k, v in measured.items()}
+        titles = [f"step {self.step}: {t}" if i == 0 else t for i, t in enumerate(panels)]
+        path = self.folder / f"preview_{self.step:06d}.png"
+        write_sheet(path, dict(zip(titles, panels.values())), self.stage.warning)
+        return self.measured
+
+    def ask_to_stop(self, signum, _frame):
+        """Ctrl-C ends the run after the step; a second one at once."""
+        self.asked_to_stop = True
+        signal.signal(signum, signal.SIG_DFL)
 
 
-def free_folder(parent, kind):
-    """parent/kind-1, or with the first number that is not taken."""
-    return next(folder for i in itertools.count(1) if not (folder := parent / f"{kind}-{i}").exists())
+def train(settings):
+    """Train until the last step or until Ctrl-C."""
+    run = Run.load(Path(settings["resume"])) if "resume" in settings else Run.new(settings)
+    settings, recent = run.settings, []
+    if run.stage.warning:
+        banner(run.stage.warning)
+    what = settings.get("teacher") or f"reconstructor, {settings['start']} to begin with,"
+    count = sum(p.numel() for p in run.trainable) / 1e6
+    how = f"{count:.1f} M trainable, {settings['steps']} steps"
+    print(f"{run.folder}: {what} on {run.device}, {how}")
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, run.ask_to_stop)
+    if run.step == 0:
+        run.preview()
+    with open(run.folder / "metrics.jsonl", "a") as log:
+        for batch in run.batches():
+            line = run.train_step(batch)
+            recent.append(line)
+            last = run.step == settings["steps"]
+            if last or run.step % settings["preview_every"] == 0:
+                line = line | run.preview()
+            log.write(json.dumps(line | run.stage.notes) + "\n")
+            log.flush()
+            if last or run.step % 10 == 0:
+                progress(run, recent)
+                recent.clear()
+            if last or run.asked_to_stop or run.step % settings["checkpoint_every"] == 0:
+                run.save()
+            if run.asked_to_stop and not last:
+                go_on = f"To go on: python train.py --resume {run.folder}"
+                return print(f"Stopped after step {run.step}. {go_on}")
+    report(run)
 
 
-def progress(step, steps, first, started, recent):
-    rate = (step - first) / (time.time() - started)
-    left = (steps - step) / rate
-    clock = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+# ------------------------------------------------------------------------------ what is printed
+TITLES = {
+    "loss": "loss", "above_entropy": "above the teacher's entropy", "place": "place",
+    "matched": "spots that find themselves", "mse": "photo", "log_depth": "log depth",
+}  # fmt: skip
+
+
+def banner(text):
+    line = "!" * (len(text) + 6)
+    print(f"\n{line}\n!! {text} !!\n{line}\n", flush=True)
+
+
+def progress(run, recent):
+    """Mean metrics of the recent steps, speed, and the time that is left."""
+    steps = run.settings["steps"]
+    rate = (run.step - run.first) / (time.time() - run.started)
+    left = timedelta(seconds=int((steps - run.step) / rate))
     values = {title: [m[k] for m in recent if k in m] for k, title in TITLES.items()}
     said = "   ".join(f"{title} {sum(v) / len(v):.6f}" for title, v in values.items() if v)
-    print(f"step {step}/{steps}   {said}   {rate:.2f} steps/s   {clock} left", flush=True)
+    print(f"step {run.step}/{steps}   {said}   {rate:.2f} steps/s   {left} left", flush=True)
 
 
-SUMMARIES = {
-    "distill": "Cosine with the teacher's own features of the target view: splatted {cosine_splatted}, "
-               "context left unwarped {cosine_unwarped}",
-    "reconstruct": "Views that were shown: {shown_psnr} dB, depth abs rel {shown_abs_rel}",
-    "pretrain": "Of spots in photos that it has not seen, {shown_matched} find themselves in the other crop",
-}  # fmt: skip
-TITLES = {
-    "loss": "loss", "above_entropy": "above the teacher's entropy", "matched": "spots that find themselves", "place": "place",
-    "mse": "photo", "log_depth": "log depth",
-}  # fmt: skip
+def report(run):
+    """What came of it, and what to do next."""
+    name = "above_entropy" if run.settings.get("loss") == "prototypes" else "loss"
+    title = "Loss" if name == "loss" else "Loss above the teacher's entropy"
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    losses, tenth = [json.loads(line)[name] for line in lines], max(1, len(lines) // 10)
+    early, late = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    change = "nothing was ever splatted into a target view"
+    if early > 0:
+        change = f"{100 * (late / early - 1):+.0f} %"
+    print(f"\n{title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
+    said = {k: "none" if v is None else f"{v:.4f}" for k, v in run.measured.items()}
+    print(run.stage.summary.format(**{"shown_abs_rel": "unknown"} | said))
+    weights = run.folder / run.stage.filename
+    print(f"Written to {run.folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
+    if run.stage.warning:
+        banner(run.stage.warning)
+    print("Next,", run.stage.then.format(weights=weights, teacher=run.settings.get("teacher")))
 
 
-def main(arguments=None):
+@contextlib.contextmanager
+def plain_messages():
+    """Bad input (ValueError) ends the program with its one sentence; warnings print as notes."""
+    warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     try:
-        run(parse_settings(arguments))
-    except ValueError as error:  # bad input, named in one sentence; a data worker puts its traceback before that
+        yield
+    except ValueError as error:  # a data worker puts its traceback before the sentence
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
-def run(settings):
-    warnings.showwarning = lambda message, *_: print(f"Note: {message}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = None
-    if "resume" in settings:
-        folder = Path(settings["resume"])
-        checkpoint = load_checkpoint(folder)
-        settings = checkpoint["settings"]
-    views, shown = load_views(settings)
-    vit, warning = load_teacher(settings) if settings["stage"] == "distill" else (None, None)
-    model, optimizer, schedule = build(settings, vit, device)
-
-    step, seconds, measured = 0, 0.0, {}
-    if checkpoint:
-        if checkpoint["random_weights"] != (warning == RANDOM):
-            began = "random" if checkpoint["random_weights"] else "real"
-            raise SystemExit(f"{folder}: began with {began} teacher weights, which are not what is found now")
-        step, seconds, measured = (checkpoint[k] for k in ("step", "seconds", "measured"))
-        if checkpoint["model"].keys() != set(trained(model)):
-            raise SystemExit(f"{folder}/checkpoint.pt: its parameters are not those that its settings train")
-        model.load_state_dict(checkpoint["model"], strict=False)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        truncate_metrics(folder / "metrics.jsonl", step)
-        if step >= settings["steps"]:
-            raise SystemExit(f"{folder}: has all its {step} steps already")
-    else:
-        kind = settings["preset"] if settings["stage"] == "distill" else settings["stage"]
-        folder = Path("runs", settings["name"]) if settings["name"] else free_folder(Path("runs"), kind)
-        if (folder / "checkpoint.pt").exists():
-            raise SystemExit(
-                f"{folder}: there is a run of that name; go on with --resume {folder}, or choose another --name"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        truncate_metrics(folder / "metrics.jsonl", 0)
-    if warning:
-        banner(warning)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = settings.get("teacher") or f"reconstructor, {settings['start']} to begin with,"
-    print(f"{folder}: {what} on {device}, {trainable / 1e6:.1f} M trainable, {settings['steps']} steps")
-
-    shown = move(shown, device)
-    samples = Subset(views, range(step * settings["batch_size"], len(views)))
-    # A generator of its own: the loader draws a seed at the start, and must not shift the dropout of a resumed run
-    loader = DataLoader(
-        samples, settings["batch_size"], num_workers=settings["workers"], worker_init_fn=leave_ctrl_c_to_the_parent,
-        generator=torch.Generator(),
-    )  # fmt: skip
-    asked_to_stop = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            signum, lambda number, frame: (asked_to_stop.append(number), signal.signal(number, signal.SIG_DFL))
-        )
-    if checkpoint:
-        torch.set_rng_state(checkpoint["rng"])
-        torch.cuda.set_rng_state_all(checkpoint["cuda_rng"][: torch.cuda.device_count()])
-
-    first, started, recent = step, time.time(), []
-
-    def checkpoint_now():
-        spent = seconds + time.time() - started
-        save(folder, step, spent, settings, warning, model, optimizer, schedule, measured)
-
-    with open(folder / "metrics.jsonl", "a") as log:
-        if step == 0:
-            measured = preview(folder / "preview_000000.png", model, shown, 0, settings, warning)
-        for batch in saved_if_it_fails(loader, checkpoint_now):
-            metrics = train_step(model, move(batch, device), optimizer, schedule, step + 1, settings)
-            step += 1
-            line = {"step": step, **{k: float(v) for k, v in metrics.items()}, "lr": schedule.get_last_lr()[0]}
-            if not math.isfinite(line["loss"]):
-                raise SystemExit(
-                    f"{folder}: the loss of step {step} is {line['loss']}; the last checkpoint is from before"
-                )
-            recent.append(dict(line))
-            if step % settings["preview_every"] == 0 or step == settings["steps"]:
-                measured = preview(folder / f"preview_{step:06d}.png", model, shown, step, settings, warning)
-                line.update(measured)
-            log.write(json.dumps(line | ({"random_weights": warning == RANDOM} if vit else {})) + "\n")
-            log.flush()
-            if step % 10 == 0 or step == settings["steps"]:
-                progress(step, settings["steps"], first, started, recent)
-                recent.clear()
-            if step % settings["checkpoint_every"] == 0 or step == settings["steps"] or asked_to_stop:
-                checkpoint_now()
-            if asked_to_stop and step < settings["steps"]:
-                print(f"Stopped after step {step}. To go on: python train.py --resume {folder}")
-                return
-    report(folder, measured, settings, warning)
-
-
-def report(folder, measured, settings, warning):
-    """What came of it, and what to do next."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tenth = max(1, len(lines) // 10)
-    name = "above_entropy" if settings.get("loss") == "prototypes" else "loss"
-    early, late = (sum(m[name] for m in part) / tenth for part in (lines[:tenth], lines[-tenth:]))
-    change = f"{100 * (late / early - 1):+.0f} %" if early > 0 else "nothing was ever splatted into a target view"
-    title = {"above_entropy": f"Loss {TITLES['above_entropy']}", "loss": "Loss"}[name]
-    print(f"\n{title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
-    weights = folder / WEIGHTS[settings["stage"]]
-    said = {k: "none" if v is None else f"{v:.4f}" for k, v in measured.items()}
-    print(SUMMARIES[settings["stage"]].format_map({"shown_abs_rel": "unknown"} | said))
-    print(f"Written to {folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
-    if warning:
-        banner(warning)
-    if settings["stage"] == "reconstruct":
-        print(f"Next, distill with it: python train.py --geometry {weights}")
-    elif settings["stage"] == "pretrain":
-        print(f"Next, a student of it: python train.py --teacher {settings['teacher']} --teacher-weights {weights}")
-    elif settings["data"]:
-        print(f"Next, load it: model.load_vit('{settings['teacher']}', '{weights}')")
-    else:
-        print("Next, does it understand 3D better than its teacher? python evaluate.py --task correspondence")
+def main(arguments=None):
+    with plain_messages():
+        train(parse_settings(arguments))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""train.py from the command line inwards, on a tiny transformer: what it writes, resumes and refuses."""
+"""train.py from its command line inwards, on a tiny transformer: what it writes and refuses."""
 
+import argparse
 import json
 import math
 import os
@@ -22,17 +23,18 @@ from test_data import colmap
 from test_reconstructor import save_small
 
 SMALL = (
-    "--teacher-weights random --loss both --lora-rank 8 --geometry depth --height 42 --width 56 --steps 6 --workers 0 --prototypes 32 --head-dim 32 "
-    "--bottleneck-dim 16 --preview-every 4 --checkpoint-every 4 --ema-every 2"
+    "--teacher-weights random --loss both --lora-rank 8 --geometry depth --height 42 --width 56 "
+    "--steps 6 --workers 0 --prototypes 32 --head-dim 32 --bottleneck-dim 16 --preview-every 4 "
+    "--checkpoint-every 4 --ema-every 2"
 ).split()
 
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
-    """A folder of its own, a small transformer by a known name, and the signal handlers put back."""
+    """A folder of its own, a small transformer by a known name, the signal handlers put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(M.ARCHITECTURES, "dinov2_vits14", dict(dim=24, depth=2, heads=2))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # bit for bit is promised on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # exact on a CPU
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for signum, handler in handlers.items():
@@ -40,20 +42,21 @@ def small_world(tmp_path, monkeypatch):
 
 
 def metrics(run):
-    return [json.loads(line) for line in Path("runs", run, "metrics.jsonl").read_text().splitlines()]
+    lines = Path("runs", run, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def stop_after(step, monkeypatch):
     """As if the user pressed Ctrl-C during that step."""
-    real = train.train_step
+    real = train.Run.train_step
 
-    def interrupted(model, batch, optimizer, schedule, number, settings):
-        if number == step:
+    def interrupted(run, batch):
+        if run.step + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(model, batch, optimizer, schedule, number, settings)
+        return real(run, batch)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
-    return lambda: monkeypatch.setattr(train, "train_step", real)
+    monkeypatch.setattr(train.Run, "train_step", interrupted)
+    return lambda: monkeypatch.setattr(train.Run, "train_step", real)
 
 
 def test_a_run_writes_what_it_says(capsys):
@@ -65,9 +68,10 @@ def test_a_run_writes_what_it_says(capsys):
     assert [m["step"] for m in metrics("demo-1")] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(m["loss"]) and m["above_entropy"] > -1e-6 for m in metrics("demo-1"))
     student = M.load_vit("dinov2_vits14", folder / "student.safetensors")
-    teacher = M.load_vit("dinov2_vits14", "random", seed=0)
-    changed = [k for k, v in student.state_dict().items() if not torch.equal(v, teacher.state_dict()[k])]
-    assert changed == ["patch_embed.proj.weight"] + [f"blocks.{i}.attn.{layer}.weight" for i in (0, 1) for layer in ("qkv", "proj")]
+    teacher = M.load_vit("dinov2_vits14", "random", seed=0).state_dict()
+    changed = [k for k, v in student.state_dict().items() if not torch.equal(v, teacher[k])]
+    layers = [f"blocks.{i}.attn.{layer}.weight" for i in (0, 1) for layer in ("qkv", "proj")]
+    assert changed == ["patch_embed.proj.weight", *layers]
     out = capsys.readouterr().out
     assert "step 6/6" in out and "left" in out and "Next" in out
     assert "Cosine with the teacher's own features of the target view: splatted" in out
@@ -97,63 +101,93 @@ def test_real_weights_are_not_called_random(capsys):
 
 
 def test_geometry_from_photos_alone(tmp_path):
-    save_small(tmp_path / "small.safetensors")
-    train.main(
-        [*SMALL, "--height", "48", "--width", "64", "--steps", "2", "--geometry", str(tmp_path / "small.safetensors")]
-    )
+    path = tmp_path / "small.safetensors"
+    save_small(path)
+    sizes = ["--height", "48", "--width", "64"]
+    train.main([*SMALL, *sizes, "--steps", "2", "--geometry", str(path)])
     assert len(metrics("demo-1")) == 2
-    names = (
-        load_file("runs/demo-1/student.safetensors").keys() | torch.load("runs/demo-1/checkpoint.pt")["model"].keys()
-    )
-    assert not any("depth_predictor" in name for name in names)  # the reconstructor is neither trained nor saved
+    names = load_file("runs/demo-1/student.safetensors").keys()
+    names = names | torch.load("runs/demo-1/checkpoint.pt")["model"].keys()
+    # The reconstructor is neither trained nor saved
+    assert not any("depth_predictor" in name for name in names)
     with pytest.raises(SystemExit, match="nowhere.ckpt: no such file"):
-        train.main([*SMALL, "--height", "48", "--width", "64", "--geometry", "nowhere.ckpt"])
+        train.main([*SMALL, *sizes, "--geometry", "nowhere.ckpt"])
 
 
 RECONSTRUCT = (
-    "--stage reconstruct --height 64 --width 64 --steps 6 --workers 0 --coarse 1 --preview-every 4 --checkpoint-every 4"
+    "--stage reconstruct --height 64 --width 64 --steps 6 --workers 0 --coarse 1 "
+    "--preview-every 4 --checkpoint-every 4"
 ).split()
 
 
 def test_a_reconstructor_is_trained_resumed_and_used(monkeypatch, capsys):
-    """Every second step whole; stopped and gone on with to the same bits; and what it wrote distills."""
+    """Every second step whole; stopped and resumed to the same bits; and its weights distill."""
     train.main([*RECONSTRUCT, "--name", "whole"])
     out = capsys.readouterr().out
-    assert "step 6/6   loss" in out and "Next, distill with it: python train.py --geometry runs/whole/recon" in out
+    assert "step 6/6   loss" in out
+    assert "Next, distill with it: python train.py --geometry runs/whole/recon" in out
     go_on = stop_after(2, monkeypatch)
     train.main([*RECONSTRUCT, "--name", "parts"])
     go_on()
     train.main(["--resume", "runs/parts"])
     assert metrics("parts") == metrics("whole")
     lines = metrics("whole")
-    assert all(m["loss"] == pytest.approx(m.get("mse", 0) + 0.2 * m["log_depth"], rel=1e-5) for m in lines)
+    for m in lines:
+        assert m["loss"] == pytest.approx(m.get("mse", 0) + 0.2 * m["log_depth"], rel=1e-5)
     assert ["mse" in m for m in lines] == [False, True] * 3
     assert lines[-1]["shown_psnr"] > 10 and 0 < lines[-1]["shown_abs_rel"] < 2
-    whole, parts = (load_file(f"runs/{name}/reconstructor.safetensors") for name in ("whole", "parts"))
+    path = "runs/whole/reconstructor.safetensors"
+    whole, parts = load_file(path), load_file("runs/parts/reconstructor.safetensors")
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    with safe_open("runs/whole/reconstructor.safetensors", "pt") as file:
+    with safe_open(path, "pt") as file:
         about = file.metadata()
-    assert sorted(about["command"].split()) == sorted(f"python train.py {' '.join(RECONSTRUCT)} --name whole".split())
-    assert json.loads(about["measured"])["shown_psnr"] == lines[-1]["shown_psnr"] and float(about["hours"]) >= 0
+    flags = f"python train.py {' '.join(RECONSTRUCT)} --preset demo --name whole"
+    assert sorted(about["command"].split()) == sorted(flags.split())
+    assert json.loads(about["measured"])["shown_psnr"] == lines[-1]["shown_psnr"]
+    assert float(about["hours"]) >= 0
     sheet = np.asarray(Image.open("runs/whole/preview_000006.png"))
     assert sheet.shape == (64 + 18, 5 * 68 - 4, 3)  # photo, rendering, error, depth, true depth
     photos = [*SMALL, "--height", "48", "--width", "64", "--steps", "1"]
-    train.main([*photos, "--geometry", "runs/whole/reconstructor.safetensors"])
+    train.main([*photos, "--geometry", path])
     assert len(metrics("demo-1")) == 1
-    train.main([*RECONSTRUCT, "--steps", "1", "--start", "runs/whole/reconstructor.safetensors", "--lr", "1e-9"])
+    train.main([*RECONSTRUCT, "--steps", "1", "--start", path, "--lr", "1e-9"])
     again = load_file("runs/reconstruct-1/reconstructor.safetensors")
     assert all((whole[k] - again[k]).abs().max() < 1e-6 for k in whole)
 
 
+def test_shown_psnr_leaves_out_what_a_validity_mask_does():
+    """Off by 0.1 is 20 dB; what lies behind the mask is off by 0.5."""
+    valid = torch.ones(2, 4, 6, dtype=torch.bool)
+    valid[0, :2] = False
+    truth = torch.full((2, 3, 4, 6), 0.3)
+    photo = truth + torch.where(valid, 0.1, 0.5)[:, None]
+    drawn = {"photo": photo, "depth": torch.ones(2, 4, 6), "alphas": torch.ones(2, 4, 6)}
+    scenes = iter([{k: v[:1] for k, v in drawn.items()}, {k: v[1:] for k, v in drawn.items()}] * 3)
+    stage = object.__new__(train.Reconstruct)
+    stage.model = lambda batch: (None, None, next(scenes))
+    target = {"images": truth, "valid": valid}
+    panels, measured = stage.draw({"context": {}, "target": target})
+    assert float(measured["shown_psnr"]) == pytest.approx(20, abs=1e-3)
+    error = panels["error x 4"]
+    torch.testing.assert_close(error, 0.4 * valid[0, :, :, None].float().expand(-1, -1, 3))
+    # A scene without any valid pixel does not count
+    none_valid = torch.stack([torch.zeros_like(valid[0]), valid[1]])
+    _, measured = stage.draw({"context": {}, "target": target | {"valid": none_valid}})
+    assert float(measured["shown_psnr"]) == pytest.approx(20, abs=1e-3)
+    _, measured = stage.draw({"context": {}, "target": {"images": truth}})
+    assert float(measured["shown_psnr"]) < 17
+
+
 PRETRAIN = (
-    "--stage pretrain --teacher dinov2_vits14 --steps 4 --batch-size 2 --photos 4 --height 42 --width 42 --crop 28 "
-    "--workers 0 --preview-every 2 --checkpoint-every 2 --place-weight 0.1"
+    "--stage pretrain --teacher dinov2_vits14 --steps 4 --batch-size 2 --photos 4 --height 42 "
+    "--width 42 --crop 28 --workers 0 --preview-every 2 --checkpoint-every 2 --place-weight 0.1"
 ).split()
 
 
 def test_a_teacher_is_pretrained_resumed_and_used(monkeypatch, capsys):
     train.main([*PRETRAIN, "--name", "whole"])
-    assert {p.name for p in Path("runs/whole").iterdir()} >= {"teacher.safetensors", "preview_000004.png"}
+    names = {p.name for p in Path("runs/whole").iterdir()}
+    assert names >= {"teacher.safetensors", "preview_000004.png"}
     restore = stop_after(2, monkeypatch)
     train.main([*PRETRAIN, "--name", "halves"])
     restore()
@@ -176,7 +210,8 @@ def test_a_teacher_is_pretrained_on_a_folder_of_photos(tmp_path):
         pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / name)
     train.main([*PRETRAIN, "--data", "photos"])
-    assert len(metrics("pretrain-1")) == 4 and all(0 <= m["matched"] <= 1 for m in metrics("pretrain-1"))
+    assert len(metrics("pretrain-1")) == 4
+    assert all(0 <= m["matched"] <= 1 for m in metrics("pretrain-1"))
     with pytest.raises(SystemExit, match="nowhere: no photos"):
         train.main([*PRETRAIN, "--data", "nowhere"])
 
@@ -203,14 +238,17 @@ def test_a_flag_that_nothing_would_read_is_refused(flags, message):
 
 def test_reconstruction_learns_from_photos_alone(tmp_path):
     capture(tmp_path / "scan", depth=False)
-    train.main([*RECONSTRUCT, "--data", "scan", "--preset", "demo", "--steps", "2", "--coarse", "0"])
+    photos = [*RECONSTRUCT, "--data", "scan", "--preset", "demo"]
+    train.main([*photos, "--steps", "2", "--coarse", "0"])
     lines = metrics("reconstruct-1")
-    with pytest.raises(SystemExit, match="no depth maps in 1 of 1 scenes; with --coarse 0 photos suffice"):
-        train.main([*RECONSTRUCT, "--data", "scan", "--preset", "demo"])
+    with pytest.raises(SystemExit, match="scan: no depth maps; with --coarse 0 photos suffice"):
+        train.main(photos)
     assert all(m["loss"] == m["mse"] for m in lines) and "shown_abs_rel" not in lines[-1]
 
 
-@pytest.mark.parametrize("flag,stage", [("--prototypes", "reconstruct"), ("--depth-weight", "distill")])
+@pytest.mark.parametrize(
+    "flag,stage", [("--prototypes", "reconstruct"), ("--depth-weight", "distill")]
+)
 def test_a_stage_does_not_take_the_others_settings(flag, stage, capsys):
     with pytest.raises(SystemExit):
         train.main(["--stage", stage, flag, "1"])
@@ -224,7 +262,8 @@ def test_resumed_run_is_the_run_that_never_stopped(monkeypatch, capsys):
     assert "To go on: python train.py --resume runs/parts" in capsys.readouterr().out
     assert len(metrics("parts")) == 3
     go_on()
-    with open("runs/parts/metrics.jsonl", "a") as log:  # as after a crash: lines beyond the checkpoint, one cut short
+    # As after a crash: lines beyond the checkpoint, one cut short
+    with open("runs/parts/metrics.jsonl", "a") as log:
         log.write('{"step": 4, "loss": 99}\n{"step": 5, "lo')
     train.main(["--resume", "runs/parts"])
     assert metrics("parts") == metrics("whole")  # to the last bit: JSON keeps all digits
@@ -254,7 +293,8 @@ def test_runs_do_not_overwrite_each_other():
     train.main([*SMALL, "--steps", "1"])
     train.main([*SMALL, "--steps", "1"])
     assert Path("runs/demo-2/student.safetensors").exists()
-    with pytest.raises(SystemExit, match="runs/demo-1: there is a run of that name; go on with --resume"):
+    taken = "runs/demo-1: there is a run of that name; --resume goes on with it"
+    with pytest.raises(SystemExit, match=taken):
         train.main([*SMALL, "--name", "demo-1"])
 
 
@@ -287,18 +327,20 @@ def test_demo_goes_on_without_the_teachers_weights(monkeypatch, capsys):
     with safe_open("runs/demo-1/student.safetensors", "pt") as file:
         about = file.metadata()
     assert about["warning"] == train.SHIPPED and about["random_weights"] == "false"
-    assert json.loads(about["settings"])["teacher"] == "vit_tiny14" and "--teacher vit_tiny14" in about["command"]
+    assert json.loads(about["settings"])["teacher"] == "vit_tiny14"
+    assert "--teacher vit_tiny14" in about["command"]
     assert Image.open("runs/demo-1/preview_000001.png").text["warning"] == train.SHIPPED
-    start, student = M.load_vit("vit_tiny14"), M.load_vit("vit_tiny14", "runs/demo-1/student.safetensors")
+    start = M.load_vit("vit_tiny14")
+    student = M.load_vit("vit_tiny14", "runs/demo-1/student.safetensors")
     assert not torch.equal(start.blocks[0].attn.qkv.weight, student.blocks[0].attn.qkv.weight)
     assert torch.equal(start.blocks[0].mlp.fc1.weight, student.blocks[0].mlp.fc1.weight)
 
 
-def test_with_data_missing_weights_stop_the_run(monkeypatch):
+def test_with_data_missing_weights_stop_the_run(monkeypatch, tmp_path):
     no_network(monkeypatch)
-    monkeypatch.setattr(train, "load_views", lambda settings: (None, None))
+    capture(tmp_path / "scan")
     with pytest.raises(SystemExit, match="fetch them or pass the file .--teacher-weights FILE"):
-        train.main(["--data", "somewhere"])
+        train.main(["--data", "scan", "--height", "48", "--width", "64"])
 
 
 def test_presets():
@@ -306,12 +348,41 @@ def test_presets():
     settings = train.parse_settings(["--data", "x"])
     assert settings["preset"] == "paper"
     # every number of the paper's table
-    expected = dict(height=576, width=880, context_views=2, min_gap=8, max_gap=12, batch_size=1,
-                    lora_rank=8, lora_alpha=8.0, lora_dropout=0.1, head_dim=2048, bottleneck_dim=256, prototypes=65536,
-                    lr=2e-5, warmup=0.01, steps=300_000, momentum=0.999, ema_every=10, teacher_temperature=1.0,
-                    student_temperature=1.0, blend=0.5)  # fmt: skip
+    expected = dict(
+        height=576, width=880, context_views=2, min_gap=8, max_gap=12, batch_size=1, lora_rank=8,
+        lora_alpha=8.0, lora_dropout=0.1, head_dim=2048, bottleneck_dim=256, prototypes=65536,
+        lr=2e-5, warmup=0.01, steps=300_000, momentum=0.999, ema_every=10, blend=0.5,
+        teacher_temperature=1.0, student_temperature=1.0,
+    )  # fmt: skip
     assert {k: settings[k] for k in expected} == expected
     assert train.parse_settings(["--data", "x", "--preset", "demo", "--lr", "0.5"])["lr"] == 0.5
+
+
+def test_settings_make_flags_of_their_values_type(capsys):
+    rows = {
+        "big_number": train.Setting(1, 2, "how many", 1, 5),
+        "ratio": train.Setting(0.5, 1.0, "share", train.POSITIVE),
+        "kind": train.Setting("a", "b", "which", choices=("a", "b")),
+        "norm": train.Setting(False, True, "the norm"),
+        "path": train.Setting(None, None, "a file"),
+    }
+    parser = argparse.ArgumentParser()
+    train.add_settings(parser, rows, titles=("quick", "published"))
+    parse = lambda line: vars(parser.parse_args(line.split()))  # noqa: E731
+    given = parse("--big-number 3 --ratio 1 --kind b --no-norm --path x")
+    assert given == {"big_number": 3, "ratio": 1.0, "kind": "b", "norm": False, "path": "x"}
+    assert parse("") == {} and isinstance(given["ratio"], float) and given["norm"] is False
+    help = " ".join(parser.format_help().split())
+    assert "how many (quick 1, published 2)" in help and "a file" in help and "None" not in help
+    train.check_settings(rows, given)
+    for name, value, message in (
+        ("big_number", 0, "--big-number must be at least 1, not 0"),
+        ("big_number", 6, "--big-number must be at most 5, not 6"),
+        ("ratio", 0.0, "--ratio must be more than 0, not 0.0"),
+        ("ratio", math.nan, "--ratio must be more than 0, not nan"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train.check_settings(rows, given | {name: value})
 
 
 class Recorded(dict):
@@ -329,34 +400,38 @@ class Recorded(dict):
 def test_every_setting_is_read(tmp_path):
     save_small(tmp_path / "small.safetensors")
     photos = ["--height", "48", "--width", "64", "--geometry", str(tmp_path / "small.safetensors")]
-    for stage, arguments in (("distill", [*SMALL, *photos]), ("reconstruct", RECONSTRUCT), ("pretrain", PRETRAIN)):
+    stages = {"distill": [*SMALL, *photos], "reconstruct": RECONSTRUCT, "pretrain": PRETRAIN}
+    for stage, arguments in stages.items():
         settings = Recorded(train.parse_settings([*arguments, "--steps", "2"]))
-        train.run(settings)
+        train.train(settings)
         assert set(train.SETTINGS[stage]) - settings.read == set()
 
 
 def test_the_learning_rate_climbs_and_falls():
     train.main([*SMALL, "--steps", "12", "--warmup", "0.25", "--lr", "0.01"])
     rates = [m["lr"] for m in metrics("demo-1")]
-    assert rates.index(max(rates)) in (1, 2) and max(rates) == pytest.approx(0.01, rel=0.1) and rates[-1] < 1e-5
+    assert rates.index(max(rates)) in (1, 2) and rates[-1] < 1e-5
+    assert max(rates) == pytest.approx(0.01, rel=0.1)
     assert rates[3:] == sorted(rates[3:], reverse=True)
 
 
 @pytest.mark.parametrize("steps", range(1, 21))
 @pytest.mark.parametrize("warmup", ["0.01", "0.1", "0.05", "0.125"])
-def test_any_number_of_steps_has_a_schedule(steps, warmup):
+def test_any_number_of_steps_has_a_schedule(steps, warmup, monkeypatch):
     """Torch's one-cycle schedule divides by zero where warm-up is exactly one step."""
+    monkeypatch.setattr(train, "load_views", lambda settings, num_shown: (None, None))
     settings = train.parse_settings([*SMALL, "--steps", str(steps), "--warmup", warmup])
-    _, optimizer, schedule = train.build(settings, M.load_vit("dinov2_vits14", "random"), "cpu")
+    run = train.Run(settings)
     for _ in range(steps):
-        optimizer.step()
-        schedule.step()
-    assert schedule.get_last_lr()[0] < settings["lr"]
+        run.optimizer.step()
+        run.schedule.step()
+    assert run.schedule.get_last_lr()[0] < settings["lr"]
 
 
 def test_teacher_is_updated_every_so_many_steps(monkeypatch):
     momenta = []
-    monkeypatch.setattr(train.SplatAndDistill, "update_teacher", lambda self, momentum: momenta.append(momentum))
+    update = lambda self, momentum: momenta.append(momentum)  # noqa: E731
+    monkeypatch.setattr(train.SplatAndDistill, "update_teacher", update)
     train.main([*SMALL, "--momentum", "0.9"])
     assert momenta == [0.9, 0.9, 0.9]  # 6 steps, every second
 
@@ -398,14 +473,14 @@ def test_the_points_of_a_reconstruction_say_near_and_far(tmp_path, capsys):
     flags = "--data scan --preset demo --geometry shipped --height 48 --width 32 --steps 1".split()
     flags = [*SMALL, *flags, "--min-gap", "2", "--max-gap", "40", "--target", "any"]
     settings = train.parse_settings(flags)
-    views, _ = train.load_views(settings)
+    views, _ = train.load_views(settings, 1)
     near, far = views.point_range()
     assert settings["near"] == pytest.approx(near, rel=0.005) != 3
     assert settings["far"] == pytest.approx(far, rel=0.005) != 50
     assert f"--near {settings['near']} --far {settings['far']}" in train.command(settings)
     assert f"by its points, --near {settings['near']:g}" in capsys.readouterr().out
     settings = train.parse_settings([*flags, "--far", "20"])
-    train.load_views(settings)
+    train.load_views(settings, 1)
     assert (settings["near"], settings["far"]) == (3, 20)
 
 
@@ -415,15 +490,14 @@ def test_a_split_chooses_what_is_trained_on(tmp_path):
     (tmp_path / "split.txt").write_text("two\n")
     flags = [*SMALL, "--data", "scans", "--preset", "demo", "--split", "split.txt", "--steps", "1"]
     settings = train.parse_settings(flags)
-    assert [scene.name for scene in train.load_views(settings)[0].scenes] == ["two"]
+    assert [scene.name for scene in train.load_views(settings, 1)[0].scenes] == ["two"]
     assert settings["split"] == str(tmp_path / "split.txt")  # to resume from anywhere
 
 
 def test_capture_without_depth_is_refused_before_anything_is_written(tmp_path):
     capture(tmp_path / "scan", depth=False)
-    with pytest.raises(
-        SystemExit, match="scan: no depth maps in 1 of 1 scenes; with another --geometry photos suffice"
-    ):
+    lack = "scan: no depth maps in 1 of 1 scenes; with another --geometry photos suffice"
+    with pytest.raises(SystemExit, match=lack):
         train.main([*SMALL, "--data", "scan"])
     assert not Path("runs").exists()
 
@@ -431,17 +505,18 @@ def test_capture_without_depth_is_refused_before_anything_is_written(tmp_path):
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_photo_that_breaks_stops_the_run_but_loses_nothing(tmp_path, monkeypatch, workers):
     folder = Path(capture(tmp_path / "scan"))
-    real = train.train_step
+    real = train.Run.train_step
 
-    def breaks(model, batch, optimizer, schedule, step, settings):
-        if step == 1:
+    def breaks(run, batch):
+        if run.step == 0:
             for photo in (folder / "images").iterdir():
                 photo.write_bytes(b"broken")
-        return real(model, batch, optimizer, schedule, step, settings)
+        return real(run, batch)
 
-    monkeypatch.setattr(train, "train_step", breaks)
+    monkeypatch.setattr(train.Run, "train_step", breaks)
+    flags = [*SMALL, "--data", "scan", "--preset", "demo", "--checkpoint-every", "99"]
     with pytest.raises(SystemExit, match="images/.*png: an image that cannot be read") as error:
-        train.main([*SMALL, "--data", "scan", "--preset", "demo", "--workers", workers, "--checkpoint-every", "99"])
+        train.main([*flags, "--workers", workers])
     assert "\n" not in str(error.value)
     step = torch.load("runs/demo-1/checkpoint.pt")["step"]
     assert 1 <= step == len(metrics("demo-1"))
@@ -458,11 +533,12 @@ def test_a_run_that_sees_only_holes_ends_and_says_so(tmp_path, capsys):
 
 
 def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
-    """A real process in a group of its own, real ViT-S; the signal goes to all of the group, as a terminal's does."""
-    script = Path(train.__file__)
-    command = [sys.executable, str(script), "--teacher-weights", "random", "--geometry", "depth", "--steps", "50", "--workers", "1",
-               "--height", "56", "--width", "56", "--name", "run"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    """A real process, real ViT-S; the signal goes to all of its group, as a terminal's does."""
+    flags = "--teacher-weights random --geometry depth --steps 50 --workers 1 --name run"
+    sizes = ["--height", "56", "--width", "56"]
+    command = [sys.executable, str(Path(train.__file__)), *flags.split(), *sizes]
+    about = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=tmp_path, **about)
     lines = tmp_path / "runs/run/metrics.jsonl"
     deadline = time.time() + 120
     while not (lines.exists() and lines.read_text().count("\n") >= 2) and time.time() < deadline:
@@ -470,29 +546,36 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "To go on: python train.py --resume runs/run" in out
-    assert torch.load(tmp_path / "runs/run/checkpoint.pt")["step"] == lines.read_text().count("\n") >= 2
+    step = torch.load(tmp_path / "runs/run/checkpoint.pt")["step"]
+    assert step == lines.read_text().count("\n") >= 2
 
 
 @pytest.mark.parametrize(
     "arguments,message",
     [
         (["--depth-weight", "-1", "--stage", "reconstruct"], "--depth-weight must be at least 0"),
-        (["--height", "40", "--stage", "reconstruct"], "--height 40 does not fit: multiples of 16 do; 32 and 48 do"),
-        (["--blend", "2"], "--blend must be between 0 and 1, not 2.0"),
-        (["--steps", "0"], "--steps must be more than 0"),
+        (["--height", "40", "--stage", "reconstruct"], "--height must be a multiple of 16, .* 40"),
+        (["--blend", "2"], "--blend must be at most 1, not 2.0"),
+        (["--blend", "-1"], "--blend must be at least 0, not -1.0"),
+        (["--momentum", "nan"], "--momentum must be at least 0, not nan"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--lr", "0"], "--lr must be more than 0, not 0.0"),
         (["--height", "10"], "--height must be at least 14, not 10"),
         (["--workers", "-1"], "--workers must be at least 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--teacher", "vit"], "unknown model 'vit'; known are"),
         (["--teacher-weights", "nothing.pth"], "nothing.pth: no such file"),
-        (["--near", "5", "--far", "2"], "--far must be more than --near, not 2.0 with 5.0"),
+        (["--near", "5", "--far", "2"], "--far must be more than --near"),
+        (["--stage", "pretrain", "--most-scale", "0.2"], "--most-scale must be at least --least"),
+        (["--stage", "pretrain", "--least-scale", "0"], "--least-scale must be more than 0, not 0"),
+        (["--stage", "pretrain", "--most-scale", "2"], "--most-scale must be at most 1, not 2.0"),
+        (["--stage", "pretrain", "--crop", "30"], "--crop must be a multiple of 14, .*28, not 30"),
         (["--near", "1"], "--near is not read with --geometry depth"),
-        (["--geometry", "shipped"], "--height 42 does not fit: multiples of 16 do; 32 and 48 do"),
-        (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width 15 does not fit: .* 16 is the least"),
+        (["--geometry", "shipped"], "--height must be a multiple of 16, .*not 42"),
+        (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width must be .*not 15"),
         (["--data", "nowhere"], "nowhere"),
-        (["--target", "all"], "the target is between the context views or any, not 'all'"),
-        (["--split", "scenes.txt"], "--split lists scenes of --data, which is not given"),
-        (["--resume", "nowhere"], "nowhere/checkpoint.pt: no such file; --resume takes the folder of a run"),
+        (["--split", "scenes.txt"], "--split is not read without --data: it lists the scenes of"),
+        (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .* No such file"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
     ],
 )
@@ -501,6 +584,13 @@ def test_bad_arguments_get_one_sentence(arguments, message):
     with pytest.raises(SystemExit, match=message) as error:
         train.main([*rest, *arguments])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--target", "--targets", "--loss", "--upsampling"])
+def test_unknown_words_are_errors(flag, capsys):
+    with pytest.raises(SystemExit):
+        train.main([flag, "all"])
+    assert f"argument {flag}: invalid choice: 'all' (choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--learning-rate", "--step", "--blending"])
@@ -516,7 +606,8 @@ def test_checkpoint_that_lacks_something_is_refused(part, key):
     checkpoint = torch.load("runs/x/checkpoint.pt")
     del checkpoint[part][key]
     torch.save(checkpoint, "runs/x/checkpoint.pt")
-    with pytest.raises(SystemExit, match="runs/x/checkpoint.pt: (not a checkpoint|its parameters are not)"):
+    lack = "runs/x/checkpoint.pt: (not a checkpoint|its parameters are not)"
+    with pytest.raises(SystemExit, match=lack):
         train.main(["--resume", "runs/x"])
 
 
