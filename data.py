@@ -1537,6 +1537,7 @@ class Crops(torch.utils.data.Dataset):
         photos: a sequence of photos [3, H, W]: `Photos`.
         size: of the crops, pixels, square.
         scales: least and most of the photo's side that a crop shows.
+        warp: how else two crops differ, 0 (not at all) to 1: see `crop_window`.
         seed, length: the sequence of samples and its length.
 
     A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]}.
@@ -1544,8 +1545,8 @@ class Crops(torch.utils.data.Dataset):
     crop's to the second's; coordinates are x, y in -1..1 from corner to corner.
     """
 
-    def __init__(self, photos, size, scales=(0.35, 0.9), seed=0, *, length):
-        self.photos, self.size, self.scales = photos, size, scales
+    def __init__(self, photos, size, scales=(0.7, 0.85), warp=0.0, seed=0, *, length):
+        self.photos, self.size, self.scales, self.warp = photos, size, scales, warp
         self.seed, self.length = seed, length
 
     def __len__(self):
@@ -1556,7 +1557,7 @@ class Crops(torch.utils.data.Dataset):
             raise IndexError(f"sample {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index])
         photo = self.photos[int(rng.integers(len(self.photos)))]
-        windows = np.stack([turned_window(rng, self.scales) for _ in range(2)])  # [2, 3, 3]
+        windows = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])
         crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in windows])
         first_to_second = np.linalg.inv(windows[1]) @ windows[0]
         return {
@@ -1565,14 +1566,16 @@ class Crops(torch.utils.data.Dataset):
         }  # fmt: skip
 
 
-def turned_window(rng, scales):
+def crop_window(rng, scales, warp):
     """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1.
 
-    It takes between scales[0] and scales[1] of the photo's sides, is up to an eighth longer or
-    shorter, turned by up to 20 degrees, mirrored half the time, and lies inside the photo.
+    It takes between scales[0] and scales[1] of the photo's sides, and lies inside the photo. With
+    a warp of 0 it is upright; with 1 it is turned by up to 20 degrees, up to an eighth longer or
+    shorter, and mirrored half the time.
     """
-    scale, turn = rng.uniform(*scales), rng.uniform(-0.35, 0.35)
-    stretch, mirror = np.exp(rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
+    scale, turn = rng.uniform(*scales), warp * rng.uniform(-0.35, 0.35)
+    stretch, mirror = np.exp(warp * rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
+    mirror = mirror if warp else 1
     c, s = np.cos(turn), np.sin(turn)
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
     reach = np.abs(A).sum(1)  # half its bounding box

@@ -63,10 +63,10 @@ TEACHERS = "dinov2_vit{s,b,l,g}14[_reg], dinov3_vit{s16,s16plus,b16,l16}, vit_ti
 TRAINING = {
     "data": Setting(None, None, "folder of photos (README); default: procedural rooms"),
     "name": Setting(None, None, "of the run; default: its kind and the next free number"),
-    "height": Setting(224, 224, "of the images, pixels; a reconstructor takes multiples of 16"),
-    "width": Setting(224, 224, "likewise"),
-    "batch_size": Setting(16, 64, "scenes or photos a step", 1),
-    "steps": Setting(6000, 100_000, "of the optimiser", 1),
+    "height": Setting(288, 288, "of the images, pixels; a reconstructor takes multiples of 16"),
+    "width": Setting(288, 288, "likewise"),
+    "batch_size": Setting(4, 64, "scenes or photos a step", 1),
+    "steps": Setting(5000, 100_000, "of the optimiser", 1),
     "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE),
     "warmup": Setting(0.05, 0.01, "share of the steps in which lr climbs, before a cosine", 0, 1),
     "weight_decay": Setting(0.05, 0.05, "of AdamW; 0 makes it the papers' Adam", 0),
@@ -78,12 +78,13 @@ TRAINING = {
 }
 PRETRAIN = TRAINING | {
     "teacher": Setting("vit_tiny14", "vit_tiny14", TEACHERS),
-    "crop": Setting(112, 112, "side of the crops, pixels; a multiple of the patch"),
-    "least_scale": Setting(0.35, 0.35, "of a photo's side that a crop shows", POSITIVE, 1),
-    "most_scale": Setting(0.9, 0.9, "likewise", POSITIVE, 1),
+    "crop": Setting(224, 224, "side of the crops, pixels; a multiple of the patch"),
+    "least_scale": Setting(0.7, 0.7, "of a photo's side that a crop shows", POSITIVE, 1),
+    "most_scale": Setting(0.85, 0.85, "likewise", POSITIVE, 1),
+    "warp": Setting(0.0, 0.0, "of a crop: 1 turns, stretches and mirrors it, 0 only shifts", 0, 1),
     "photos": Setting(2400, 2400, "views of rooms to train on; of a folder all are", 1),
     "temperature": Setting(0.07, 0.07, "of the contrast between spots", POSITIVE),
-    "place_weight": Setting(0.0, 0.0, "of a second loss: where in the photo a patch lies", 0),
+    "place_weight": Setting(0.1, 0.1, "of a second loss: where in the photo a patch lies", 0),
     "start": Setting("random", "random", "weights to begin with, or a file"),
 }
 VIEWS = changed(TRAINING, batch_size=(1, 1), weight_decay=(0.0, 0.0), preview_every=(250, 1000)) | {
@@ -126,8 +127,8 @@ METHOD = {  # what SplatAndDistill takes
 }  # fmt: skip
 DISTILL = METHOD | changed(
     VIEWS, height=(224, 576), width=(224, 880), steps=(250, 300_000), warmup=(0.1, 0.01),
-    lr=(6e-4, 2e-5),  # the demo takes 1,000 times fewer steps
-    min_gap=(16, 8), max_gap=(32, 12),  # rooms' depth is exact: views far apart teach more
+    lr=(2e-4, 2e-5),  # the demo takes 1,000 times fewer steps
+    min_gap=(32, 8), max_gap=(64, 12),  # rooms' depth is exact: views far apart teach more
 ) | {
     "teacher": Setting("dinov2_vits14", "dinov2_vits14", TEACHERS),
     "teacher_weights": Setting(None, None, 'a file, or "random"; default: the public weights'),
@@ -429,7 +430,8 @@ class Pretrain:
         folder, height, width, seed = (settings[k] for k in ("data", "height", "width", "seed"))
         photos = data.Photos(folder, height, width, settings["photos"])
         held_out = photos if folder else data.Photos(None, height, width, 8, "val")
-        crop = settings["crop"], (settings["least_scale"], settings["most_scale"])
+        scales = settings["least_scale"], settings["most_scale"]
+        crop = settings["crop"], scales, settings["warp"]
         length = settings["steps"] * settings["batch_size"]
         self.views = data.Crops(photos, *crop, seed, length=length)
         shown = data.Crops(held_out, *crop, seed + 1, length=8)

@@ -1339,7 +1339,7 @@ def test_crops_say_where_they_overlap(monkeypatch):
     monkeypatch.setattr(data, "jitter", lambda photo, rng: photo)
     rows, columns = (torch.arange(90) + 0.5) / 90, (torch.arange(120) + 0.5) / 120
     y, x = torch.meshgrid(rows, columns, indexing="ij")
-    crops = data.Crops([torch.stack([x, y, 0 * x])], 56, length=12)
+    crops = data.Crops([torch.stack([x, y, 0 * x])], 56, warp=1.0, length=12)
     compared = 0
     for index in range(12):
         sample = crops[index]
@@ -1367,9 +1367,17 @@ def test_crops_are_a_function_of_seed_and_index():
 
 
 def test_crops_show_the_share_that_is_asked_for():
-    crops = data.Crops([torch.rand(3, 60, 80)], 28, (0.2, 0.3), length=30)
+    crops = data.Crops([torch.rand(3, 60, 80)], 28, (0.2, 0.3), 1.0, length=30)
     sides = torch.stack([crops[i]["windows"][:, :, :2].det().abs().sqrt() for i in range(30)])
     assert 0.2 <= sides.min() < 0.22 and 0.28 < sides.max() <= 0.3
+
+
+def test_crops_without_warp_are_upright():
+    for warp in (0.0, 1.0):
+        crops = data.Crops([torch.rand(3, 60, 80)], 28, warp=warp, length=5)
+        windows = torch.stack([crops[i]["windows"] for i in range(5)])[..., :2]  # [5, 2, 2, 2]
+        upright = torch.diag_embed(windows[..., 0, :1].expand(-1, -1, 2))
+        assert torch.allclose(windows, upright) == (warp == 0)
 
 
 def test_photos_of_a_folder_and_below(tmp_path):

@@ -594,7 +594,7 @@ def test_unknown_words_are_refused(change):
 
 
 def crops_of(photo, count=6, seed=0):
-    crops = data.Crops([photo], 112, seed, length=count)
+    crops = data.Crops([photo], 112, (0.35, 0.9), 1.0, seed, length=count)
     return torch.utils.data.default_collate([crops[i] for i in range(count)])
 
 
@@ -612,7 +612,7 @@ def test_pretraining_pairs_the_same_spots(monkeypatch):
 def test_pretraining_learns(monkeypatch):
     photos = [F.interpolate(torch.rand(1, 3, 16, 16), (112, 112), mode="bilinear")[0] for _ in range(4)]
     model = M.Pretraining(tiny_vit(), 0.1, 0.0, True)
-    crops = data.Crops(photos, 56, 0, length=8)
+    crops = data.Crops(photos, 56, (0.35, 0.9), 1.0, length=8)
     batch = torch.utils.data.default_collate([crops[i] for i in range(8)])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
