@@ -717,18 +717,18 @@ def load_vit(name, weights=None, seed=0):
         weights: a .pth or .safetensors file with Meta's names (the public files, the released
             Splat and Distill weights, our students), timm's (`vit_*_patch14_dinov2`,
             `vit_*_patch14_reg4_dinov2`, `vit_*_patch16_dinov3`) or, for DINOv3, transformers'
-            (`facebook/dinov3-*`); None for `public_weights`; "random", by the seed.
+            (`facebook/dinov3-*`); None for the public ones, from torch hub's cache, DINOv2's also
+            by download, or for vit_tiny14's in weights/; "random" for weights made of the seed.
 
     Raises ValueError: the name is unknown, or the file is missing, no weights file or does not
-    fit; WeightsNotFound (a ValueError): DINOv2's weights cannot be had.
+    fit; WeightsNotFound (a ValueError): DINOv2's are neither cached nor to be downloaded.
     """
     with torch.device("meta"):  # initialise nothing that the weights replace
         vit = ViT(**sizes_of(name))
-    if weights == "random":
-        state = random_state(vit, seed)
-    else:
-        weights = public_weights(name) if weights is None else weights
-        state = with_metas_names(read_state(weights), vit)
+    if weights is None:
+        weights = SHIPPED_TEACHER if name == "vit_tiny14" else _public_weights(name)
+    random = weights == "random"
+    state = random_state(vit, seed) if random else with_metas_names(read_state(weights), vit)
     load_strictly(vit, state, weights)
     return vit.eval()
 
@@ -749,7 +749,6 @@ def architecture_of(state, source):
     names = " ".join(state)
     registers = "register_tokens" in names or "reg_token" in names
     rope = "storage_tokens" in names or registers and "pos_embed" not in names
-    # Meta's, timm's, transformers'
     gated = any(gate in names for gate in (".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj."))
     for name, sizes in ARCHITECTURES.items():
         found = sizes["dim"], sizes.get("rope", False), sizes.get("mlp") is GatedMlp
@@ -777,10 +776,8 @@ def read_state(path):
 
 
 def load_strictly(module, state, source):
-    """Give a new module, which may be on the meta device, all its tensors, as float32.
-
-    ValueError: they do not fit. The module is then of no use.
-    """
+    """Give a module, possibly on the meta device, all its tensors as float32. ValueError: they do
+    not fit, and the module is of no use."""
     try:
         module.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     except RuntimeError as error:
@@ -788,13 +785,8 @@ def load_strictly(module, state, source):
         raise ValueError(f"{source}: does not fit this architecture: {what}") from None
 
 
-def public_weights(name):
-    """The file of a model's public weights: ours in weights/, others in torch hub's cache.
-
-    DINOv2's are downloaded to there; DINOv3's, behind a form, have to be put there.
-    """
-    if name == "vit_tiny14":
-        return SHIPPED_TEACHER
+def _public_weights(name):
+    """The file of public weights in torch hub's cache, for DINOv2 by download if need be."""
     base = name.removesuffix("_reg")
     file = f"{base}{'_reg4' if name != base else ''}_pretrain.pth"
     if name in DINOV3_HASHES:
@@ -814,12 +806,10 @@ def public_weights(name):
         torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException, pickle.UnpicklingError) as error:
         cached.unlink(missing_ok=True)  # what a proxy or a broken line left
-        why = str(error).partition("\n")[0]
-        raise WeightsNotFound(
-            f"{name}'s weights are not in torch hub's cache ({cached}) and cannot be downloaded "
-            f"({why}): fetch {url} on another machine and put it there, or pass the file itself "
-            "as the weights"
-        ) from None
+        why = f"{name}'s weights are not in torch hub's cache ({cached}), nor to be downloaded"
+        what = f"fetch {url} on another machine and put it there, or pass the file as the weights"
+        error = str(error).partition("\n")[0]
+        raise WeightsNotFound(f"{why} ({error}): {what}") from None
     finally:
         socket.setdefaulttimeout(timeout)
     return cached
@@ -827,11 +817,8 @@ def public_weights(name):
 
 @torch.no_grad()
 def random_state(vit, seed):
-    """Random weights that make lively features: unit variance through every layer.
-
-    Positions, and what attention mixes in, are small: a token tells what it sees rather than
-    where it is or what all see.
-    """
+    """Random weights of lively features: unit variance through every layer, but small positions
+    and residuals, so that a token tells what it sees, not where it is or what all see."""
     generator = torch.Generator().manual_seed(seed)
     state = dict(vit.named_buffers())
     for name, p in vit.named_parameters():
@@ -880,11 +867,8 @@ def with_metas_names(state, vit):
 
 
 def join_qkv(state, attention, dim):
-    """One matrix and one bias for queries, keys and values, in place; keys have no bias.
-
-    Biases that are 0 may be left out. What is missing or does not fit stays as it is, for
-    `load_strictly` to name.
-    """
+    """One matrix and one bias for queries, keys and values, in place. Keys have no bias, and
+    biases of 0 may be left out. What does not fit stays, for `load_strictly` to name."""
     for kind, parts, shape in (("weight", "qkv", (dim, dim)), ("bias", "q-v", (dim,))):
         names = [f"{attention}{part}_proj.{kind}" for part in parts]
         default = torch.zeros(dim if kind == "bias" else 0)

@@ -354,19 +354,20 @@ class AttentionLayer(nn.Module):
         """x [B, V, h, w, D], keys [B, V, S, h, w, D] of the S views that each sees, and the mask
         of shifted windows or None."""
         (h, w), S = x.shape[2:4], keys.shape[2]
-        shift = (0, 0) if mask is None else (h // 4, w // 4)
 
-        def windows(t):  # [..., h, w, D] -> [..., 4, tokens, D], shifted
-            return to_windows(torch.roll(t, (-shift[0], -shift[1]), (-3, -2)))
+        def roll(t, sign):
+            shift = (sign * (h // 4), sign * (w // 4))
+            return t if mask is None else torch.roll(t, shift, (-3, -2))
 
-        q = windows(self.q_proj(x)).flatten(0, 1)  # [B*V, 4, tokens, D]
-        k, v = (windows(proj(keys)).transpose(2, 3).flatten(3, 4).flatten(0, 1)
-                for proj in (self.k_proj, self.v_proj))  # [B*V, 4, S * tokens, D]  # fmt: skip
-        bias = None if mask is None else mask.repeat(1, 1, S)[None]
-        # With windows as heads, the attention kernel never holds tokens x tokens
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        attended = from_windows(attended.unflatten(0, x.shape[:2]), h, w)
-        message = self.norm1(self.merge(torch.roll(attended, shift, (-3, -2))))
+        q = to_windows(roll(self.q_proj(x), -1))  # [B, V, 4, tokens, D]
+        k, v = (to_windows(roll(proj(keys), -1)) for proj in (self.k_proj, self.v_proj))
+        k, v = (t.transpose(2, 3).flatten(3, 4) for t in (k, v))  # [B, V, 4, S * tokens, D]
+        if mask is not None and S > 1:
+            mask = mask.repeat(1, 1, S)
+        # With windows as heads of 4 dimensions, the attention kernel never holds tokens x tokens
+        q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=mask).view_as(q)
+        message = self.norm1(self.merge(roll(from_windows(attended, h, w), 1)))
         if self.mlp is not None:
             message = self.norm2(self.mlp(torch.cat([x, message], -1)))
         return x + message
@@ -408,8 +409,7 @@ def group_norm(channels):
     return nn.GroupNorm(8 if channels % 8 == 0 else 4, channels)
 
 
-def twice(c):
-    """Twice the size."""
+def upsample(c):
     return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(c, c)))
 
 
@@ -459,7 +459,7 @@ class UNet(nn.Module):
         for level in reversed(range(levels)):
             for second in (False, True):
                 parts = [UNetResidual(2 * c, c)] + [UNetAttention(c)] * (level == last)
-                up.append(Chain(*parts, *[twice(c)] * (second and level > 0)))
+                up.append(Chain(*parts, *[upsample(c)] * (second and level > 0)))
         self.output_blocks = nn.ModuleList(up)
         self.out = nn.Sequential(conv(c, c), group_norm(c), nn.SiLU())
 
