@@ -362,11 +362,11 @@ class AttentionLayer(nn.Module):
         q = to_windows(roll(self.q_proj(x), -1))  # [B, V, 4, tokens, D]
         k, v = (to_windows(roll(proj(keys), -1)) for proj in (self.k_proj, self.v_proj))
         k, v = (t.transpose(2, 3).flatten(3, 4) for t in (k, v))  # [B, V, 4, S * tokens, D]
-        if mask is not None and S > 1:
-            mask = mask.repeat(1, 1, S)
-        # With windows as heads of 4 dimensions, the attention kernel never holds tokens x tokens
+        # Windows in the place of heads, and a mask of 4 dimensions too: otherwise PyTorch takes an
+        # attention that holds tokens x tokens
         q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=mask).view_as(q)
+        bias = None if mask is None else (mask.repeat(1, 1, S) if S > 1 else mask)[None]
+        attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias).view_as(q)
         message = self.norm1(self.merge(roll(from_windows(attended, h, w), 1)))
         if self.mlp is not None:
             message = self.norm2(self.mlp(torch.cat([x, message], -1)))
