@@ -38,10 +38,8 @@ from torch import nn
 
 import data
 from data import BINS, rotation_angle
-from model import (
-    FeedForward, SensorDepth, architecture_of, load_reconstructor, load_vit, normalise, read_state, render,
-    save_ply,
-)  # fmt: skip
+from model import architecture_of, load_vit, normalise, read_state
+from reconstruct import FeedForward, SensorDepth, load_reconstructor, render, save_ply
 from train import RANDOM, TEACHERS, banner, depth_colours, free_folder, load_teacher, move, replace_file, write_sheet
 
 # Settings by task: (--protocol quick, --protocol paper, why). Paper's are of the public code of

@@ -34,9 +34,11 @@ from torch.utils.data import DataLoader, Subset, default_collate
 
 import data
 from model import (
-    SMALL, FeedForward, Pretraining, Reconstruction, ReconstructorConfig, SensorDepth,
-    SplatAndDistill, WeightsNotFound, load_reconstructor, load_vit, merge_lora, new_reconstructor,
-    patch_tokens, render, sizes_of,
+    Pretraining, SplatAndDistill, WeightsNotFound, load_vit, merge_lora, patch_tokens, sizes_of
+)  # fmt: skip
+from reconstruct import (
+    SMALL, FeedForward, Reconstruction, ReconstructorConfig, SensorDepth, load_reconstructor,
+    new_reconstructor, render,
 )  # fmt: skip
 
 

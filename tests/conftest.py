@@ -1,4 +1,4 @@
-"""Test set-up: without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before import."""
+"""Without a GPU the Triton kernels run in Triton's interpreter: chosen before their import."""
 
 import os
 import sys
@@ -13,12 +13,13 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# No deadline: the interpreter's time per example varies a hundredfold. Derandomised: CI fails for a reason.
+# No deadline: the interpreter's time per example varies a hundredfold. Derandomised: a CI that
+# fails does so for a reason.
 settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Torch's own generator starts differently in every process; a test that fails must fail again."""
+    """Torch's generator starts differently in every process; a failing test must fail again."""
     torch.manual_seed(0)

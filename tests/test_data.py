@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 from data import CLASSES, HITS, SPLITS, PosedFolder, Room, Rooms, Views, open_scenes, sample_views
-from model import Reconstruction, new_reconstructor
+from reconstruct import Reconstruction, new_reconstructor
 from test_model import build, wall
 
 FIXTURES = ("floor", "wall", "ceiling", "door", "window", "picture", "rug", "light")

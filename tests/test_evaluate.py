@@ -18,7 +18,7 @@ import evaluate as E
 import model as M
 import train
 from train import SHIPPED
-from test_reconstructor import save_small
+from test_reconstruct import save_small
 from test_train import SMALL as TRAIN
 from test_train import capture
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import model as M
 import train
 from test_data import colmap
-from test_reconstructor import save_small
+from test_reconstruct import save_small
 
 SMALL = (
     "--teacher-weights random --loss both --lora-rank 8 --geometry depth --height 42 --width 56 "

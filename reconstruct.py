@@ -1,0 +1,750 @@
+"""Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627), its training step and .ply.
+
+Shapes and cameras as in model.py: B scenes, V views, H x W pixels, h x w a quarter of them,
+N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics normalised by width
+and height.
+"""
+
+import functools
+import json
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+from kernels import rasterize
+from model import NEAR_PLANE, load_strictly, normalise, read_state, without_masked
+
+SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
+SHIPPED = Path(__file__).parent / "weights" / "reconstructor.safetensors"
+
+
+class Gaussians(NamedTuple):
+    """N Gaussians per scene, in view-row-column order of the context pixels."""
+
+    means: torch.Tensor  # [B, N, 3] world
+    covars: torch.Tensor  # [B, N, 3, 3] world
+    opacities: torch.Tensor  # [B, N] 0..1
+    harmonics: torch.Tensor  # [B, N, 3, (degree + 1)^2] colours as spherical harmonics: `render`
+
+    def scaled(self, unit):
+        """The same scenes with lengths times unit [B, 1]."""
+        covars = self.covars * unit[..., None, None] ** 2
+        return self._replace(means=self.means * unit[..., None], covars=covars)
+
+
+def render(gaussians, extrinsics, Ks, width, height):
+    """Photo [B, 3, H, W], depth [B, H, W] and alpha [B, H, W] of one camera per scene.
+
+    Extrinsics [B, 4, 4], Ks [B, 3, 3]. Colour is 0.5 + harmonics * basis(direction from the
+    camera), at least 0, on black; as in other viewers, degree 4 is left out. Depth is along z,
+    the mean over what is seen, and 0 where nothing is.
+    """
+    means, covars, opacities, harmonics = gaussians
+    directions = F.normalize(means - extrinsics[:, None, :3, 3], dim=-1)
+    degree = min(3, math.isqrt(harmonics.shape[-1]) - 1)
+    basis = sh_basis(degree, directions)[:, :, None]  # [B, N, 1, (degree + 1)^2]
+    colours = (harmonics[..., : basis.shape[-1]] * basis).sum(-1) + 0.5  # [B, N, 3]
+    viewmats = torch.linalg.inv(extrinsics)
+    z = (means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]
+    out, alphas = rasterize(
+        means, covars, opacities, torch.cat([colours.clamp(min=0), z], -1), viewmats[:, None],
+        Ks[:, None], width, height, near_plane=NEAR_PLANE, precision="ieee",
+    )  # fmt: skip
+    photo, depth = out[:, 0].permute(0, 3, 1, 2).split([3, 1], 1)
+    return photo, depth[:, 0] / alphas[:, 0].clamp(min=1e-6), alphas[:, 0]
+
+
+def real_harmonics(degree, directions):
+    """Real spherical harmonics of one degree at unit directions [..., 3]: [..., 2 * degree + 1].
+
+    Up to a factor that the degree shares; e3nn's (x, y, z) are the textbook's (y, z, x).
+    """
+    y, z, x = directions.unbind(-1)
+    cosines, sines = [torch.ones_like(x)], [torch.zeros_like(x)]  # r^m cos(m phi), r^m sin(m phi)
+    for _ in range(degree):
+        c, s = cosines[-1], sines[-1]
+        cosines.append(c * x - s * y)
+        sines.append(s * x + c * y)
+    out = [None] * (2 * degree + 1)
+    for m in range(degree + 1):
+        # The associated Legendre function of order m over r^m, by its recurrence in n
+        p, before = torch.full_like(z, math.prod(range(1, 2 * m, 2))), torch.zeros_like(z)
+        for n in range(m + 1, degree + 1):
+            p, before = ((2 * n - 1) * z * p - (n + m - 1) * before) / (n - m), p
+        p = p * math.sqrt((2 if m else 1) * math.factorial(degree - m) / math.factorial(degree + m))
+        out[degree - m], out[degree + m] = p * sines[m], p * cosines[m]
+    return torch.stack(out, -1)
+
+
+def sh_basis(degree, directions):
+    """3D Gaussian Splatting's harmonics [..., (degree + 1)^2] at unit directions [..., 3]: the
+    above, normalised, in the textbook's axes and signs."""
+    bases = []
+    for n in range(degree + 1):
+        signs = (-1.0) ** torch.arange(-n, n + 1, device=directions.device).abs()
+        scale = math.sqrt((2 * n + 1) / (4 * math.pi))
+        bases.append(real_harmonics(n, directions[..., [1, 2, 0]]) * signs * scale)
+    return torch.cat(bases, -1)
+
+
+def rotate_harmonics(harmonics, R):
+    """Coefficients [B, ..., (degree + 1)^2] of functions on the sphere, turned by R [B, 3, 3]. A
+    degree's matrix (Wigner's D) takes its harmonics at r to those at R r, for any 64 r."""
+    r = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    r, R, out = F.normalize(r, dim=-1), R.double(), []
+    for degree in range(math.isqrt(harmonics.shape[-1])):
+        inverse = torch.linalg.pinv(real_harmonics(degree, r)).to(R.device)
+        Dt = inverse @ real_harmonics(degree, r.to(R.device) @ R.mT)  # [B, k, k], transposed
+        part = harmonics[..., degree**2 : (degree + 1) ** 2]
+        out.append(torch.einsum("bji,b...j->b...i", Dt.to(part), part))
+    return torch.cat(out, -1)
+
+
+def quaternions(R):
+    """Rotations [N, 3, 3] as unit quaternions w, x, y, z [N, 4]."""
+    (a, b, c), (d, e, f), (g, h, i) = R.permute(1, 2, 0)
+    products = torch.stack([  # 4 q q^T: row k is q times 4 q_k
+        1 + a + e + i, h - f, c - g, d - b,
+        h - f, 1 + a - e - i, b + d, c + g,
+        c - g, b + d, 1 - a + e - i, f + h,
+        d - b, c + g, f + h, 1 - a - e + i,
+    ], -1).view(-1, 4, 4)  # fmt: skip
+    longest = products.diagonal(dim1=1, dim2=2).argmax(-1)  # the least hurt by rounding
+    return F.normalize(products[torch.arange(len(R)), longest], dim=-1)
+
+
+@torch.no_grad()
+def save_ply(path, gaussians):
+    """Write the Gaussians of one scene (B = 1) as the .ply of 3D Gaussian Splatting.
+
+    Per Gaussian, float32: x y z, a normal of zeros, f_dc and f_rest (harmonics of degree 0, and of
+    1 to 3 with the colour outermost), opacity before its sigmoid, the logarithms of the standard
+    deviations along the covariance's axes, and those axes as a quaternion w x y z. Opacities below
+    1/255 are left out. ValueError: there is more than one scene.
+    """
+    if len(gaussians.means) != 1:
+        raise ValueError(f"{path}: a .ply holds one scene, not {len(gaussians.means)}")
+    seen = gaussians.opacities[0] >= 1 / 255
+    means, covars, opacities, harmonics = (t[0][seen].cpu().float() for t in gaussians)
+    variances, axes = torch.linalg.eigh(covars)
+    axes = axes * torch.linalg.det(axes).sign()[:, None, None]  # a rotation, no reflection
+    harmonics = F.pad(harmonics, (0, max(0, 16 - harmonics.shape[-1])))[..., :16]
+    columns = {
+        "x y z": means,
+        "nx ny nz": torch.zeros_like(means),
+        "f_dc_0 f_dc_1 f_dc_2": harmonics[..., 0],
+        " ".join(f"f_rest_{i}" for i in range(45)): harmonics[..., 1:].flatten(1),
+        "opacity": torch.logit(opacities, eps=1e-4)[:, None],
+        "scale_0 scale_1 scale_2": 0.5 * variances.clamp(min=1e-20).log(),
+        "rot_0 rot_1 rot_2 rot_3": quaternions(axes),
+    }
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(means)}"]
+    header += [f"property float {name}" for name in " ".join(columns).split()]
+    with open(path, "wb") as file:
+        file.write("\n".join([*header, "end_header\n"]).encode("ascii"))
+        file.write(torch.cat(list(columns.values()), 1).numpy().astype("<f4").tobytes())
+
+
+def unproject(depths, Ks, extrinsics):
+    """Depths [..., H, W] along z, Ks [..., 3, 3], extrinsics [..., 4, 4] -> [..., H, W, 3]."""
+    y, x = (torch.arange(n, device=depths.device) + 0.5 for n in depths.shape[-2:])
+    fx, fy, cx, cy = (Ks[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    rays = (x - cx) / fx, (y[:, None] - cy) / fy, torch.ones_like(depths)
+    points = torch.stack(torch.broadcast_tensors(*rays), -1) * depths[..., None]
+    R, t = extrinsics[..., None, None, :3, :3], extrinsics[..., None, None, :3, 3]
+    # A GPU's matmul may be TF32 or bfloat16, and a thousandth of a position is a pixel
+    return (R * points[..., None, :]).sum(-1) + t
+
+
+class SensorDepth:
+    """One Gaussian per pixel: round, of the pixel's colour, opaque; transparent where depth is 0
+    (unknown). Its standard deviation is half a pixel: half of depth / focal length.
+
+    Takes context views {"images" [B, V, 3, H, W], "depths" [B, V, H, W], "Ks" [B, V, 3, 3],
+    "extrinsics" [B, V, 4, 4]}. ValueError: there are no depths.
+    """
+
+    def __call__(self, context):
+        if "depths" not in context:
+            raise ValueError("geometry from sensor depth needs data with depth, and this has none")
+        depths, Ks = context["depths"], context["Ks"]
+        known = depths > 0
+        z = torch.where(known, depths, 1.0)
+        means = unproject(z, Ks, context["extrinsics"])
+        focal = 0.5 * (Ks[..., 0, 0] + Ks[..., 1, 1])[..., None, None]
+        covars = torch.eye(3, device=z.device) * ((0.5 * z / focal) ** 2)[..., None, None]
+        harmonics = (context["images"].movedim(2, -1)[..., None] - 0.5) / SH_C0
+        parts = means, covars, known.float(), harmonics  # [B, V, H, W, ...]
+        return Gaussians(*(part.flatten(1, 3) for part in parts))
+
+
+# ---------------------------------------------------------------------------- MVSplat
+
+
+@dataclass(frozen=True)
+class ReconstructorConfig:
+    """Sizes and conventions of an MVSplat; the defaults are the published re10k model's."""
+
+    stem: tuple = (64, 96, 128)  # channels of the CNN's three stages
+    dim: int = 128  # of the features that are matched
+    blocks: int = 6  # of the transformer
+    candidates: int = 128  # depths that the cost volume tries
+    cost_dim: int = 128  # of the cost volume's U-Net
+    cost_levels: int = 3  # attention at the last
+    refine_dim: int = 32  # of the full-resolution U-Net
+    refine_levels: int = 5  # attention at the last
+    sh_degree: int = 4  # of the colours
+    cosine: bool = False  # match by the cosine of centred features, not by their product
+    ray_depth: bool = True  # a Gaussian's depth is along its ray; False: along z, as candidates
+    unit_near: bool = False  # scale scenes to near = 1 and back: the capture's unit is lost
+
+
+# The one in weights/, sized for a CPU: 0.5 s a scene at 224 x 224
+SMALL = ReconstructorConfig(
+    stem=(16, 24, 32), dim=32, blocks=2, candidates=48, cost_dim=32, cost_levels=3,
+    refine_dim=16, refine_levels=4, sh_degree=0, cosine=True, ray_depth=False, unit_near=True,
+)  # fmt: skip
+
+
+class MVSplat(nn.Module):
+    """Photos of a scene to one Gaussian per pixel. Parameters have the public code's names."""
+
+    def __init__(self, config=ReconstructorConfig()):
+        super().__init__()
+        self.config = config
+        self.backbone = nn.Module()
+        self.backbone.backbone = stem(config)
+        self.backbone.transformer = MatchingTransformer(config)
+        self.depth_predictor = DepthPredictor(config)
+
+    def forward(self, images, extrinsics, intrinsics, near, far, coarse=False):
+        """Images [B, V, 3, H, W] in 0..1, extrinsics [B, V, 4, 4], intrinsics [B, V, 3, 3], near
+        and far [B, V] in the cameras' unit -> Gaussians with (sh_degree + 1)^2 harmonics.
+
+        With coarse=True it stops where views are matched: depths [B, V, h, w]. ValueError: V < 2,
+        H or W no multiple of 16, not 0 < near < far, or a camera that is not rigid.
+        """
+        check_views(images, extrinsics, near, far)
+        B, V, predictor = *images.shape[:2], self.depth_predictor
+        others = [[u for u in range(V) if u != v] for v in range(V)]
+        others = torch.tensor(others, device=images.device)  # [V, V - 1]
+        unit = near[:, :1] if self.config.unit_near else torch.ones_like(near[:, :1])  # [B, 1]
+        near, far, extrinsics = near / unit, far / unit, extrinsics.clone()
+        extrinsics[..., :3, 3] /= unit[..., None]
+        cnn = self.backbone.backbone(normalise(images).flatten(0, 1)).unflatten(0, (B, V))
+        matched = self.backbone.transformer(cnn, others)
+        inverse, confidence = predictor.coarse(matched, intrinsics, extrinsics, near, far, others)
+        if coarse:
+            return unit[..., None, None] / inverse[:, 0].unflatten(0, (B, V))
+        fine = predictor.fine(images, matched, cnn, inverse, confidence, near, far)
+        return to_gaussians(*fine, intrinsics, extrinsics, self.config.ray_depth).scaled(unit)
+
+
+def check_views(images, extrinsics, near, far):
+    """ValueError for the first requirement of MVSplat that its inputs do not meet."""
+    V, _, H, W = images.shape[1:]
+    fits = " x ".join(str(max(1, round(size / 16)) * 16) for size in (H, W))
+    R, last = extrinsics[..., :3, :3], extrinsics[..., 3, :]
+    off = (R @ R.mT - torch.eye(3, device=R.device)).abs().max()
+    off = torch.maximum(off, (last - last.new_tensor([0, 0, 0, 1])).abs().max())
+    size = f"images must be multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}"
+    rigid = "a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
+    for holds, message in (
+        (V >= 2, f"reconstruction compares views and needs at least 2, not {V}"),
+        (H % 16 == W % 16 == 0, size),
+        (((0 < near) & (near < far)).all(), "0 < near < far must hold for every view"),
+        (off <= 1e-3 and (torch.linalg.det(R) > 0).all(), f"extrinsics must be rigid: {rigid}"),
+    ):
+        if not holds:
+            raise ValueError(message)
+
+
+def conv(inside, outside, size=3, stride=1, bias=True):
+    return nn.Conv2d(inside, outside, size, stride, size // 2, bias=bias)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a skip, instance-normalised."""
+
+    def __init__(self, inside, outside, stride=1):
+        super().__init__()
+        self.conv1 = conv(inside, outside, stride=stride, bias=False)
+        self.conv2 = conv(outside, outside, bias=False)
+        self.downsample = None
+        if stride != 1 or inside != outside:
+            self.downsample = nn.Sequential(conv(inside, outside, 1, stride))
+
+    def forward(self, x):
+        y = F.relu(F.instance_norm(self.conv1(x)))
+        y = F.relu(F.instance_norm(self.conv2(y)))
+        return F.relu(y + (F.instance_norm(self.downsample(x)) if self.downsample else x))
+
+
+def stem(config):
+    """Photos [B*V, 3, H, W] to features [B*V, dim, h, w]."""
+    a, b, c = config.stem
+    return nn.Sequential(OrderedDict(
+        conv1=conv(3, a, 7, 2, bias=False), norm=nn.InstanceNorm2d(a), relu=nn.ReLU(),
+        layer1=nn.Sequential(ResidualBlock(a, a), ResidualBlock(a, a)),
+        layer2=nn.Sequential(ResidualBlock(a, b, 2), ResidualBlock(b, b)),
+        layer3=nn.Sequential(ResidualBlock(b, c), ResidualBlock(c, c)),
+        conv2=conv(c, config.dim, 1),
+    ))  # fmt: skip
+
+
+def to_windows(x):
+    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]."""
+    x = x.unflatten(-2, (2, -1)).unflatten(-4, (2, -1))  # [..., 2, h/2, 2, w/2, D]
+    return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+
+
+def from_windows(x, h, w):
+    """The inverse of `to_windows`."""
+    x = x.unflatten(-2, (h // 2, w // 2)).unflatten(-4, (2, 2))  # [..., 2, 2, h/2, w/2, D]
+    return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+
+
+def sine_positions(h, w, dim, device=None):
+    """DETR's sine embedding of a grid, coordinates from 1, normalised to 2 pi. [h, w, dim]"""
+    frequency = 10000 ** (-2 * (torch.arange(dim // 2, device=device) // 2) / (dim // 2))
+
+    def along(size):
+        x = 2 * math.pi * torch.arange(1, size + 1, device=device) / (size + 1e-6)
+        x = x[:, None] * frequency
+        return torch.stack([x[:, 0::2].sin(), x[:, 1::2].cos()], -1).flatten(1)
+
+    return torch.cat([along(h)[:, None].expand(h, w, -1), along(w).expand(h, w, -1)], -1)
+
+
+@functools.lru_cache(maxsize=1)  # 0.93 GiB at 576 x 880
+def shift_mask(h, w, device=None):
+    """Added to the attention of shifted windows [4, tokens, tokens]: -100 between tokens that only
+    the roll made neighbours. Made once per size."""
+
+    def regions(size):  # the last half window came from the other side
+        i = torch.arange(size, device=device)
+        return (i >= size // 2).to(torch.uint8) + (i >= size - size // 4)
+
+    with torch.inference_mode(False):  # a mask made there could not be trained with
+        region = to_windows((3 * regions(h)[:, None] + regions(w))[..., None])[..., 0]
+        mask = torch.zeros(4, h * w // 4, h * w // 4, device=device)
+        return mask.masked_fill_(region[:, :, None] != region[:, None, :], -100.0)
+
+
+class AttentionLayer(nn.Module):
+    """Single-head attention within windows; with `mlp`, to other views and followed by an MLP."""
+
+    def __init__(self, dim, mlp):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "merge"):
+            setattr(self, name, nn.Linear(dim, dim, bias=False))
+        self.norm1, self.mlp = nn.LayerNorm(dim), None
+        if mlp:
+            up, down = nn.Linear(2 * dim, 8 * dim, bias=False), nn.Linear(8 * dim, dim, bias=False)
+            self.mlp, self.norm2 = nn.Sequential(up, nn.GELU(), down), nn.LayerNorm(dim)
+
+    def forward(self, x, keys, mask):
+        """x [B, V, h, w, D], keys [B, V, S, h, w, D] of the S views that each sees, and the mask
+        of shifted windows or None."""
+        (h, w), S = x.shape[2:4], keys.shape[2]
+
+        def roll(t, sign):
+            shift = (sign * (h // 4), sign * (w // 4))
+            return t if mask is None else torch.roll(t, shift, (-3, -2))
+
+        q = to_windows(roll(self.q_proj(x), -1))  # [B, V, 4, tokens, D]
+        k, v = (to_windows(roll(proj(keys), -1)) for proj in (self.k_proj, self.v_proj))
+        k, v = (t.transpose(2, 3).flatten(3, 4) for t in (k, v))  # [B, V, 4, S * tokens, D]
+        # Windows in the place of heads, and a mask of 4 dimensions too: otherwise PyTorch takes an
+        # attention that holds tokens x tokens
+        q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
+        bias = None if mask is None else (mask.repeat(1, 1, S) if S > 1 else mask)[None]
+        attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias).view_as(q)
+        message = self.norm1(self.merge(roll(from_windows(attended, h, w), 1)))
+        if self.mlp is not None:
+            message = self.norm2(self.mlp(torch.cat([x, message], -1)))
+        return x + message
+
+
+class MatchingTransformer(nn.Module):
+    """Features of each view that know of the others. Windows shift in every second block (Swin)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(config.blocks):
+            within, across = (AttentionLayer(config.dim, mlp) for mlp in (False, True))
+            self.layers.append(nn.ModuleDict({"self_attn": within, "cross_attn_ffn": across}))
+
+    def forward(self, x, others):  # [B, V, D, h, w], [V, V - 1]
+        x = x.permute(0, 1, 3, 4, 2)
+        h, w, dim = x.shape[-3:]
+        x = x + sine_positions(h // 2, w // 2, dim, x.device).to(x).repeat(2, 2, 1)
+        mask = shift_mask(h, w, x.device).to(x)
+        for i, block in enumerate(self.layers):
+            shifted = mask if i % 2 else None
+            seen = x[:, others]  # [B, V, V - 1, h, w, D], as they were before the block
+            x = block["self_attn"](x, x[:, :, None], shifted)
+            x = block["cross_attn_ffn"](x, seen, shifted)
+        return x.permute(0, 1, 4, 2, 3)
+
+
+class Chain(nn.Sequential):
+    """A Sequential that tells the parts that mix views how many views a scene has."""
+
+    def forward(self, x, views):  # [B*V, C, h, w]
+        for part in self:
+            x = part(x, views) if isinstance(part, (UNet, UNetAttention)) else part(x)
+        return x
+
+
+def group_norm(channels):
+    return nn.GroupNorm(8 if channels % 8 == 0 else 4, channels)
+
+
+def upsample(c):
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(c, c)))
+
+
+class UNetResidual(nn.Module):
+    """Latent diffusion's residual block, each norm after its convolution."""
+
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.in_layers = nn.Sequential(conv(inside, outside), group_norm(outside), nn.SiLU())
+        self.out_layers = nn.Sequential(conv(outside, outside), group_norm(outside), nn.SiLU())
+        self.skip_connection = conv(inside, outside, 1) if inside != outside else nn.Identity()
+
+    def forward(self, x):
+        return self.skip_connection(x) + self.out_layers(self.in_layers(x))
+
+
+class UNetAttention(nn.Module):
+    """Attention over the pixels of all views of a scene together, heads of 32 channels."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        self.norm = group_norm(channels)
+
+    def forward(self, x, views):  # [B*V, C, h, w]
+        tokens = x.flatten(2).unflatten(0, (-1, views)).transpose(1, 2).flatten(2)  # [B, C, V*h*w]
+        q, k, v = self.qkv(tokens).unflatten(1, (self.heads, 3, -1)).transpose(-1, -2).unbind(2)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+        y = self.proj_out(y).unflatten(2, (views, -1)).transpose(1, 2).flatten(0, 1)
+        return x + self.norm(y).view_as(x)  # each view is normalised alone
+
+
+class UNet(nn.Module):
+    """Latent diffusion's U-Net without time, of one width; attention at the last level."""
+
+    def __init__(self, c, levels):
+        super().__init__()
+        down, up, last = [Chain(conv(c, c))], [], levels - 1
+        for level in range(levels):
+            down.append(Chain(UNetResidual(c, c), *[UNetAttention(c)] * (level == last)))
+            if level != last:
+                down.append(Chain(nn.Sequential(OrderedDict(op=conv(c, c, stride=2)))))
+        self.input_blocks = nn.ModuleList(down)
+        self.middle_block = Chain(UNetResidual(c, c), nn.Identity(), UNetResidual(c, c))
+        for level in reversed(range(levels)):
+            for second in (False, True):
+                parts = [UNetResidual(2 * c, c)] + [UNetAttention(c)] * (level == last)
+                up.append(Chain(*parts, *[upsample(c)] * (second and level > 0)))
+        self.output_blocks = nn.ModuleList(up)
+        self.out = nn.Sequential(conv(c, c), group_norm(c), nn.SiLU())
+
+    def forward(self, x, views):  # [B*V, C, h, w]
+        kept = []
+        for block in self.input_blocks:
+            x = block(x, views)
+            kept.append(x)
+        x = self.middle_block(x, views)
+        for block in self.output_blocks:
+            x = block(torch.cat([x, kept.pop()], 1), views)
+        return self.out(x)
+
+
+class DepthPredictor(nn.Module):
+    """Matched features to depth, opacity and the raw numbers of a Gaussian per pixel."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.cosine = config.cosine
+        c, r, d, n = config.cost_dim, config.refine_dim, config.dim, config.candidates
+        self.corr_refine_net = Chain(
+            conv(n + d, c), nn.GroupNorm(8, c), nn.GELU(), UNet(c, config.cost_levels), conv(c, n)
+        )
+        self.regressor_residual = conv(n + d, n, 1)
+        self.depth_head_lowres = nn.Sequential(conv(n, 2 * n), nn.GELU(), conv(2 * n, n))
+        four_times = nn.Upsample(scale_factor=4, mode="bilinear", align_corners=True)
+        self.upsampler = nn.Sequential(conv(2 * d, d), four_times, nn.GELU())
+        self.proj_feature = conv(d, r)
+        self.refine_unet = Chain(
+            conv(3 + r + 2, r), nn.GroupNorm(4, r), nn.GELU(), UNet(r, config.refine_levels)
+        )
+        raw = 2 + 3 + 4 + 3 * (config.sh_degree + 1) ** 2  # see to_gaussians
+        self.to_gaussians = nn.Sequential(conv(r + 3 + d, 2 * raw), nn.GELU(), conv(2 * raw, raw))
+        self.to_disparity = nn.Sequential(conv(r, 2 * r), nn.GELU(), conv(2 * r, 2))
+
+    def coarse(self, matched, intrinsics, extrinsics, near, far, others):
+        """The refined matching cost as a distribution over depth candidates: the mean of the
+        inverse depth and the largest probability, both [B*V, 1, h, w]."""
+        V, n = matched.shape[1], self.regressor_residual.out_channels
+        low, high = 1 / far[..., None], 1 / near[..., None]  # [B, V, 1]
+        inverse = low + torch.linspace(0, 1, n, device=near.device) * (high - low)  # [B, V, n]
+        features = matched
+        if self.cosine:
+            features = matched - matched.mean((1, 3, 4), keepdim=True)
+            features = F.normalize(features, dim=2) * math.sqrt(matched.shape[2])
+        cost = cost_volume(features, intrinsics, extrinsics, 1 / inverse, others)
+        x = torch.cat([cost, matched], 2).flatten(0, 1)  # [B*V, n + D, h, w]
+        refined = self.corr_refine_net(x, V) + self.regressor_residual(x)
+        pdf = self.depth_head_lowres(refined).softmax(1)  # [B*V, n, h, w]
+        mean = (pdf * inverse.flatten(0, 1)[..., None, None]).sum(1, keepdim=True)
+        return mean, pdf.amax(1, keepdim=True)
+
+    def fine(self, images, matched, cnn, coarse, confidence, near, far):
+        """Depth corrected at full resolution, and what else makes a Gaussian: depths and
+        opacities [B, V, H, W], raw numbers [B, V, raw, H, W]."""
+        B, V, _, H, W = images.shape
+        coarse = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True)
+        confidence = F.interpolate(confidence, (H, W), mode="nearest")
+        photo = images.flatten(0, 1)
+        features = self.upsampler(torch.cat([matched, cnn], 2).flatten(0, 1))
+        x = torch.cat([photo, self.proj_feature(features), coarse, confidence], 1)
+        x = self.refine_unet(x, V)
+        delta, density = self.to_disparity(x).split(1, 1)
+        bounds = (1 / t.flatten()[:, None, None, None] for t in (far, near))
+        depths = 1 / torch.clamp(coarse + delta, *bounds)
+        raw = self.to_gaussians(torch.cat([x, photo, features], 1))
+        return (t.unflatten(0, (B, V)) for t in (depths[:, 0], density[:, 0].sigmoid(), raw))
+
+
+def cost_volume(features, intrinsics, extrinsics, depths, others):
+    """How well depth candidates [B, V, n], along z, explain the other views. [B, V, n, h, w]
+
+    The scaled dot product of features [B, V, D, h, w] with what the others [V, V - 1] show there,
+    averaged.
+    """
+    B, V, D, h, w = features.shape
+    K = intrinsics * features.new_tensor([w, h, 1])[:, None]
+    y, x = torch.meshgrid(*(torch.arange(s, device=K.device) for s in (h, w)), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)]).flatten(1).to(features)  # no half pixel here
+    rays = torch.linalg.inv(K) @ pixels  # [B, V, 3, h*w]
+    costs = []
+    for candidates in depths.split(32, -1):  # at the paper's size all at once are 4 GB
+        cost, n = 0, candidates.shape[-1]
+        for other in others.T:
+            to_other = torch.linalg.inv(extrinsics[:, other]) @ extrinsics  # [B, V, 4, 4]
+            R, t = to_other[..., :3, :3], to_other[..., :3, 3:]
+            points = (R @ rays)[:, :, :, None] * candidates[:, :, None, :, None] + t[..., None]
+            seen = K[:, other] @ points.flatten(3)  # [B, V, 3, n*h*w]
+            xy = seen[:, :, :2] / seen[:, :, 2:].clamp(min=1e-3)
+            grid = 2 * xy / features.new_tensor([w - 1, h - 1]).view(2, 1) - 1
+            grid = grid.mT.reshape(B * V, n, h * w, 2)
+            warped = F.grid_sample(features[:, other].flatten(0, 1), grid, align_corners=True)
+            warped = warped.view(B, V, D, n, h, w)
+            cost = cost + torch.einsum("bvdhw,bvdnhw->bvnhw", features, warped)
+        costs.append(cost / (math.sqrt(D) * (V - 1)))
+    return torch.cat(costs, 2)
+
+
+def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True):
+    """Depths and opacities [B, V, H, W], raw numbers [B, V, raw, H, W], cameras -> Gaussians.
+
+    The raw numbers are 2 of an offset, 3 of a scale, a quaternion x, y, z, w and harmonics.
+    """
+    B, V, H, W = depths.shape
+    raw = raw.permute(0, 1, 3, 4, 2)
+    offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
+    # Mean: at the depth on the ray through the pixel's centre, moved by half a pixel at most
+    size = raw.new_tensor([1 / W, 1 / H])
+    sides = (torch.arange(s, device=raw.device) + 0.5 for s in (H, W))
+    y, x = torch.meshgrid(*sides, indexing="ij")
+    xy = torch.stack([x, y], -1).to(raw) * size + (offset.sigmoid() - 0.5) * size
+    inverse = torch.linalg.inv(intrinsics)[:, :, None, None]
+    rays = (inverse @ F.pad(xy, (0, 1), value=1.0)[..., None])[..., 0]  # z = 1
+    if ray_depth:
+        rays = F.normalize(rays, dim=-1)
+    R, t = extrinsics[:, :, None, None, :3, :3], extrinsics[:, :, None, None, :3, 3]
+    means = (R @ (rays * depths[..., None])[..., None])[..., 0] + t
+    # Covariance: R S S^T R^T, with standard deviations in pixels at that depth
+    pixel = 0.1 * (torch.linalg.inv(intrinsics[..., :2, :2]) @ size).sum(-1)  # [B, V]
+    sigmas = (0.5 + 14.5 * scale.sigmoid()) * depths[..., None] * pixel[..., None, None, None]
+    i, j, k, r = F.normalize(quaternion, dim=-1, eps=1e-8).unbind(-1)
+    rotation = torch.stack([
+        1 - 2 * (j * j + k * k), 2 * (i * j - k * r), 2 * (i * k + j * r),
+        2 * (i * j + k * r), 1 - 2 * (i * i + k * k), 2 * (j * k - i * r),
+        2 * (i * k - j * r), 2 * (j * k + i * r), 1 - 2 * (i * i + j * j),
+    ], -1).unflatten(-1, (3, 3))  # fmt: skip
+    L = R @ rotation * sigmas[..., None, :]
+    covars = L @ L.mT
+    # Colour: harmonics, small beyond degree 0, turned from the camera's axes to the world's
+    harmonics = harmonics.unflatten(-1, (3, -1))  # [B, V, H, W, 3, (degree + 1)^2]
+    degrees = torch.arange(harmonics.shape[-1], device=raw.device).sqrt().floor()
+    harmonics = harmonics * torch.where(degrees > 0, 0.1 * 0.25**degrees, 1.0).to(raw)
+    rotations = extrinsics[..., :3, :3].flatten(0, 1)
+    harmonics = rotate_harmonics(harmonics.flatten(0, 1), rotations).unflatten(0, (B, V))
+    parts = means, covars, opacities, harmonics
+    return Gaussians(*(part.flatten(1, 3) for part in parts))
+
+
+def pass_on(first, second, inputs, hidden, outputs, kernel, gain=1.0):
+    """Add to two convolutions with a GELU between them what passes channels on, through two hidden
+    ones each and filtered by the kernel twice: gelu(x) - gelu(-x) = x."""
+    for sign, channels in zip((1, -1), hidden):
+        first.weight[channels, inputs] += sign * kernel
+        second.weight[outputs, channels] += sign * gain * kernel
+
+
+@torch.no_grad()
+def new_reconstructor(config=SMALL):
+    """An MVSplat to train, random but where something is known without learning: plain stereo.
+
+    Views are matched by the CNN's features, depth is where 5 x 5 of them match best, and a
+    Gaussian is opaque, half a pixel wide and of its pixel's colour. (MVSplat itself starts from
+    the weights of a trained matching network.)
+    """
+    reconstructor = MVSplat(config)
+    predictor, n = reconstructor.depth_predictor, config.candidates
+    features = reconstructor.backbone.backbone.conv2
+    features.weight.mul_(4.0)  # matching must not drown in the position embedding
+    features.bias.zero_()
+    for block in reconstructor.backbone.transformer.layers:  # residual branches start at 0
+        block["self_attn"].norm1.weight.zero_()
+        block["cross_attn_ffn"].norm2.weight.zero_()
+    # The matching cost goes on to the softmax, averaged over 3 x 3 pixels twice
+    residual, (first, _, second) = predictor.regressor_residual, predictor.depth_head_lowres
+    for layer in (residual, first, second, predictor.corr_refine_net[-1]):
+        layer.weight.mul_(0.1)
+        layer.bias.zero_()
+    candidates = torch.arange(n)
+    residual.weight[candidates, candidates] += 4.0
+    hidden = candidates, n + candidates
+    pass_on(first, second, candidates, hidden, candidates, torch.full((3, 3), 1 / 9))
+    density = predictor.to_disparity[-1]
+    density.weight.zero_()
+    density.bias.copy_(torch.tensor([0.0, 2.0]))  # depth stays; opacity is 0.88
+    # Colours of degree 0 are (photo - 0.5) / SH_C0
+    first, _, second = predictor.to_gaussians
+    second.weight.mul_(0.1)
+    second.bias.zero_()[2:5] = -2.0  # sigma is 0.45 pixels
+    centre = F.pad(torch.ones(1, 1), (1, 1, 1, 1))
+    for c in range(3):
+        row = 9 + c * (config.sh_degree + 1) ** 2
+        hidden = [2 * c, 2 * c + 1]
+        first.weight[hidden], first.bias[hidden], second.weight[row] = 0.0, 0.0, 0.0
+        pass_on(first, second, config.refine_dim + c, hidden, row, centre, 1 / SH_C0)
+        second.bias[row] = -0.5 / SH_C0
+    return reconstructor
+
+
+def load_reconstructor(path=None):
+    """An MVSplat in eval mode, frozen: the one in weights/, the published `re10k.ckpt`, or a
+    safetensors file whose metadata has a "config", JSON of `ReconstructorConfig`'s fields.
+
+    ValueError: the file is missing, is no such file or does not fit.
+    """
+    path = Path(path or SHIPPED)
+    state, config = read_state(path), ReconstructorConfig()
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                fields = json.loads((file.metadata() or {})["config"])
+            config = ReconstructorConfig(**fields)
+        with torch.device("meta"):
+            reconstructor = MVSplat(config)
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
+        why = f"no reconstructor's configuration in its metadata ({error})".partition("\n")[0]
+        raise ValueError(f"{path}: {why}") from None
+    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    load_strictly(reconstructor, encoder or state, path)
+    return reconstructor.eval().requires_grad_(False)
+
+
+class FeedForward(nn.Module):
+    """Gaussians from photos alone: context views {"images" [B, V, 3, H, W], "Ks", "extrinsics"}.
+
+    near and far are in baselines, the distance between a scene's first and last camera: photos
+    alone tell no other unit. The network sees scenes scaled to a baseline of 1.
+    """
+
+    def __init__(self, reconstructor, near, far):
+        super().__init__()
+        if not 0 < near < far:
+            raise ValueError(f"0 < near < far must hold, not near {near} and far {far}")
+        self.reconstructor, self.near, self.far = reconstructor, near, far
+
+    def forward(self, context, coarse=False):
+        images, extrinsics = context["images"], context["extrinsics"].clone()
+        H, W = images.shape[-2:]
+        intrinsics = context["Ks"] / images.new_tensor([W, H, 1])[:, None]
+        baseline = (extrinsics[:, 0, :3, 3] - extrinsics[:, -1, :3, 3]).norm(dim=-1)[:, None]
+        # A camera that only turned sees no depth: its Gaussians land before NEAR_PLANE, as holes
+        baseline = baseline.clamp(min=1e-9)  # [B, 1]
+        extrinsics[..., :3, 3] /= baseline[..., None]
+        near, far = (images.new_full(images.shape[:2], d) for d in (self.near, self.far))
+        out = self.reconstructor(images, extrinsics, intrinsics, near, far, coarse)
+        return out * baseline[..., None, None] if coarse else out.scaled(baseline)
+
+
+class Reconstruction(nn.Module):
+    """One training step of a reconstructor (MVSplat, section 3.3).
+
+    The loss is the mean squared error of the rendered target photo, plus depth_weight times the
+    mean absolute error of the logarithm of depth of every context pixel whose depth is known
+    (MVSplat has no depth term, and LPIPS instead).
+    """
+
+    def __init__(self, reconstructor, near, far, depth_weight):
+        super().__init__()
+        self.reconstruct = FeedForward(reconstructor, near, far)
+        self.depth_weight = depth_weight
+
+    def forward(self, batch, coarse=False):
+        """A batch as `SplatAndDistill`'s. Returns the loss, metrics {name: scalar tensor} and what
+        to draw: "photo" [B, 3, H, W], "depth" and "alphas" [B, H, W], and "gaussians".
+
+        With coarse=True the loss is that of the depth where views are matched, at a quarter of
+        the size. It needs depth, and draws nothing.
+        """
+        context, target = batch["context"], batch["target"]
+        V, _, H, W = context["images"].shape[1:]
+        if coarse:
+            known = F.interpolate(context["depths"], (H // 4, W // 4), mode="nearest")
+            error = log_depth_error(self.reconstruct(context, coarse=True), known)
+            loss = self.depth_weight * error
+            return loss, {"loss": loss.detach(), "log_depth": error.detach()}, {}
+        gaussians = without_masked(self.reconstruct(context), context)
+        photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
+        loss = F.mse_loss(photo, target["images"])
+        if "valid" in target:
+            valid = target["valid"][:, None].expand_as(photo)
+            squares = torch.where(valid, photo - target["images"], 0.0) ** 2
+            loss = squares.sum() / valid.sum().clamp(min=1)
+        metrics = {"mse": loss.detach()}
+        if "depths" in context:
+            forwards = torch.linalg.inv(context["extrinsics"])[:, :, 2]  # [B, V, 4] world to z
+            points = F.pad(gaussians.means, (0, 1), value=1.0).unflatten(1, (V, H, W))
+            z = (points * forwards[:, :, None, None]).sum(-1)
+            error = log_depth_error(z, context["depths"])
+            metrics["log_depth"], loss = error.detach(), loss + self.depth_weight * error
+        drawn = dict(photo=photo, depth=depth, alphas=alphas, gaussians=gaussians)
+        return loss, {"loss": loss.detach(), **metrics}, drawn
+
+
+def log_depth_error(depths, truth):
+    """Mean of |log(depths / truth)| where the truth is known, that is not 0."""
+    known = truth > 0
+    error = depths.clamp(min=1e-6).log() - truth.clamp(min=1e-6).log()
+    return torch.where(known, error, 0.0).abs().sum() / known.sum().clamp(min=1)
