@@ -382,7 +382,8 @@ def test_frames_come_in_natural_order_without_bad_and_missing_ones(tmp_path):
         assert len(scene) == 9
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert "2 frames marked is_bad" in message and "1 without" in message and str(folder) in message
+    assert str(folder) in message and "2 frames marked is_bad" in message
+    assert "1 frames without their image" in message
     assert [shade_of(scene, i) for i in range(len(scene))] == [0, 1, 3, 4, 6, 8, 9, 10, 11]
 
 
@@ -471,19 +472,19 @@ def matrix(value, row=0, column=0):
 BROKEN = {  # what to do to a good capture, and what the message must name
     "no JSON": (lambda f, j: (f / "transforms.json").write_text("{ 'frames': ["), "transforms.json"),
     "binary": (lambda f, j: (f / "transforms.json").write_bytes(b"\xff\xfe\x00"), "transforms.json"),
-    "a list": (lambda f, j: (f / "transforms.json").write_text("[]"), 'transforms.json.*"frames"'),
-    "no frames": (lambda f, j: j.pop("frames"), 'transforms.json.*"frames"'),
+    "a list": (lambda f, j: (f / "transforms.json").write_text("[]"), "transforms.json.*'list'"),
+    "no frames": (lambda f, j: j.pop("frames"), "transforms.json.*no 'frames'"),
     "empty frames": (lambda f, j: j["frames"].clear(), "transforms.json"),
     "a frame without a path": (lambda f, j: j["frames"][1].pop("file_path"), "transforms.json.*file_path"),
     "all missing": (lambda f, j: [p.unlink() for p in (f / "images").iterdir()], "transforms.json.*none"),
-    "no matrix": (lambda f, j: j["frames"][1].pop("transform_matrix"), "transforms.json.*0001.png is missing"),
+    "no matrix": (lambda f, j: j["frames"][1].pop("transform_matrix"), "transforms.json.*0001.png: not a pose"),
     "null matrix": (lambda f, j: j["frames"][1].update(transform_matrix=None), "transforms.json.*0001.png"),
     "ragged": (lambda f, j: j["frames"][1].update(transform_matrix=[[1, 0], [0]]), "transforms.json.*0001.png"),
-    "3 x 3": (lambda f, j: j["frames"][1].update(transform_matrix=np.eye(3).tolist()), "0001.png is not 4 x 4"),
+    "3 x 3": (lambda f, j: j["frames"][1].update(transform_matrix=np.eye(3).tolist()), "0001.png: not a pose"),
     "words": (lambda f, j: j["frames"][1].update(transform_matrix=[["a"] * 4] * 4), "transforms.json.*0001.png"),
     "NaN": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(np.nan, 1, 3)), "0001.png.*finite"),
-    "scaled": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(2.0)), "0001.png is not rigid"),
-    "mirrored": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(-1.0)), "0001.png is not rigid"),
+    "scaled": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(2.0)), "0001.png: not rigid"),
+    "mirrored": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(-1.0)), "0001.png: not rigid"),
     "no focal length": (
         lambda f, j: j.pop("fl_x"),
         "transforms.json.*no focal length.*fl_x or camera_angle_x",
@@ -494,7 +495,7 @@ BROKEN = {  # what to do to a good capture, and what the message must name
         lambda f, j: j.update(depth_unit_scale_factor="mm"),
         "transforms.json.*depth_unit_scale_factor.*'mm'",
     ),
-    "depth path a number": (lambda f, j: j["frames"][1].update(depth_file_path=3), "transforms.json.*depth_file_path"),
+    "depth path a number": (lambda f, j: j["frames"][1].update(depth_file_path=3), "transforms.json.*'int'"),
     "corrupt image": (lambda f, j: (f / "images/0001.png").write_bytes(b"nothing"), "0001.png"),
     "cut image": (
         lambda f, j: (f / "images/0001.png").write_bytes((f / "images/0001.png").read_bytes()[:60]),
@@ -519,7 +520,7 @@ BROKEN = {  # what to do to a good capture, and what the message must name
     ),
     "mask path a number": (
         lambda f, j: j["frames"][1].update(mask_path=3),
-        "transforms.json.*mask_path is 3",
+        "transforms.json.*'int'",
     ),
     "unknown lens": (
         lambda f, j: j.update(camera_model="FOV"),
@@ -653,10 +654,9 @@ def test_straight_lines_are_straight(tmp_path, name, height, width):
 
 def test_a_lens_is_needed_for_that(tmp_path):
     """The same photo with its lens taken for a pinhole bends the lines by pixels."""
-    scene = bent_capture(tmp_path / "a", "OPENCV")
-    about = json.loads(scene.file.read_text()) | {"camera_model": "PINHOLE"}
-    about = {k: v for k, v in about.items() if k[0] not in "kp"}
-    scene.file.write_text(json.dumps(about))
+    file = bent_capture(tmp_path / "a", "OPENCV").path / "transforms.json"
+    about = json.loads(file.read_text()) | {"camera_model": "PINHOLE"}
+    file.write_text(json.dumps({k: v for k, v in about.items() if k[0] not in "kp"}))
     image = PosedFolder(tmp_path / "a").frame(0, 240, 320)["images"][0].double().numpy()
     columns, line = pixels(240, 320)[1], 190 * 0.45 + 166
     near = image * (np.abs(columns - line) < 9)
@@ -776,7 +776,7 @@ def test_scannetpp_is_found_from_wherever_one_stands(tmp_path, start):
     (tmp_path / "splits").mkdir()
     (scene,) = open_scenes(tmp_path / start)
     assert scene.name == "0a5c013435"
-    with pytest.warns(UserWarning, match="1 frames marked is_bad and 0 without"):
+    with pytest.warns(UserWarning, match="json: 1 frames marked is_bad are left out$"):
         assert scene.numbers.tolist() == [i for i in DSC if i != 3]
 
 
@@ -810,10 +810,10 @@ def test_scannetpp_pairs_photos_lens_and_masks(tmp_path, folder):
 )
 def test_scannetpps_lens_and_photos_are_not_mixed(tmp_path, photos, files):
     dslr = scannetpp(tmp_path, photos=photos, files=files)
-    with pytest.raises(ValueError, match="none of its 12 frames.*11 have only .* not of its lens"):
+    with pytest.raises(ValueError, match="none of its frames.*11 frames with photos of another lens"):
         len(open_scenes(tmp_path)[0])
     (dslr / "nerfstudio" / files[0]).rename(dslr / "nerfstudio" / "transforms_train.json")
-    with pytest.raises(ValueError, match="transforms_train.json.*not of its lens"):
+    with pytest.raises(ValueError, match="transforms_train.json.*of another lens"):
         len(open_scenes(tmp_path)[0])
 
 
@@ -828,6 +828,31 @@ def test_scannetpps_segments_are_found(tmp_path, beside):
     assert (scene.frame(3, 30, 40)["masks"] == 48).all()
 
 
+@pytest.mark.parametrize("photos, doubt", [
+    (("resized_images",), "resized_images"),
+    (("resized_images", "undistorted_images"), "undistorted_images"),
+    (("undistorted_images",), None),
+])  # fmt: skip
+def test_ids_that_may_be_of_another_lens_are_not_taken_without_a_word(tmp_path, photos, doubt):
+    """Ids of fisheye and of undistorted photos have one name and one size."""
+    files = ("transforms.json", "transforms_undistorted.json")
+    folder = scannetpp(tmp_path, photos=photos, files=files).parent / "instance_segmentation"
+    folder.mkdir()
+    for i in DSC:
+        Image.new("L", (40, 30), 7).save(folder / f"DSC{i:05d}.JPG.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (scene,) = open_scenes(tmp_path)
+        assert scene.has_masks
+    said = [str(w.message) for w in caught if "fisheye" in str(w.message)]
+    assert len(said) == (doubt is not None)
+    if doubt:
+        assert said[0].startswith(f"{folder}: ") and said[0].endswith(f"dslr/{doubt}")
+    Image.new("L", (40, 34)).save(folder / "DSC00001.JPG.png")  # that of another size is an error
+    with pytest.raises(ValueError, match="DSC00001.JPG.png: .*its 40 x 34 pixels do not cover"):
+        scene.frame(0, 30, 40)
+
+
 def test_splits_choose_scenes(tmp_path):
     for scene in ("aa", "bb", "cc"):
         scannetpp(tmp_path, scene)
@@ -840,7 +865,7 @@ def test_splits_choose_scenes(tmp_path):
     split.write_text("dd\n")
     with pytest.raises(ValueError, match="nvs_sem_train.txt: none of its 1 scenes is in"):
         open_scenes(tmp_path, split)
-    with pytest.raises(ValueError, match="nothing.txt: not a text file"):
+    with pytest.raises(ValueError, match="nothing.txt: no such file"):
         open_scenes(tmp_path, tmp_path / "nothing.txt")
 
 
@@ -904,11 +929,11 @@ OPENCV = [343.657687, 343.606116, 135, 240, 0.0544042, -0.0764641, -0.0011481, -
 POINTS = [((0.1, -0.2, 4.0), (1, 9)), ((0.4, 0.1, 6.0), (1, 9, 19)), ((0.0, 0.3, 9.0), (50,))]
 
 
-def colmap(root, kind="bin", sparse="sparse/0", photos="images"):
+def colmap(root, kind="bin", sparse="sparse/0", photos="images", poses=COLMAP):
     """What COLMAP writes, by its documentation; two 2D points with every image."""
     (root / sparse).mkdir(parents=True)
     (root / photos).mkdir()
-    images = list(COLMAP.items())[::-1]
+    images = list(poses.items())[::-1]
     for k, (name, _) in enumerate(images):
         Image.new("RGB", (27, 48), (20 * k,) * 3).save(root / photos / name)
     if kind == "bin":
@@ -966,6 +991,28 @@ def test_colmap_gives_the_cameras_that_others_give(tmp_path, kind, sparse, photo
     assert frame["Ks"][0, 0].item() == pytest.approx(343.657687, rel=0.03)
 
 
+def test_colmaps_points_are_where_it_says(tmp_path):
+    """Its mean error of a point in pixels, which it writes too, follows from its poses and lens as
+    they are read here. Two images of COLMAP 4.2's, the points that they alone see, where it found
+    them. (Of all 4,692 points of that reconstruction the worst differs by 2e-13.)"""
+    pose = [0.873257, 0.087332, -0.479076, -0.016763, 0.275934, -0.483387, 2.137687]
+    two = {"0012.jpg": COLMAP["0012.jpg"], "0014.jpg": (10, pose, None)}
+    (scene,) = open_scenes(colmap(tmp_path / "a", poses=two))
+    for point, error, *found in [
+        ([4.378608, 6.003281, 0.91097], 0.013821, (193.8945, 456.2726), (208.2841, 468.0435)),
+        ([4.343734, 5.992534, 0.849641], 0.024323, (196.2635, 458.1022), (210.4907, 470.0222)),
+        ([1.569879, -0.892708, 2.115653], 0.421015, (108.217, 84.8578), (87.3291, 95.7148)),
+        ([3.809144, 5.584256, 1.723218], 0.013041, (151.5624, 441.2911), (162.9524, 450.0984)),
+    ]:
+        errors = []
+        for shot, seen in zip(scene.shots, found):
+            x, y, z = (np.linalg.inv(shot.pose) @ [*point, 1])[:3]
+            bent = data.distort(data.lens_of(shot.camera), x / z, y / z)
+            fx, fy, cx, cy = data.pinhole(shot.camera, 270, 480)
+            errors.append(np.hypot(fx * bent[0] + cx - seen[0], fy * bent[1] + cy - seen[1]))
+        assert np.mean(errors) == pytest.approx(error, abs=1e-3)
+
+
 def test_colmaps_points_bound_the_depths(tmp_path):
     (scene,) = open_scenes(colmap(tmp_path / "a"))
     depths = scene.point_depths()
@@ -1001,9 +1048,9 @@ def many_images(f):
 
 
 @pytest.mark.parametrize("change, message", [
-    (other_camera(6), "cameras.bin.*camera model FULL_OPENCV is none of"),
+    (other_camera(6), "cameras.bin.*camera model number 6 is none of"),
     (other_camera(99), "cameras.bin.*camera model number 99 is none of"),
-    (lambda f: cut(f / "cameras.bin", 60), "cameras.bin: not COLMAP's cameras .unpack_from req"),
+    (lambda f: cut(f / "cameras.bin", 60), "cameras.bin: not COLMAP's cameras .unpack requires"),
     (lambda f: cut(f / "images.bin", 100), "images.bin: not COLMAP's images"),
     (many_images, "images.bin: not COLMAP's images"),
     (lambda f: (f / "images.bin").unlink(), "images.bin: not COLMAP's images .*No such file"),
