@@ -928,8 +928,7 @@ class PosedFolder:
     def __init__(self, path, lists=None, file=None, name=None):
         self.path, self.lists = Path(path), lists or list_transforms
         self.file = file or self.path
-        parts = (part for part in reversed(self.path.resolve().parts) if part not in INNER)
-        self.name = name or next(parts)
+        self.name = name or next(p for p in reversed(self.path.resolve().parts) if p not in INNER)
 
     def __len__(self):
         return len(self.shots)
@@ -1052,17 +1051,17 @@ def list_transforms(scene):
     files = [scene.path / mark for mark in TRANSFORMS if (scene.path / mark).is_file()]
     if not files:
         raise BadFile(f"{scene.path}: found none of {', '.join(TRANSFORMS)}")
-    for scene.file in files:
-        lost = []
-        with naming(scene.file, "not a capture that can be read"):
-            shots = read_transforms(scene.file, lost)
+    for file in files:
+        scene.file, lost = file, []
+        with naming(file, "not a capture that can be read"):
+            shots = read_transforms(file, lost)
         said = ", ".join(f"{lost.count(why)} frames {why}" for why in dict.fromkeys(lost))
         if shots:
             break
     else:
-        raise BadFile(f"{scene.file}: none of its frames can be used ({said or 'it has none'})")
+        raise BadFile(f"{file}: none of its frames can be used ({said or 'it has none'})")
     if said:
-        warnings.warn(f"{scene.file}: {said}")
+        warnings.warn(f"{file}: {said}")
     folder = dirname(shots[0].photo)
     ids = [dirname(shot.labels["masks"]) for shot in shots if "masks" in shot.labels]
     if ids and basename(folder) in SCANNETPP and isdir(join(dirname(folder), "resized_images")):
@@ -1072,7 +1071,7 @@ def list_transforms(scene):
 
 
 def read_transforms(file, lost):
-    """[Shot] of the frames to train on; `lost` gets a word for what each of the others lacks."""
+    """[Shot] of the frames to train on. `lost` gets what to say of each that lacks something."""
     about, beside, found = json.loads(file.read_text()), Beside(file.parent), []
     unit = about.get("depth_unit_scale_factor", 0.001)
     if not (isinstance(unit, (int, float)) and 0 < unit < np.inf):
@@ -1534,9 +1533,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         scene, *frames = self.entries[n]
-        keys = ("images", "extrinsics", "Ks", "depths")
-        views = [scene.frame(i, *self.size) for i in frames]
-        return tuple({k: view[k] for k in keys} for view in views)
+        return tuple(scene.frame(i, *self.size) for i in frames)
 
 
 def pairs(path, count, height, width, seed):
