@@ -970,10 +970,10 @@ class PosedFolder:
             return None
         seen = {shot.number: [] for shot in shots}
         with naming(file, "not COLMAP's points"):
-            for point, track in read_points(file):
-                for number in track:
-                    seen.get(number, []).append(point)
-        points = [np.array(seen[shot.number]).reshape(-1, 3) for shot in shots]
+            for row in colmap_rows(file):
+                for number in row[8::2]:
+                    seen.get(int(number), []).append(row[1:4])
+            points = [np.array(seen[s.number], np.float64).reshape(-1, 3) for s in shots]
         return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, shots)]
 
     def frame(self, i, height, width):
@@ -1107,86 +1107,61 @@ def list_colmap(scene):
     images_4/, images_8/, copies at a fraction of the size). The unit is whatever COLMAP chose."""
     folders = [join(scene.path, f) for f in ("images", "images_2", "images_4", "images_8")]
     folder, beside = next(filter(isdir, folders), folders[0]), Beside(scene.path)
+    file, cameras = scene.file.with_name(f"images{scene.file.suffix}"), {}
     with naming(scene.file, "not COLMAP's cameras"):
-        cameras = read_cameras(scene.file)
-    file = scene.file.with_name(f"images{scene.file.suffix}")
+        for number, model, *values in colmap_rows(scene.file):
+            camera = zip(("w", "h", *parameters(model)), map(float, values), strict=True)
+            cameras[int(number)] = dict(camera, camera_model=model)
+            lens_of(cameras[int(number)])
     with naming(file, "not COLMAP's images"):
-        images = sorted(read_images(file), key=lambda image: natural(image[-1]))
-        kept = [image for image in images if beside.first([join(folder, image[-1])])]
+        images = sorted(colmap_rows(file), key=lambda row: natural(row[-1]))
+        kept = [row for row in images if beside.first([join(folder, row[-1])])]
         if not kept:
             raise ValueError(f"none of its {len(images)} photos is in {folder}")
-        # World to camera is the turn R of the unit quaternion (w, v), then the move t. With
-        # K = [v]x, R = 1 + 2 w K + 2 K K; camera to world is its transpose, of K' = -K.
-        values = np.array([image[1:8] for image in kept])
+        # World to camera is a unit quaternion (w, v), of the rotation 1 + 2 w [v]x + 2 [v]x [v]x,
+        # then a translation t. Camera to world rotates by its transpose, that of -v.
+        values = np.array([row[1:8] for row in kept], np.float64)
         quaternions = values[:, :4] / np.linalg.norm(values[:, :4], axis=1, keepdims=True)
-        K = np.cross(quaternions[:, None, 1:], np.eye(3))  # (N, 3, 3), its transpose
-        turns = np.eye(3) + 2 * quaternions[:, :1, None] * K + 2 * K @ K
+        minus_v = np.cross(quaternions[:, None, 1:], np.eye(3))  # [-v]x, (N, 3, 3)
+        turns = np.eye(3) + 2 * quaternions[:, :1, None] * minus_v + 2 * minus_v @ minus_v
         moves = -turns @ values[:, 4:, None]
-        poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {i[-1]}" for i in kept])
-        photos = [join(folder, image[-1]) for image in kept]
-        shots = [Shot(photo, file, beside.labels(photo, i[-1]), pose, cameras[i[8]], number=i[0])
-                 for i, photo, pose in zip(kept, photos, poses)]  # fmt: skip
+        poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
+        shots = []
+        for (number, *_, camera, name), pose in zip(kept, poses):
+            photo, camera = join(folder, name), cameras[int(camera)]
+            labels = beside.labels(photo, name)
+            shots.append(Shot(photo, file, labels, pose, camera, number=int(number)))
     if len(images) > len(kept):
         warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
     return shots
 
 
-def take(file, form):
-    """The next numbers of a binary file. struct.error: it ends too soon."""
-    return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
-
-
-def text_lines(path):
-    return [line for line in path.read_text().splitlines() if not line.startswith("#")]
-
-
-def read_cameras(path):
-    """COLMAP's cameras: {number: camera by transforms.json's keys}."""
-    rows = []
+def colmap_rows(path):
+    """The rows of COLMAP's cameras, images or points3D, flat, from .txt or in its order from .bin:
+    number, model, width, height, parameters; number, quaternion w x y z, translation x y z, camera,
+    name; or number, x y z, r g b, error, and twice as many numbers as images see the point."""
     if path.suffix == ".txt":
-        for number, model, *values in map(str.split, filter(str.strip, text_lines(path))):
-            rows.append((int(number), model, [float(v) for v in values]))
-    else:
-        file = io.BytesIO(path.read_bytes())
-        for _ in range(*take(file, "Q")):
-            number, model, *size = take(file, "iiQQ")
-            model = dict(enumerate(MODELS)).get(model, f"number {model}")
-            rows.append((number, model, [*size, *take(file, f"{len(parameters(model))}d")]))
-    cameras = {}
-    for number, model, values in rows:
-        camera = zip(("w", "h", *parameters(model)), values, strict=True)
-        cameras[number] = dict(camera, camera_model=model)
-        lens_of(cameras[number])
-    return cameras
-
-
-def read_images(path):
-    """COLMAP's images: [(number, quaternion w x y z, translation x y z, camera, name)], flat."""
-    images = []
-    if path.suffix == ".txt":
-        for line in filter(str.strip, text_lines(path)[::2]):  # every second lists its points
-            number, *pose, camera, name = line.split(maxsplit=9)
-            images.append((int(number), *map(float, pose), int(camera), name.strip()))
-        return images
-    file = io.BytesIO(path.read_bytes())
-    for _ in range(*take(file, "Q")):
-        values = take(file, "i7di")
-        name = b"".join(iter(lambda: take(file, "c")[0], b"\0"))
-        take(file, f"{24 * take(file, 'Q')[0]}x")  # its points
-        images.append((*values, name.decode()))
-    return images
-
-
-def read_points(path):
-    """COLMAP's points: (x y z in the world, numbers of the images that see it) of each."""
-    if path.suffix == ".txt":
-        for row in map(str.split, filter(str.strip, text_lines(path))):
-            yield [float(v) for v in row[1:4]], [int(v) for v in row[8::2]]
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        every, most = (2, 9) if path.stem == "images" else (1, -1)  # every second lists points
+        yield from (line.strip().split(maxsplit=most) for line in lines[::every] if line.strip())
         return
     file = io.BytesIO(path.read_bytes())
-    for _ in range(*take(file, "Q")):
-        _, *point, length = take(file, "Q3d3x8xQ")
-        yield point, take(file, f"{2 * length}i")[::2]
+
+    def take(form):  # struct.error: it ends too soon
+        return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
+
+    for _ in range(*take("Q")):
+        if path.stem == "cameras":
+            number, model, *size = take("iiQQ")
+            model = dict(enumerate(MODELS)).get(model, f"number {model}")
+            yield number, model, *size, *take(f"{len(parameters(model))}d")
+        elif path.stem == "images":
+            head, name = take("i7di"), b"".join(iter(lambda: take("c")[0], b"\0"))
+            take(f"{24 * take('Q')[0]}x")  # the points that it sees
+            yield *head, name.decode()
+        else:
+            *head, length = take("Q3d3BdQ")
+            yield *head, *take(f"{2 * length}i")
 
 
 class Chunks(list):
