@@ -676,7 +676,8 @@ def read_shot(shot, framing):
     # Where windows slide over a whole photo its labels are not scaled
     labels = Crop(photo, *size) if framing.slide and framing.size is None else crop
     frame |= {key: labels.label(key, path, shot) for key, path in shot.labels.items()}
-    return shot.finish(frame, labels, framing) if shot.finish else frame
+    with naming(shot.photo, "a photo that cannot be cropped"):
+        return shot.finish(frame, labels, framing) if shot.finish else frame
 
 
 def open_picture(path, what, listed_in, packed=None):
@@ -845,9 +846,8 @@ def pinhole(camera, width, height):
     given = {k: v for k, v in camera.items() if v is not None}
     w, h = given.get("w", width), given.get("h", height)
     fx = given.get("fl_x") or 0.5 * w / np.tan(0.5 * given["camera_angle_x"])
-    fy = given.get("fl_y", fx)
-    if "fl_y" not in given and "camera_angle_y" in given:
-        fy = 0.5 * h / np.tan(0.5 * given["camera_angle_y"])
+    angle = given.get("camera_angle_y")
+    fy = given.get("fl_y") or (0.5 * h / np.tan(0.5 * angle) if angle else fx)
     cx, cy = given.get("cx", w / 2), given.get("cy", h / 2)
     return fx * width / w, fy * height / h, cx * width / w, cy * height / h
 
@@ -1842,15 +1842,10 @@ def scratch(folder, need):
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
     """Labelled frames to train and to test a probe on, and the classes' names (or None).
 
-    Args:
-        task: depth, normals or segmentation.
-        path: a folder in one of the layouts in README, Probing; None for procedural rooms.
-        framing: a `Framing`: what of a photo is seen.
-        train_count, test_count: frames, evenly spread; 0 are all (of rooms, 200).
-        classes: a file of the classes' names, one a line, where the layout leaves them open.
-        copies: windows of each training photo.
-
-    Raises ValueError: which path was expected.
+    path: a folder in one of the layouts in README, Probing; None for procedural rooms. train_count
+    and test_count frames are evenly spread; 0 are all (of rooms, 200). classes: a file of the
+    classes' names, one a line. copies: windows of each training photo. Raises ValueError: which
+    path was expected.
     """
     names = CLASSES[1:] if path is None and task == "segmentation" else None
     if path is None:
@@ -1918,8 +1913,8 @@ def nyu_crop(frame, labels, framing):
     if framing.size is not None:
         return frame
     H, W = frame["depths"].shape
-    window = slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640)
-    return {key: tensor[..., *window] for key, tensor in frame.items()}
+    window = (..., slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
+    return {key: tensor[window] for key, tensor in frame.items()}
 
 
 DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
