@@ -1856,8 +1856,13 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
         parts = [[(rooms, start + i) for i in range(count or 200)]
                  for start, count in ((0, train_count), (half, test_count))]  # fmt: skip
     elif found := layout_of(task, Path(path)):
-        (_, lists, *own), mark = found
-        parts = lists(Path(path), mark)
+        (_, lists, names_of_parts, *own), mark = found
+        if not lists:  # such as KITTI's eigen_train_files_with_gt.txt
+            known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
+            raise BadFile(f"{mark}: not a list that is read here; those are {known}")
+        parts = [lists(Path(path), part) for part in names_of_parts]
+        if len(parts) == 1:  # every fifth is to test on
+            parts = [shot for k, shot in enumerate(parts[0]) if k % 5 != 4], parts[0][4::5]
         if own:
             names = tuple(map(str.strip, lines_of(classes))) if classes else own[1]
             if not names:
@@ -1925,85 +1930,65 @@ DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, an
 )  # fmt: skip
 
 
-def depth_lists(path, mark, lists):
-    """Lists of lines "photo depth focal", to train and to test on."""
-    parts = []
-    for name, below, finish in lists:
-        files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
-        if not files:
-            raise BadFile(f"{mark.parent / name}: expected, beside the other split's file")
-        lines = [line.split() for line in lines_of(files[0])]
-        if not lines or any(len(line) < 2 for line in lines):
-            raise BadFile(f'{files[0]}: a line is not "photo depth focal"')
-        lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
-        roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")]
-        roots = [r for r in (*roots, path) if lines and (r / lines[0][0]).is_file()] or roots
-        parts.append([Shot(roots[0] / photo, files[0], {"depths": roots[0] / depth}, finish=finish)
-                      for photo, depth in lines])  # fmt: skip
-    return parts
+def listed_depth(path, part):
+    """By lists of lines "photo depth focal"; part: see DEPTH_LISTS."""
+    name, below, finish = part
+    files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
+    if not files:
+        raise BadFile(f"{path / name}: expected, beside the other split's file")
+    lines = [line.split() for line in lines_of(files[0])]
+    if not lines or any(len(line) < 2 for line in lines):
+        raise BadFile(f'{files[0]}: a line is not "photo depth focal"')
+    lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
+    roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
+    root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
+    return [Shot(root / photo, files[0], {"depths": root / depth}, finish=finish)
+            for photo, depth in lines]  # fmt: skip
 
 
-def unknown_list(path, mark):
-    """Such as KITTI's eigen_train_files_with_gt.txt."""
-    known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
-    raise BadFile(f"{mark}: not a list that is read here; those are {known}")
-
-
-def scannetpp(path, mark, key):
-    """ScanNet++'s scenes, as its toolbox writes them, by splits/nvs_sem_train.txt and
-    nvs_sem_val.txt: those with data/SCENE/dslr/render_depth/NAME.png, or with
-    semantics/SCENE/NAME.JPG.png. Labels are as distorted as dslr/resized_images/, unless
-    undistorted/SCENE/ has their photos."""
+def scannetpp(path, part, key):
+    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
+    those with data/SCENE/dslr/render_depth/NAME.png, or with semantics/SCENE/NAME.JPG.png. Labels
+    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
     where = "data/{}/dslr/render_depth" if key == "depths" else "semantics/{}"
-    parts = []
-    for name in ("nvs_sem_train.txt", "nvs_sem_val.txt"):
-        file, shots = path / "splits" / name, []
-        for scene in map(str.strip, lines_of(file)):
-            labels = (path / where.format(scene)).glob("*.png")
-            for label in sorted(labels, key=lambda p: natural(p.name)):
-                stem = label.stem.removesuffix(".JPG")
-                photo = path / "undistorted" / scene / f"{stem}.JPG.jpg"
-                if key == "depths" or not photo.is_file():
-                    photo = path / "data" / scene / "dslr/resized_images" / f"{stem}.JPG"
-                shots.append(Shot(photo, file, {key: label}))
-        if not shots:
-            what = f"none of the scenes in {file} has labels in {where.format('SCENE')}/"
-            raise BadFile(f"{path}: {what}")
-        parts.append(shots)
-    return parts
+    file, shots = path / "splits" / f"nvs_sem_{part}.txt", []
+    for scene in map(str.strip, lines_of(file)):
+        labels = (path / where.format(scene)).glob("*.png")
+        for label in sorted(labels, key=lambda p: natural(p.name)):
+            stem = label.stem.removesuffix(".JPG")
+            photo = path / "undistorted" / scene / f"{stem}.JPG.jpg"
+            if key == "depths" or not photo.is_file():
+                photo = path / "data" / scene / "dslr/resized_images" / f"{stem}.JPG"
+            shots.append(Shot(photo, file, {key: label}))
+    if not shots:
+        what = f"none of the scenes in {file} has labels in {where.format('SCENE')}/"
+        raise BadFile(f"{path}: {what}")
+    return shots
 
 
-def in_folders(path, mark, key, photos, labels, parts, suffixes=(".png",)):
-    """Photos and labels in folders, by the same names; {} is the part. Of a single part every fifth
-    is to test on. ValueError: what is missing."""
-    found = []
-    for photos_in, labels_in in ((path / photos.format(p), path / labels.format(p)) for p in parts):
-        for folder in (photos_in, labels_in):
-            if not folder.is_dir():
-                raise BadFile(f"{folder}: no such folder")
-        shots = []
-        pictures = [p for p in photos_in.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-        for photo in sorted(pictures, key=lambda p: natural(p.name)):
-            paths = [labels_in / (photo.stem + suffix) for suffix in suffixes]
-            label = next((p for p in paths if p.is_file()), None)
-            if label is None:
-                raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
-            shots.append(Shot(photo, photos_in, {key: label}))
-        found.append(shots)
-    if len(parts) == 1:
-        return [shot for k, shot in enumerate(found[0]) if k % 5 != 4], found[0][4::5]
-    return found
+def in_folders(path, part, key, photos, labels, suffixes=(".png",)):
+    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
+    photos, labels = path / photos.format(part), path / labels.format(part)
+    for folder in (photos, labels):
+        if not folder.is_dir():
+            raise BadFile(f"{folder}: no such folder")
+    shots = []
+    pictures = [p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    for photo in sorted(pictures, key=lambda p: natural(p.name)):
+        paths = [labels / (photo.stem + suffix) for suffix in suffixes]
+        label = next((p for p in paths if p.is_file()), None)
+        if label is None:
+            raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
+        shots.append(Shot(photo, photos, {key: label}))
+    return shots
 
 
-def voc2012(path, mark):
+def voc2012(path, part):
     """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
-    parts = []
-    for part in ("train", "val"):
-        file = path / f"ImageSets/Segmentation/{part}.txt"
-        stems = [line.split()[0] for line in lines_of(file)]
-        parts.append([Shot(path / f"JPEGImages/{stem}.jpg", file,
-                           {"classes": path / f"SegmentationClass/{stem}.png"}) for stem in stems])
-    return parts
+    file = path / f"ImageSets/Segmentation/{part}.txt"
+    photos, labels = path / "JPEGImages", path / "SegmentationClass"
+    stems = [line.split()[0] for line in lines_of(file)]
+    return [Shot(photos / f"{s}.jpg", file, {"classes": labels / f"{s}.png"}) for s in stems]
 
 
 VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
@@ -2027,8 +2012,9 @@ def normals_from_depth(depths, K):
     return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
 
 
-# All layouts: what marks a folder, how its frames are listed; and of label maps of classes the
-# first class's number (where that is 0, 255 = none) and the classes' names
+# All layouts: what marks a folder, and how its frames are listed. Of labelled photos also the parts
+# to train and to test on (if it is one, every fifth is), and of label maps of classes the first
+# class's number (where that is 0, 255 = none) and the classes' names.
 LAYOUTS = {
     "capture": (
         ([join(f, t) for f in ("", "nerfstudio", "dslr/nerfstudio") for t in TRANSFORMS],
@@ -2040,23 +2026,23 @@ LAYOUTS = {
     ),
     "depth": (
         *(([f + name for f in ("", "train_test_inputs/") for name, *_ in lists],
-           functools.partial(depth_lists, lists=lists)) for lists in DEPTH_LISTS),
-        (("splits",), functools.partial(scannetpp, key="depths")),
-        (("*train*.txt", "train_test_inputs/*train*.txt"), unknown_list),
+           listed_depth, lists) for lists in DEPTH_LISTS),
+        (("splits",), functools.partial(scannetpp, key="depths"), ("train", "val")),
+        (("*train*.txt", "train_test_inputs/*train*.txt"), None, ()),
     ),
     "normals": (
-        (("train/image", "train/normal"), functools.partial(
-            in_folders, key="normals", photos="{}/image", labels="{}/normal",
-            parts=("train", "test"), suffixes=(".png", ".npy"))),
-        (("image", "normal"), functools.partial(
-            in_folders, key="normals", photos="image", labels="normal",
-            parts=("",), suffixes=(".png", ".npy"))),
+        (("train/image", "train/normal"),
+         functools.partial(in_folders, key="normals", photos="{}/image", labels="{}/normal",
+                           suffixes=(".png", ".npy")), ("train", "test")),
+        (("image", "normal"),
+         functools.partial(in_folders, key="normals", photos="image", labels="normal",
+                           suffixes=(".png", ".npy")), ("",)),
     ),
     "segmentation": (
-        (("images", "annotations"), functools.partial(
-            in_folders, key="classes", photos="images/{}", labels="annotations/{}",
-            parts=("training", "validation")), 1, tuple(f"class_{i}" for i in range(1, 151))),
-        (("semantics",), functools.partial(scannetpp, key="classes"), 0, None),
-        (("JPEGImages", "ImageSets"), voc2012, 0, VOC),
+        (("images", "annotations"),
+         functools.partial(in_folders, key="classes", photos="images/{}", labels="annotations/{}"),
+         ("training", "validation"), 1, tuple(f"class_{i}" for i in range(1, 151))),
+        (("semantics",), functools.partial(scannetpp, key="classes"), ("train", "val"), 0, None),
+        (("JPEGImages", "ImageSets"), voc2012, ("train", "val"), 0, VOC),
     ),
 }  # fmt: skip
