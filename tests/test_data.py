@@ -281,19 +281,21 @@ def test_rooms_are_drawn_fast_enough():
     assert speed > 1.5  # a guard against falling off a cliff, not a benchmark: others may use this machine
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Captures on disk. Image i has the grey value 10 * i, which tells frames apart.
 
 EYE = np.eye(4).tolist()
 
 
-def write_capture(folder, count=4, top=None, change=lambda i, frame: frame, size=(40, 30), names="images/{:04d}.png"):
+def write_capture(folder, count=4, top=None, change=lambda i, frame: frame, size=(40, 30),
+                  names="images/{:04d}.png"):  # fmt: skip
     (folder / "images").mkdir(parents=True)
     frames = []
     for i in range(count):
         Image.new("RGB", size, (10 * i,) * 3).save(folder / names.format(i))
         frames.append(change(i, {"file_path": names.format(i), "transform_matrix": EYE}))
-    about = {"fl_x": 50.0, "w": size[0], "h": size[1], "frames": frames} if top is None else {**top, "frames": frames}
+    about = {"fl_x": 50.0, "w": size[0], "h": size[1]} if top is None else top
+    about = about | {"frames": frames}
     (folder / "transforms.json").write_text(json.dumps(about))
     return folder
 
@@ -303,12 +305,14 @@ def shade_of(scene, i):
 
 
 def test_opengl_poses_become_opencv(tmp_path):
-    # A camera at (1, 2, 3) looking along world +x with world z up; OpenGL's columns: right -y, up +z, backward -x
+    # A camera at (1, 2, 3) looking along world +x with world z up.
+    # OpenGL's columns: right -y, up +z, backward -x
     pose = np.array([[0, 0, -1, 1], [-1, 0, 0, 2], [0, 1, 0, 3], [0, 0, 0, 1]], float)
-    scene = PosedFolder(write_capture(tmp_path / "a", change=lambda i, f: f | {"transform_matrix": pose.tolist()}))
+    own = {"transform_matrix": pose.tolist()}
+    scene = PosedFolder(write_capture(tmp_path / "a", change=lambda i, f: f | own))
     got = scene.frame(0, 30, 40)["extrinsics"]
     right, down, forward = [0, -1, 0], [0, 0, -1], [1, 0, 0]
-    assert torch.equal(got[:3], torch.tensor([right, down, forward, [1, 2, 3]], dtype=torch.float32).T)
+    assert torch.equal(got[:3], torch.tensor([right, down, forward, [1, 2, 3]]).float().T)
 
 
 def test_intrinsics_of_the_file_and_of_a_frame(tmp_path):
@@ -316,10 +320,12 @@ def test_intrinsics_of_the_file_and_of_a_frame(tmp_path):
         return frame | ({"fl_x": 80.0, "fl_y": 90.0, "cx": 19.0, "cy": 16.0} if i == 1 else {})
 
     scene = PosedFolder(write_capture(tmp_path / "a", change=change))
-    assert scene.frame(0, 30, 40)["Ks"].tolist() == [[50, 0, 20], [0, 50, 15], [0, 0, 1]]  # the rest by default
+    # Frame 0 has the file's focal length, and the rest by default
+    assert scene.frame(0, 30, 40)["Ks"].tolist() == [[50, 0, 20], [0, 50, 15], [0, 0, 1]]
     assert scene.frame(1, 30, 40)["Ks"].tolist() == [[80, 0, 19], [0, 90, 16], [0, 0, 1]]
     # The photos are half the size that the file speaks of
-    scene = PosedFolder(write_capture(tmp_path / "b", top={"fl_x": 100, "cx": 42, "cy": 28, "w": 80, "h": 60}))
+    twice = {"fl_x": 100, "cx": 42, "cy": 28, "w": 80, "h": 60}
+    scene = PosedFolder(write_capture(tmp_path / "b", top=twice))
     assert scene.frame(0, 30, 40)["Ks"].tolist() == [[50, 0, 21], [0, 50, 14], [0, 0, 1]]
     angles = {"camera_angle_x": np.pi / 2, "camera_angle_y": 2 * np.arctan(0.25)}
     scene = PosedFolder(write_capture(tmp_path / "both", top=angles))  # pixels that are not square
@@ -330,8 +336,9 @@ def test_intrinsics_of_the_file_and_of_a_frame(tmp_path):
 
 @pytest.mark.parametrize("height, width", [(48, 48), (30, 90), (120, 40), (60, 100)])
 def test_what_is_at_a_point_stays_at_its_projection(tmp_path, height, width):
-    """A photo with one bright dot where a world point projects; the file speaks of a photo of twice the size, and the
-    depth map has half of the photo's. After scaling and cropping everything must still meet at the projection."""
+    """A photo with one bright dot where a world point projects. The file speaks of a photo of twice
+    the size, and the depth map has half of the photo's. After scaling and cropping everything must
+    still meet at the projection."""
     photo_w, photo_h, fx, fy, cx, cy = 200, 120, 150.0, 140.0, 104.0, 57.0
     turn = np.array([[0.96, 0.0, 0.28], [0.0, 1.0, 0.0], [-0.28, 0.0, 0.96]])
     eye, point = np.array([0.3, -0.2, 0.5]), np.array([-0.85, -0.08, -2.9])
@@ -346,11 +353,13 @@ def test_what_is_at_a_point_stays_at_its_projection(tmp_path, height, width):
     near = np.hypot(columns - u, rows - v) < 6
     Image.fromarray(near.astype(np.uint8) * 7).save(folder / "instance_segmentation/a.png")
     half = near.reshape(60, 2, 100, 2).any((1, 3))
-    Image.fromarray(np.where(half, round(-z * 1000), 0).astype(np.uint16)).save(folder / "depth/a.png")
+    millimetres = np.where(half, round(-z * 1000), 0).astype(np.uint16)
+    Image.fromarray(millimetres).save(folder / "depth/a.png")
     pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = turn, eye
-    about = {"fl_x": 2 * fx, "fl_y": 2 * fy, "cx": 2 * cx, "cy": 2 * cy, "w": 2 * photo_w, "h": 2 * photo_h, "frames": [
-        {"file_path": "images/a.png", "depth_file_path": "depth/a.png", "transform_matrix": pose.tolist()}]}  # fmt: skip
+    about = dict(fl_x=2 * fx, fl_y=2 * fy, cx=2 * cx, cy=2 * cy, w=2 * photo_w, h=2 * photo_h)
+    entry = dict(file_path="images/a.png", depth_file_path="depth/a.png")
+    about["frames"] = [entry | {"transform_matrix": pose.tolist()}]
     (folder / "transforms.json").write_text(json.dumps(about))
 
     frame = PosedFolder(folder).frame(0, height, width)
@@ -371,7 +380,8 @@ def test_frames_come_in_natural_order_without_bad_and_missing_ones(tmp_path):
     def change(i, frame):
         return frame | ({"is_bad": True} if i in (2, 5) else {})
 
-    folder = write_capture(tmp_path / "a", 12, change=change, names="images/{}.png")  # 0 ... 11, not 0, 1, 10, 11, 2
+    # 0 ... 11, not 0, 1, 10, 11, 2
+    folder = write_capture(tmp_path / "a", 12, change=change, names="images/{}.png")
     about = json.loads((folder / "transforms.json").read_text())
     about["frames"].reverse()
     (folder / "transforms.json").write_text(json.dumps(about))
@@ -393,7 +403,8 @@ def test_images_are_found_where_other_tools_put_them(tmp_path):
     (inner / "images").rename(inner.parent / "rgb")
     (scene,) = open_scenes(tmp_path / "scan")
     assert scene.name == "scan" and [shade_of(scene, i) for i in range(3)] == [0, 1, 2]
-    blender = write_capture(tmp_path / "lego", 3, change=lambda i, f: f | {"file_path": "./" + f["file_path"][:-4]})
+    change = lambda i, f: f | {"file_path": "./" + f["file_path"][:-4]}  # noqa: E731
+    blender = write_capture(tmp_path / "lego", 3, change=change)
     (blender / "transforms.json").rename(blender / "transforms_train.json")
     assert shade_of(PosedFolder(blender), 2) == 2
 
@@ -440,7 +451,8 @@ def test_segments_keep_their_ids(tmp_path, name, mode):
 
 
 def test_depth_is_in_metres_and_unknown_is_zero(tmp_path):
-    folder = write_capture(tmp_path / "a", 2, change=lambda i, f: f | {"depth_file_path": ["d.png", "d.npy"][i]})
+    own = [{"depth_file_path": "d.png"}, {"depth_file_path": "d.npy"}]
+    folder = write_capture(tmp_path / "a", 2, change=lambda i, f: f | own[i])
     metres = np.full((30, 40), 2.5, np.float32)
     metres[:, :20] = 0
     Image.fromarray((metres * 1000).astype(np.uint16)).save(folder / "d.png")
@@ -451,7 +463,8 @@ def test_depth_is_in_metres_and_unknown_is_zero(tmp_path):
     assert scene.has_depth
     for i in range(2):
         assert np.allclose(scene.frame(i, 30, 40)["depths"], metres)
-    about = json.loads((folder / "transforms.json").read_text()) | {"depth_unit_scale_factor": 0.0002}
+    about = json.loads((folder / "transforms.json").read_text())
+    about["depth_unit_scale_factor"] = 0.0002
     (folder / "transforms.json").write_text(json.dumps(about))
     assert np.allclose(PosedFolder(folder).frame(0, 30, 40)["depths"], metres / 5)
     assert np.allclose(PosedFolder(folder).frame(1, 30, 40)["depths"], metres)
@@ -469,86 +482,103 @@ def matrix(value, row=0, column=0):
     return pose.tolist()
 
 
+def top(**change):  # of the file's keys
+    return lambda f, j: j.update(change)
+
+
+def second(**change):  # of the second frame's
+    return lambda f, j: j["frames"][1].update(change)
+
+
+def array(values):  # in place of the second frame's depth
+    return lambda f, j: np.save(f / "1.npy", values)
+
+
+def picture(name, mode, size, *colour):
+    form = "TIFF" if mode == "F" else "PNG"
+    return lambda f, j: Image.new(mode, size, *colour).save(f / name, format=form)
+
+
+def content(name, change):
+    return lambda f, j: (f / name).write_bytes(change((f / name).read_bytes()))
+
+
+JSON, PHOTO, MASK = "transforms.json", "images/0001.png", "masks/0001.png"
 BROKEN = {  # what to do to a good capture, and what the message must name
-    "no JSON": (lambda f, j: (f / "transforms.json").write_text("{ 'frames': ["), "transforms.json"),
-    "binary": (lambda f, j: (f / "transforms.json").write_bytes(b"\xff\xfe\x00"), "transforms.json"),
-    "a list": (lambda f, j: (f / "transforms.json").write_text("[]"), "transforms.json.*'list'"),
+    "no JSON": (content(JSON, lambda old: b"{ 'frames': ["), JSON),
+    "binary": (content(JSON, lambda old: b"\xff\xfe\x00"), JSON),
+    "a list": (content(JSON, lambda old: b"[]"), "transforms.json.*'list'"),
     "no frames": (lambda f, j: j.pop("frames"), "transforms.json.*no 'frames'"),
-    "empty frames": (lambda f, j: j["frames"].clear(), "transforms.json"),
-    "a frame without a path": (lambda f, j: j["frames"][1].pop("file_path"), "transforms.json.*file_path"),
-    "all missing": (lambda f, j: [p.unlink() for p in (f / "images").iterdir()], "transforms.json.*none"),
-    "no matrix": (lambda f, j: j["frames"][1].pop("transform_matrix"), "transforms.json.*0001.png: not a pose"),
-    "null matrix": (lambda f, j: j["frames"][1].update(transform_matrix=None), "transforms.json.*0001.png"),
-    "ragged": (lambda f, j: j["frames"][1].update(transform_matrix=[[1, 0], [0]]), "transforms.json.*0001.png"),
-    "3 x 3": (lambda f, j: j["frames"][1].update(transform_matrix=np.eye(3).tolist()), "0001.png: not a pose"),
-    "words": (lambda f, j: j["frames"][1].update(transform_matrix=[["a"] * 4] * 4), "transforms.json.*0001.png"),
-    "NaN": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(np.nan, 1, 3)), "0001.png.*finite"),
-    "scaled": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(2.0)), "0001.png: not rigid"),
-    "mirrored": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(-1.0)), "0001.png: not rigid"),
+    "empty frames": (lambda f, j: j["frames"].clear(), JSON),
+    "a frame without a path": (
+        lambda f, j: j["frames"][1].pop("file_path"),
+        "transforms.json.*file_path",
+    ),
+    "all missing": (
+        lambda f, j: [p.unlink() for p in (f / "images").iterdir()],
+        "transforms.json.*none",
+    ),
+    "no matrix": (
+        lambda f, j: j["frames"][1].pop("transform_matrix"),
+        "transforms.json.*0001.png: not a pose",
+    ),
+    "null matrix": (second(transform_matrix=None), "transforms.json.*0001.png"),
+    "ragged": (second(transform_matrix=[[1, 0], [0]]), "transforms.json.*0001.png"),
+    "3 x 3": (second(transform_matrix=np.eye(3).tolist()), "0001.png: not a pose"),
+    "words": (second(transform_matrix=[["a"] * 4] * 4), "transforms.json.*0001.png"),
+    "NaN": (second(transform_matrix=matrix(np.nan, 1, 3)), "0001.png.*finite"),
+    "scaled": (second(transform_matrix=matrix(2.0)), "0001.png: not rigid"),
+    "mirrored": (second(transform_matrix=matrix(-1.0)), "0001.png: not rigid"),
     "no focal length": (
         lambda f, j: j.pop("fl_x"),
         "transforms.json.*no focal length.*fl_x or camera_angle_x",
     ),
-    "focal length 0": (lambda f, j: j.update(fl_x=0), "transforms.json.*focal length"),
-    "a word for cx": (lambda f, j: j.update(cx="middle"), "transforms.json.*cx .*'middle'"),
+    "focal length 0": (top(fl_x=0), "transforms.json.*focal length"),
+    "a word for cx": (top(cx="middle"), "transforms.json.*cx .*'middle'"),
     "depth unit a word": (
-        lambda f, j: j.update(depth_unit_scale_factor="mm"),
+        top(depth_unit_scale_factor="mm"),
         "transforms.json.*depth_unit_scale_factor.*'mm'",
     ),
-    "depth path a number": (lambda f, j: j["frames"][1].update(depth_file_path=3), "transforms.json.*'int'"),
-    "corrupt image": (lambda f, j: (f / "images/0001.png").write_bytes(b"nothing"), "0001.png"),
-    "cut image": (
-        lambda f, j: (f / "images/0001.png").write_bytes((f / "images/0001.png").read_bytes()[:60]),
-        "0001.png",
-    ),
+    "depth path a number": (second(depth_file_path=3), "transforms.json.*'int'"),
+    "corrupt image": (content(PHOTO, lambda old: b"nothing"), "0001.png"),
+    "cut image": (content(PHOTO, lambda old: old[:60]), "0001.png"),
     "depth missing": (lambda f, j: (f / "1.npy").unlink(), "1.npy: no such file"),
-    "depth empty": (lambda f, j: (f / "1.npy").write_bytes(b""), "1.npy"),
-    "depth of objects": (lambda f, j: np.save(f / "1.npy", np.array([{}])), "1.npy"),
-    "depth with channels": (lambda f, j: np.save(f / "1.npy", np.ones((30, 40, 3))), "1.npy"),
-    "depth of another shape": (lambda f, j: np.save(f / "1.npy", np.ones((40, 40))), "1.npy.*40 x 40.*40 x 30"),
-    "mask in colour": (
-        lambda f, j: Image.new("RGB", (40, 30)).save(f / "masks/0001.png"),
-        "masks/0001.png.*channels",
-    ),
-    "mask of another shape": (
-        lambda f, j: Image.new("L", (40, 10)).save(f / "masks/0001.png"),
-        "masks/0001.png.*40 x 10",
-    ),
+    "depth empty": (content("1.npy", lambda old: b""), "1.npy"),
+    "depth of objects": (array(np.array([{}])), "1.npy"),
+    "depth with channels": (array(np.ones((30, 40, 3))), "1.npy"),
+    "depth of another shape": (array(np.ones((40, 40))), "1.npy.*40 x 40.*40 x 30"),
+    "mask in colour": (picture(MASK, "RGB", (40, 30)), "masks/0001.png.*channels"),
+    "mask of another shape": (picture(MASK, "L", (40, 10)), "masks/0001.png.*40 x 10"),
     "mask of segments": (
-        lambda f, j: Image.new("L", (40, 30), 3).save(f / "masks/0001.png"),
+        picture(MASK, "L", (40, 30), 3),
         "masks/0001.png: a validity mask holds 0 and 255, not 3; .*instance_segmentation",
     ),
-    "mask path a number": (
-        lambda f, j: j["frames"][1].update(mask_path=3),
-        "transforms.json.*'int'",
-    ),
+    "mask path a number": (second(mask_path=3), "transforms.json.*'int'"),
     "unknown lens": (
-        lambda f, j: j.update(camera_model="FOV"),
+        top(camera_model="FOV"),
         "transforms.json.*camera model FOV is none of SIMPLE_PINHOLE",
     ),
     "a pinhole that bends": (
-        lambda f, j: j.update(camera_model="PINHOLE", k1=0.1),
+        top(camera_model="PINHOLE", k1=0.1),
         "transforms.json.*camera model PINHOLE has no k1",
     ),
     "a lens beyond reason": (
-        lambda f, j: j.update(camera_model="OPENCV", k1=-900.0),
+        top(camera_model="OPENCV", k1=-900.0),
         "transforms.json: the camera of 0001.png.*leaves nothing of a photo of 40 x 30",
     ),
     "photo across": (
-        lambda f, j: Image.new("RGB", (30, 40)).save(f / "images/0001.png"),
+        picture(PHOTO, "RGB", (30, 40)),
         "0001.png: .*it is 30 x 40 where 40 x 30 is expected",
     ),
-    "photo of floats": (
-        lambda f, j: Image.new("F", (40, 30)).save(f / "images/0001.png", format="TIFF"),
-        "0001.png: .*floating point",
-    ),
-    "test frames a number": (lambda f, j: j.update(test_frames=3), "transforms.json"),
+    "photo of floats": (picture(PHOTO, "F", (40, 30)), "0001.png: .*floating point"),
+    "test frames a number": (top(test_frames=3), JSON),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_bad_captures_get_one_sentence_that_names_the_file(tmp_path, what):
-    folder = write_capture(tmp_path / "scan", 2, change=lambda i, f: f | {"depth_file_path": f"{i}.npy"})
+    own = [{"depth_file_path": "0.npy"}, {"depth_file_path": "1.npy"}]
+    folder = write_capture(tmp_path / "scan", 2, change=lambda i, f: f | own[i])
     (folder / "masks").mkdir()
     for i in range(2):
         np.save(folder / f"{i}.npy", np.ones((30, 40), np.float32))
@@ -810,7 +840,7 @@ def test_scannetpp_pairs_photos_lens_and_masks(tmp_path, folder):
 )
 def test_scannetpps_lens_and_photos_are_not_mixed(tmp_path, photos, files):
     dslr = scannetpp(tmp_path, photos=photos, files=files)
-    with pytest.raises(ValueError, match="none of its frames.*11 frames with photos of another lens"):
+    with pytest.raises(ValueError, match="none of its frames.*11 .* photos of another lens"):
         len(open_scenes(tmp_path)[0])
     (dslr / "nerfstudio" / files[0]).rename(dslr / "nerfstudio" / "transforms_train.json")
     with pytest.raises(ValueError, match="transforms_train.json.*of another lens"):
