@@ -32,7 +32,6 @@ import shutil
 import struct
 import tempfile
 import warnings
-import zipfile
 from os.path import basename, dirname, isdir, join, splitext
 from pathlib import Path
 from typing import NamedTuple
@@ -579,15 +578,15 @@ class Rooms:
         return Room(self.seeds[i])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Captures as they lie on disk: nerfstudio, instant-ngp, ScanNet++, COLMAP, RealEstate10K. `open_scenes` finds them by
-# `LAYOUTS`. Each layout lists its frames as `Shot`s; from there on all are alike: a photo is opened, straightened
-# where a lens bent it, scaled and cropped (`Crop`), and with it its depth, validity mask and segment ids.
+# --------------------------------------------------------------------------------------------------
+# Captures, and labelled photos to probe with. LAYOUTS, at the end of this file, says what marks
+# each layout and which function lists its frames as `Shot`s. `read_shot` reads them all alike: it
+# undistorts, scales and crops a photo, and its labels with it.
 
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
 CAMERA = {"camera_model", "is_fisheye", *SIZES, *DISTORTION}  # keys of transforms.json
-MODELS = {  # cameras that are known, in COLMAP's order, and their parameters
+MODELS = {  # COLMAP's cameras in the order of their numbers, and their parameters
     "SIMPLE_PINHOLE": "fl_x cx cy",
     "PINHOLE": "fl_x fl_y cx cy",
     "SIMPLE_RADIAL": "fl_x cx cy k1",
@@ -595,14 +594,25 @@ MODELS = {  # cameras that are known, in COLMAP's order, and their parameters
     "OPENCV": "fl_x fl_y cx cy k1 k2 p1 p2",
     "OPENCV_FISHEYE": "fl_x fl_y cx cy k1 k2 k3 k4",
 }
-COLMAPS = (*MODELS, "FULL_OPENCV", "FOV", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE",
-           "THIN_PRISM_FISHEYE")  # fmt: skip
-PHOTOS = ("images", "resized_images", "resized_undistorted_images", "undistorted_images", "rgb")
-SCANNETPP = {  # its photos: are they as the lens bent them, and which validity masks are theirs
-    "resized_images": (True, "resized_anon_masks"),
-    "resized_undistorted_images": (False, "resized_undistorted_masks"),
-    "undistorted_images": (False, "undistorted_anon_masks"),
-}
+LABELS = {"depths": "a depth map", "valid": "a mask", "masks": "a mask", "classes": "a mask",
+          "normals": "a normal map"}  # fmt: skip
+
+
+class BadFile(ValueError):
+    """One sentence that names a file and what is wrong with it."""
+
+
+@contextlib.contextmanager
+def naming(path, what):
+    """Any error of json, PIL, numpy, struct or torch becomes a `BadFile` of this path."""
+    try:
+        yield
+    except BadFile:  # of another file, which is read meanwhile
+        raise
+    except Exception as error:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        said = f"no {said}" if isinstance(error, KeyError) else said or type(error).__name__
+        raise BadFile(f"{path}: {what} ({said})") from None
 
 
 def natural(name):
@@ -610,118 +620,119 @@ def natural(name):
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
-@contextlib.contextmanager
-def naming(path, what):
-    """Whatever json, PIL, numpy or torch say of a file becomes one sentence that names it."""
-    try:
-        yield
-    except Exception as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        no = "no " if isinstance(error, KeyError) else ""
-        raise ValueError(f"{path}: {what} ({no}{said})") from None
-
-
 def lines_of(path):
     """The lines of a text file that are not blank."""
+    if not Path(path).is_file():
+        raise BadFile(f"{path}: no such file")
     with naming(path, "not a text file that can be read"):
-        return [line for line in path.read_text().splitlines() if line.strip()]
+        return [line for line in Path(path).read_text().splitlines() if line.strip()]
+
+
+def layout_of(task, folder):
+    """The first of the task's LAYOUTS that has a mark in the folder, and the mark; or None."""
+    for row in LAYOUTS[task]:
+        for mark in row[0]:
+            for found in sorted(folder.glob(mark)):
+                return row, found
 
 
 def open_scenes(path, split=None):
-    """The captures of a folder: itself, or those in data/*/, scenes/*/ or */ (see LAYOUTS).
+    """The captures of a folder, as a list: itself, or those in data/*/, scenes/*/ or */.
 
-    split: a text file of scenes' names, one a line; other scenes are left out. Returns a list of
-    scenes, none of them read yet, or the `Chunks` of a RealEstate10K. Raises ValueError if there
-    is none, saying what was looked for.
+    split: a text file of scenes' names, one a line; other scenes are left out. No scene is read
+    yet. Raises ValueError if there is none, saying what was looked for.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder")
+        raise BadFile(f"{path}: no such folder")
     for group in ([path], *(sorted(path.glob(f)) for f in ("data/*/", "scenes/*/", "*/"))):
-        scenes = [scene for folder in group if (scene := open_scene(folder)) is not None]
-        if scenes:
+        rows = [(folder, *found) for folder in group if (found := layout_of("capture", folder))]
+        if rows:
             break
     else:
-        found = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
-        places = "here, in data/*/, scenes/*/ or */"
-        raise ValueError(f"{path}: found no {found} (RealEstate10K) {places}")
+        what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
+        where = "here, in data/*/, scenes/*/ or */"
+        raise BadFile(f"{path}: found no {what} (RealEstate10K) {where}")
+    scenes = [opens(folder, mark) for folder, (_, opens), mark in rows]
     scenes = scenes[0] if isinstance(scenes[0], Chunks) else scenes
     if split is None:
         return scenes
-    wanted = {line.split()[0] for line in lines_of(Path(split))}
-    if isinstance(scenes, Chunks):
-        scenes.keys = [key for key in scenes.keys if key in wanted]
-    else:
-        scenes = [scene for scene in scenes if scene.name in wanted]
-    if not len(scenes):
-        raise ValueError(f"{split}: none of its {len(wanted)} scenes is in {path}")
-    if len(scenes) < len(wanted):
-        missing = f"{len(wanted) - len(scenes)} of its {len(wanted)} scenes"
+    wanted = {line.split()[0] for line in lines_of(split)}
+    kept = type(scenes)(scene for scene in scenes if scene.name in wanted)
+    if not kept:
+        raise BadFile(f"{split}: none of its {len(wanted)} scenes is in {path}")
+    if len(kept) < len(wanted):
+        missing = f"{len(wanted) - len(kept)} of its {len(wanted)} scenes"
         warnings.warn(f"{split}: {missing} are not in {path}")
-    return scenes
+    return kept
 
 
-def open_scene(folder):
-    """What LAYOUTS opens a folder as, or None."""
-    for marks, inside, opens in LAYOUTS:
-        for inner in inside:
-            if any(any((folder / inner).glob(mark)) for mark in marks):
-                return opens(folder / inner)
+# -- reading a photo and its labels
 
 
-# -- pictures
+class Shot(NamedTuple):
+    """A photo and what goes with it. Paths are str where there may be many."""
+
+    photo: str
+    listed_in: Path  # what names the photo
+    labels: dict  # paths by the keys of LABELS
+    pose: np.ndarray | None = None  # (4, 4) camera-to-world, OpenCV axes
+    camera: dict | None = None  # by transforms.json's keys
+    packed: np.ndarray | None = None  # the photo's bytes, where its path is no file
+    unit: float = 0.001  # metres, of depth maps that are pictures
+    number: int = 0  # the photo's in COLMAP's files
+    classes: tuple = (0, 0)  # the first class's number in label maps, and how many there are
+    finish: object = None  # a function of (frame, labels' Crop, framing), called at the end
+
+
+def read_shot(shot, framing):
+    """{"images" [3, H, W] in 0..1, its labels, and where it has a camera "Ks" and "extrinsics"},
+    scaled as `Framing` says to cover a size, and cropped about the centre; intrinsics follow."""
+    photo = open_rgb(shot.photo, shot.listed_in, "an image", shot.camera, shot.packed)
+    size = photo.height, photo.width
+    with naming(shot.listed_in, f"the camera of {basename(shot.photo)} cannot be used"):
+        crop = Crop(photo, *framing.scaled(*size), shot.camera)
+    frame = {"images": crop.colours()}
+    if shot.camera:
+        frame["Ks"] = crop.intrinsics()
+        frame["extrinsics"] = torch.from_numpy(shot.pose.astype(np.float32))
+    # Where windows slide over a whole photo its labels are not scaled
+    labels = Crop(photo, *size) if framing.slide and framing.size is None else crop
+    frame |= {key: labels.label(key, path, shot) for key, path in shot.labels.items()}
+    with naming(shot.photo, "a photo that cannot be cropped"):
+        return shot.finish(frame, labels, framing) if shot.finish else frame
 
 
 def open_picture(path, what, listed_in, packed=None):
-    """A PIL image, of a picture or of a .npy of numbers [H, W].
-
-    packed: the picture's bytes, where a larger file holds them and path only names them.
-    """
-    path = Path(path)
-    if packed is None and not path.is_file():
-        raise ValueError(f"{path}: no such file ({what} in {listed_in})")
+    """A PIL image, or of a .npy its array in float32. packed: the bytes, where path is no file."""
+    if packed is None and not Path(path).is_file():
+        raise BadFile(f"{path}: no such file ({what} in {listed_in})")
     with naming(path, f"{what} that cannot be read"):
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False).astype(np.float32)
-            if array.ndim != 2 or not array.size:
-                shape = " x ".join(map(str, array.shape))
-                raise ValueError(f"its array is {shape}, not height x width")
-            return Image.fromarray(array)
+        if str(path).endswith(".npy"):
+            return np.load(path, allow_pickle=False).astype(np.float32)
         picture = Image.open(path if packed is None else io.BytesIO(bytes(packed)))
         picture.load()
-        return picture
+        return picture.convert("L") if picture.mode == "1" else picture
 
 
-def open_photo(shot, listed_in):
-    """A shot's photo in RGB, 8 bit; turned as its EXIF says where its camera's w and h say so."""
-    picture = open_picture(shot.photo, "an image", listed_in, shot.packed)
-    with naming(shot.photo, "an image that cannot be used"):
-        w, h = (shot.camera.get(k) for k in "wh")
-        if w and h and not alike(picture.size, (w, h)) and alike(picture.size, (h, w)):
-            if picture.getexif().get(0x0112, 1) < 5:  # none of the orientations that lie
+def open_rgb(path, listed_in, what="a photo", camera=None, packed=None):
+    """A photo of any mode in 8-bit RGB; turned as EXIF says if the camera's w and h agree."""
+    picture = open_picture(path, what, listed_in, packed)
+    with naming(path, f"{what} that cannot be used"):
+        w, h = ((camera or {}).get(k) or n for k, n in zip("wh", picture.size))
+        if not alike(picture.size, (w, h)) and alike(picture.size, (h, w)):
+            if picture.getexif().get(0x0112, 1) < 5:  # from 5 on, a quarter turn
                 size = f"{picture.width} x {picture.height}"
                 raise ValueError(f"it is {size} where {w:g} x {h:g} is expected")
             picture = ImageOps.exif_transpose(picture)
-        return rgb(picture)
-
-
-def open_rgb(path, listed_in):
-    """A photo of any mode in 8-bit RGB. ValueError names the file."""
-    picture = open_picture(path, "a photo", listed_in)
-    with naming(path, "a photo that cannot be read"):
-        return rgb(picture)
-
-
-def rgb(picture):
-    """A picture of any mode in 8-bit RGB. ValueError: it holds floating point."""
-    if picture.mode == "F":
-        raise ValueError("floating point is no photo")
-    if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
-        array = np.asarray(picture).clip(0, 65535) / 257
-        picture = Image.fromarray((array + 0.5).astype(np.uint8))
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+        if picture.mode == "F":
+            raise ValueError("floating point is no photo")
+        if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
+            array = np.asarray(picture).clip(0, 65535) / 257
+            picture = Image.fromarray((array + 0.5).astype(np.uint8))
+        if "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+        return picture.convert("RGB")
 
 
 def alike(size, other):
@@ -730,37 +741,36 @@ def alike(size, other):
 
 
 class Crop:
-    """The part of a photo that is kept where it is scaled to cover height x width and cropped
-    about the centre, and the same part of what goes with it, whatever the size of that.
+    """A photo, scaled to cover height x width and cropped about the centre, and the same part of
+    its labels, whatever their size. Where its camera (transforms.json's keys) has a lens, the
+    crop is of the undistorted photo: each pixel is looked up where the lens put it."""
 
-    With a lens (`Lens`) and the photo's camera (fx, fy, cx, cy, pixels) it is a part of the
-    pinhole's image of `zoomed`: each pixel is looked up where the lens put it.
-    """
+    def __init__(self, photo, height, width, camera=None):
+        self.photo, self.size, self.where = photo, (width, height), None
+        whole, size = np.array(photo.size), np.array(self.size)
+        self.scale = (size / whole).max()
+        self.corner = (whole - size / self.scale) / 2  # left, top
+        opposite = self.corner + size / self.scale
+        self.share = np.clip([self.corner / whole, opposite / whole], 0, 1)
+        if camera is not None:
+            lens, self.camera = lens_of(camera), pinhole(camera, *photo.size)
+            if lens:
+                self.camera, self.where = undistorted(lens, self.camera, photo.size, self.size)
 
-    def __init__(self, photo, height, width, lens=None, camera=None):
-        self.photo, self.size = photo, (width, height)
-        self.scale = max(width / photo.width, height / photo.height)
-        self.left = (photo.width - width / self.scale) / 2
-        self.top = (photo.height - height / self.scale) / 2
-        right, bottom = self.left + width / self.scale, self.top + height / self.scale
-        window = np.array([self.left, self.top, right, bottom])
-        self.share = np.clip(window / np.array([photo.width, photo.height] * 2), 0, 1)
-        self.camera, self.where = camera, None
-        if lens:
-            self.camera = zoomed(lens, camera, photo.size)
-            kept = self.left, self.top, self.scale
-            self.where = lookup(lens, camera, self.camera, photo.size, kept, self.size)
-
-    def intrinsics(self):  # (3, 3), pixels of the part that is kept
+    def intrinsics(self):  # (3, 3), pixels of the crop
         fx, fy, cx, cy = (v * self.scale for v in self.camera)
-        cx, cy = cx - self.left * self.scale, cy - self.top * self.scale
-        return torch.from_numpy(np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float32))
+        x, y = self.corner * self.scale
+        return torch.from_numpy(np.array([[fx, 0, cx - x], [0, fy, cy - y], [0, 0, 1]], np.float32))
+
+    def box(self, picture, resample):
+        box = (self.share * picture.size).reshape(-1)
+        return np.array(picture.resize(self.size, resample, box=tuple(box)))
 
     def colours(self):  # (3, H, W) in 0..1
         if self.where is None:
-            image = self(self.photo, Image.Resampling.BICUBIC, None).astype(np.float32) / 255
+            image = self.box(self.photo, Image.Resampling.BICUBIC).astype(np.float32) / 255
             return torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        # Shrunk first, to the lookups' spacing at the centre, so that nothing aliases
+        # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
         x, y = (n // 2 for n in self.size)
         step = np.abs(self.where[y, x] - self.where[y - 1, x - 1])  # in shares of the photo
         size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(self.photo.size, step.tolist())]
@@ -770,69 +780,82 @@ class Crop:
         options = dict(mode="bicubic", padding_mode="border", align_corners=False)
         return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
 
-    def __call__(self, picture, resample, path):
+    def nearest(self, picture):  # [H, W]
         if not alike(picture.size, self.photo.size):
             its, photos = (f"{p.width} x {p.height}" for p in (picture, self.photo))
-            raise ValueError(f"{path}: {its} pixels do not cover what its photo of {photos} shows")
-        size = np.array(picture.size)
+            raise ValueError(f"its {its} pixels do not cover what its photo of {photos} shows")
         if self.where is None:
-            box = tuple(self.share * np.tile(size, 2))
-            return np.array(picture.resize(self.size, resample, box=box))
+            return self.box(picture, Image.Resampling.NEAREST)
+        size = np.array(picture.size)
         column, row = np.minimum((self.where * size).astype(int), size - 1).transpose(2, 0, 1)
-        return np.array(picture)[row, column]  # nearest: colours do not come here
+        return np.array(picture)[row, column]
 
-    def depths(self, path, unit, listed_in):  # (H, W), 0 where unknown
-        picture = open_picture(path, "a depth map", listed_in)
-        depth = self(picture, Image.Resampling.NEAREST, path).astype(np.float32)
-        if depth.ndim != 2:
-            raise ValueError(f"{path}: a depth map has one channel, not {depth.shape[-1]}")
-        depth = depth * np.float32(1.0 if Path(path).suffix == ".npy" else unit)
+    def label(self, key, path, shot):
+        """A label of a shot, of the nearest pixels: see `meaning`."""
+        picture = open_picture(path, LABELS[key], shot.listed_in)
+        with naming(path, f"{LABELS[key]} that cannot be used"):
+            channels = 3 if key == "normals" else 1
+            if isinstance(picture, np.ndarray):
+                bands = [*map(Image.fromarray, np.atleast_3d(picture).transpose(2, 0, 1).copy())]
+            else:
+                bands = (picture.convert("RGB") if channels == 3 else picture).split()
+            if len(bands) != channels:
+                raise ValueError(f"it has {len(bands)} channels, not {channels}")
+            numbers = np.stack([self.nearest(band) for band in bands])
+            return meaning(key, numbers, path, shot)
+
+
+def meaning(key, numbers, path, shot):
+    """The numbers [C, H, W] of a label map, a picture or .npy, as a tensor.
+
+    depths [H, W] in metres, 0 where unknown; normals [3, H, W], unit vectors, 0 where unknown;
+    classes [H, W] int64 from 0, -1 where there is none; masks [H, W] int64; valid [H, W] bool.
+    """
+    exact = str(path).endswith(".npy")
+    if key == "depths":
+        depth = numbers[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
         return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
-
-    def ids(self, path, listed_in):  # (H, W) int64
-        picture = open_picture(path, "a mask", listed_in)
-        picture = picture.convert("L") if picture.mode == "1" else picture
-        mask = self(picture, Image.Resampling.NEAREST, path)
-        if mask.ndim != 2:
-            raise ValueError(f"{path}: a mask has one id per pixel, not {mask.shape[-1]} channels")
-        return torch.from_numpy(mask.astype(np.int64))
-
-    def valid(self, path, listed_in):  # (H, W) bool
-        mask = self.ids(path, listed_in)
-        for value in mask[(mask != 0) & (mask != 255)][:1]:
-            raise ValueError(f"{path}: a validity mask holds 0 and 255, not {value}; segment ids "
-                             "are looked for in instance_segmentation/")  # fmt: skip
-        return mask > 0
+    if key == "normals":  # unknown are black or grey, or a .npy's zeros: far from a unit vector
+        normals = numbers.astype(np.float32) if exact else numbers.astype(np.float32) / 127.5 - 1
+        normals = torch.from_numpy(np.nan_to_num(normals))
+        length = normals.norm(dim=0)
+        return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
+    ids = torch.from_numpy(numbers[0].astype(np.int64))
+    if key == "valid":
+        for value in ids[(ids != 0) & (ids != 255)][:1]:
+            what = f"a validity mask holds 0 and 255, not {value}"
+            raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
+        return ids > 0
+    if key == "classes":
+        first, count = shot.classes
+        if first == 0:
+            ids[ids == 255] = -1
+        if int(ids.max()) >= first + count:
+            raise BadFile(f"{path}: class {int(ids.max())}, where there are {count}")
+        return ids - first
+    return ids
 
 
 # -- lenses
 
 
-class Lens(NamedTuple):
-    """OpenCV's polynomials (COLMAP's too) of the radius, or for a fisheye of the angle.
-
-    lens(x, y) takes a pinhole's normalised coordinates to those on the photo.
-    """
-
-    fisheye: bool
-    k1: float
-    k2: float
-    k3: float
-    k4: float
-    p1: float
-    p2: float
-
-    def __call__(self, x, y):
-        _, k1, k2, k3, k4, p1, p2 = self
-        square = x * x + y * y
-        r = np.maximum(np.sqrt(square), 1e-12)
-        s = np.arctan(r) ** 2 if self.fisheye else square
-        stretch = 1 + s * (k1 + s * (k2 + s * (k3 + s * k4)))
-        if self.fisheye:
-            stretch = stretch * np.arctan(r) / r
-            return x * stretch, y * stretch
-        return (x * stretch + 2 * p1 * x * y + p2 * (square + 2 * x * x),
-                y * stretch + 2 * p2 * x * y + p1 * (square + 2 * y * y))  # fmt: skip
+def lens_of(camera):
+    """(is it a fisheye, k1, k2, k3, k4, p1, p2) of a camera by transforms.json's keys; None if it
+    bends nothing. Raises ValueError: its model is not known, or a number cannot be."""
+    given = {k: camera[k] for k in (*SIZES, *DISTORTION) if camera.get(k) is not None}
+    for key, value in given.items():
+        if not (isinstance(value, (int, float)) and np.isfinite(value)):
+            raise ValueError(f"{key} is {value!r}, which is no number")
+    least = min(given.get(k, 1) for k in ("fl_x", "fl_y", "w", "h"))
+    if least <= 0 or not (given.get("fl_x") or given.get("camera_angle_x")):
+        raise ValueError("no focal length: fl_x or camera_angle_x must be above 0, and w and h")
+    model = camera.get("camera_model") or "OPENCV"
+    model = "OPENCV_FISHEYE" if camera.get("is_fisheye") else model  # instant-ngp's key
+    bends = {k: float(given[k]) for k in DISTORTION if given.get(k)}
+    for key in bends.keys() - {*parameters(model), *(("k3", "k4") if model == "OPENCV" else ())}:
+        raise ValueError(f"camera model {model} has no {key}")
+    if bends or model == "OPENCV_FISHEYE":
+        return model == "OPENCV_FISHEYE", *(bends.get(k, 0.0) for k in DISTORTION)
 
 
 def parameters(model):
@@ -841,197 +864,94 @@ def parameters(model):
     return MODELS[model].split()
 
 
-def lens_of(camera):
-    """The Lens of a camera (transforms.json's keys), None if it bends nothing.
-
-    Raises ValueError: which model is not known, or which of its numbers cannot be.
-    """
-    for key in (*SIZES, *DISTORTION):
-        value = camera.get(key)
-        if value is not None and not (isinstance(value, (int, float)) and np.isfinite(value)):
-            raise ValueError(f"{key} is {value!r}, which is no number")
-    above = [camera[k] for k in ("fl_x", "fl_y", "w", "h") if camera.get(k) is not None]
-    if not (camera.get("fl_x") or camera.get("camera_angle_x")) or min(above, default=1) <= 0:
-        raise ValueError("no focal length: fl_x or camera_angle_x must be above 0, and w and h")
-    model = camera.get("camera_model") or "OPENCV"
-    model = "OPENCV_FISHEYE" if camera.get("is_fisheye") else model  # instant-ngp's key
-    bends = {k: float(camera[k]) for k in DISTORTION if camera.get(k)}
-    for key in bends.keys() - {*parameters(model), *(("k3", "k4") if model == "OPENCV" else ())}:
-        raise ValueError(f"camera model {model} has no {key}")
-    if bends or model == "OPENCV_FISHEYE":
-        return Lens(model == "OPENCV_FISHEYE", *(bends.get(k, 0.0) for k in DISTORTION))
-
-
 def pinhole(camera, width, height):
-    """fx, fy, cx, cy in pixels of an image, which may have another size than the camera says."""
-
-    def get(key, default):
-        return default if camera.get(key) is None else camera[key]
-
-    def focal(name, angle, size):  # pixels, or from the field of view in radians
-        view = camera.get(angle)
-        return get(name, 0.5 * size / np.tan(0.5 * view) if view is not None else None)
-
-    w, h = get("w", width), get("h", height)
-    fx = focal("fl_x", "camera_angle_x", w)
-    fy = focal("fl_y", "camera_angle_y", h) or fx
-    cx, cy = get("cx", w / 2), get("cy", h / 2)
+    """fx, fy, cx, cy in pixels of a photo, which may have another size than the camera says."""
+    given = {k: v for k, v in camera.items() if v is not None}
+    w, h = given.get("w", width), given.get("h", height)
+    fx = given.get("fl_x") or 0.5 * w / np.tan(0.5 * given["camera_angle_x"])
+    angle = given.get("camera_angle_y")
+    fy = given.get("fl_y") or (0.5 * h / np.tan(0.5 * angle) if angle else fx)
+    cx, cy = given.get("cx", w / 2), given.get("cy", h / 2)
     return fx * width / w, fy * height / h, cx * width / w, cy * height / h
+
+
+def distort(lens, x, y):
+    """A pinhole's normalised coordinates -> those on the photo, by OpenCV's polynomials (COLMAP's
+    too) of the radius, or for a fisheye of the angle."""
+    fisheye, k1, k2, k3, k4, p1, p2 = lens
+    square = x * x + y * y
+    r = np.maximum(np.sqrt(square), 1e-12)
+    s = np.arctan(r) ** 2 if fisheye else square
+    stretch = 1 + s * (k1 + s * (k2 + s * (k3 + s * k4)))
+    if fisheye:
+        stretch = stretch * np.arctan(r) / r
+    return (x * stretch + 2 * p1 * x * y + p2 * (square + 2 * x * x),
+            y * stretch + 2 * p2 * x * y + p1 * (square + 2 * y * y))  # fmt: skip
 
 
 @functools.lru_cache(256)
 def zoomed(lens, camera, size):
-    """The pinhole camera whose image of this size (w, h) is all on the photo, and as wide as it
-    can be about the photo's centre; at most twice as wide as the photo without the lens.
-
-    Cameras are (fx, fy, cx, cy) in pixels. Raises ValueError where the lens leaves nothing.
-    """
+    """The pinhole camera whose image of this size (w, h) lies all on the photo: as wide as can be
+    about the centre, but at most twice as wide as without the lens. Cameras are (fx, fy, cx, cy),
+    pixels. Raises ValueError where the lens leaves nothing."""
     f, c = np.array(camera).reshape(2, 2, 1)
     half = np.array(size)[:, None] / 2
     side, one = np.linspace(-1, 1, 17), np.ones(17)
     edge = np.hstack([(side, one), (side, -one), (one, side), (-one, side)]) * half / f  # (2, 68)
-    out = np.linspace(0, 1, 33)[:, None, None]
-    low, high = 0.0, 2.0  # of the width that there would be without the lens
+    out = np.linspace(0, 1, 33)[:, None, None]  # from the centre to the edge
+    low, high = 0.0, 2.0  # of the width without the lens
     for _ in range(32):
         middle = (low + high) / 2
-        x, y = np.moveaxis((half - c) / f + out * middle * edge, 1, 0)  # (33, 68), outwards
-        seen = np.stack(lens(x, y)) * f[..., None] + c[..., None]
+        x, y = np.moveaxis((half - c) / f + out * middle * edge, 1, 0)  # (33, 68)
+        seen = np.stack(distort(lens, x, y)) * f[..., None] + c[..., None]
         inside = (np.abs(seen / half[..., None] - 1) <= 1 + 1e-9).all()
-        # Where a polynomial turns back it is no lens any more
+        # Where the polynomial turns back it is no lens any more
         grows = (np.diff(np.hypot(*(seen - seen[:, :1])), axis=0) > 0).all()
         low, high = (middle, high) if inside and grows else (low, middle)
     if low < 0.1:
-        raise ValueError(f"{lens} leaves nothing of a photo of {size[0]} x {size[1]}")
-    return (*(f[:, 0] / low).tolist(), *(half + (c - half) / low)[:, 0].tolist())
+        numbers = dict(zip(DISTORTION, lens[1:]))
+        raise ValueError(f"{numbers} leaves nothing of a photo of {size[0]} x {size[1]}")
+    return *(f[:, 0] / low).tolist(), *(half + (c - half) / low)[:, 0].tolist()
 
 
 @functools.lru_cache(8)
-def lookup(lens, camera, ideal, size, kept, out):
-    """Where the pixels of a part of the image of the camera `ideal` lie on the photo of `camera`.
-
-    kept: the part's left, top and scale; out: its width and height. Returns float32 [H, W, 2],
-    x and y in shares of the photo's size.
-    """
-    left, top, scale = kept
-    x = (left + (np.arange(out[0]) + 0.5) / scale - ideal[2]) / ideal[0]
-    y = (top + (np.arange(out[1]) + 0.5) / scale - ideal[3]) / ideal[1]
-    x, y = lens(*np.meshgrid(x, y))
+def undistorted(lens, camera, size, out):
+    """`zoomed`, and where the pixels of its image's crop of size `out` lie on the photo: float32
+    [H, W, 2], x and y in shares of the photo's size."""
+    ideal = fx, fy, cx, cy = zoomed(lens, camera, size)
+    scale = max(o / s for o, s in zip(out, size))
+    left, top = ((s - o / scale) / 2 for s, o in zip(size, out))
+    x = (left + (np.arange(out[0]) + 0.5) / scale - cx) / fx
+    y = (top + (np.arange(out[1]) + 0.5) / scale - cy) / fy
+    x, y = distort(lens, *np.meshgrid(x, y))
     x, y = (x * camera[0] + camera[2]) / size[0], (y * camera[1] + camera[3]) / size[1]
-    return np.stack([x, y], -1).clip(0, 1).astype(np.float32)
+    return ideal, np.stack([x, y], -1).clip(0, 1).astype(np.float32)
 
 
-# -- layouts
+# -- captures
 
-
-class Shot(NamedTuple):
-    """A photo of a capture and what goes with it. Paths are str, for there are many."""
-
-    photo: str
-    pose: np.ndarray  # (4, 4) camera-to-world, OpenCV axes
-    camera: dict  # by transforms.json's keys
-    depth: str | None = None
-    mask: str | None = None  # of validity: 0 and 255
-    ids: str | None = None  # of segments
-    packed: np.ndarray | None = None  # the photo's bytes, where it is no file
-
-
-def is_rotation(R):  # (..., 3, 3)
-    with np.errstate(invalid="ignore"):
-        off = np.abs(R @ np.swapaxes(R, -1, -2) - np.eye(3)).max((-2, -1), initial=0)
-        return (off < 1e-3) & (np.linalg.det(R) > 0)
-
-
-def rigid(matrices, names):
-    """Poses [N, 4, 4] of nested lists 3 x 4 or 4 x 4. ValueError: which name's is not rigid."""
-    try:
-        poses = np.array([m[:3] for m in matrices], np.float64).reshape(len(matrices), 3, 4)
-    except (TypeError, ValueError, KeyError):
-        if len(matrices) == 1:
-            raise ValueError(f"transform_matrix of {names[0]} is not 4 x 4 numbers") from None
-        return np.concatenate([rigid([m], [name]) for m, name in zip(matrices, names)])
-    finite, turns = np.isfinite(poses).all((1, 2)), is_rotation(poses[:, :, :3])
-    no_turn = "rigid: its upper left 3 x 3 is no rotation"
-    for good, what in ((finite, "4 x 4 finite numbers"), (turns, no_turn)):
-        if not good.all():
-            raise ValueError(f"transform_matrix of {names[good.argmin()]} is not {what}")
-    last = np.broadcast_to([[[0.0, 0, 0, 1]]], (len(poses), 1, 4))
-    return np.concatenate([poses, last], 1)
-
-
-class Beside:
-    """Finds photos and labels in the folders about a capture; each folder is listed once."""
-
-    def __init__(self, path):
-        self.path, above = str(path), str(path.parent)
-        self.places = [join(self.path, folder) for folder in ("", *PHOTOS)]
-        self.places += [join(above, folder) for folder in PHOTOS]
-        roots = [path] + [path.parent] * (path.name == "nerfstudio")  # of ScanNet++
-        roots += [path.parent.parent] * (roots[-1].name == "dslr")
-        self.ids_in = [f for root in roots if isdir(f := join(root, "instance_segmentation"))]
-        self.listed, self.other_lens, self.no_mask = {}, 0, 0
-
-    def first(self, candidates):
-        """The first path that is there, or None."""
-        for path in candidates:
-            folder, name = os.path.split(path)
-            if folder not in self.listed:
-                self.listed[folder] = frozenset(os.listdir(folder) if isdir(folder) else ())
-            if name in self.listed[folder]:
-                return path
-
-    def photo(self, name, bent):
-        """The photo of that name; in ScanNet++'s folders only as bent as its camera says."""
-        suffixes = ("",) if splitext(name)[1] else (".png", ".jpg", ".jpeg")
-        other_lens = False
-        for k, place in enumerate(self.places):
-            found = self.first(join(place, name + suffix) for suffix in suffixes)
-            if found and SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
-                self.places.insert(0, self.places.pop(k))  # the next will be there too
-                return found
-            other_lens |= found is not None
-        self.other_lens += other_lens
-
-    def labels(self, photo, inner=None, named=None):
-        """(validity mask, segment ids) of a photo. inner: its path within its folder of photos;
-        named: what mask_path says."""
-        folder, inner = dirname(photo), inner or basename(photo)
-        names = (inner + ".png", splitext(inner)[0] + ".png")
-        masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
-        folders = [self.path] * bool(named) + [join(r, masks) for r in (self.path, dirname(folder))]
-        mask = self.first(join(f, name) for f in folders for name in ([named] if named else names))
-        self.no_mask += bool(named) and mask is None
-        return mask, self.first(join(f, name) for f in self.ids_in for name in names)
+INNER = ("nerfstudio", "dslr")  # folders of a scene of ScanNet++
+TRANSFORMS = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
+PHOTOS = ("images", "resized_images", "resized_undistorted_images", "undistorted_images", "rgb")
+SCANNETPP = {  # folders of its photos: whether a lens bends them, and where their masks are
+    "resized_images": (True, "resized_anon_masks"),
+    "resized_undistorted_images": (False, "resized_undistorted_masks"),
+    "undistorted_images": (False, "undistorted_anon_masks"),
+}
 
 
 class PosedFolder:
-    """Posed photos, with depth, validity masks and segment ids where there are any: nerfstudio's,
-    instant-ngp's and ScanNet++'s layouts.
+    """A capture: posed photos, with depth, validity masks and segment ids where there are any. See
+    the top of this file for what scenes have in common.
 
-    The folder of transforms_undistorted.json, transforms.json or transforms_train.json, of which
-    the first counts whose photos are there: fl_x, fl_y, cx, cy, w, h (or camera_angle_x),
-    camera_model and its k1 to k4, p1, p2, for all frames or per frame; per frame file_path,
-    transform_matrix (camera-to-world, OpenGL axes), and if there are depth_file_path (16-bit PNG
-    times depth_unit_scale_factor, 0.001 if not given: millimetres; or .npy in metres; 0 = unknown),
-    mask_path and is_bad. Frames in test_frames are left out. Validity masks of 0 and 255 (what is
-    not to be looked at is 0): mask_path, or masks/; segment ids: instance_segmentation/; both
-    NAME.jpg.png or NAME.png. What the lens bent is straightened when it is read. Frames come in
-    the order of their names. The file is read when something of it is asked for.
-
-    Raises ValueError that names the file and what is wrong with it.
+    lists(scene) makes the list of Shots, from the file that marks the layout; it is called when
+    something of the scene is asked for. Raises ValueError: which file is wrong, and what.
     """
 
-    marks = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
-    depth_unit = 0.001
-
-    def __init__(self, path):
-        self.path = Path(path)
-        # In ScanNet++ the folder that says which scene this is lies above scene/dslr/nerfstudio
-        parts = reversed(self.path.resolve().parts)
-        self.name = next(part for part in parts if part not in ("nerfstudio", "dslr"))
-        self.files = [self.path / mark for mark in self.marks if (self.path / mark).is_file()]
-        if not self.files:
-            raise ValueError(f"{self.path}: found none of {', '.join(self.marks)}")
-        self.file = self.files[0]
+    def __init__(self, path, lists=None, file=None, name=None):
+        self.path, self.lists = Path(path), lists or list_transforms
+        self.file = file or self.path
+        self.name = name or next(p for p in reversed(self.path.resolve().parts) if p not in INNER)
 
     def __len__(self):
         return len(self.shots)
@@ -1039,21 +959,23 @@ class PosedFolder:
     @functools.cached_property
     def shots(self):
         """[Shot] in the order of their names."""
-        shots = self._list()
-        for what, key in (("depth", "depth"), ("a segment mask", "ids")):
-            count = sum(getattr(shot, key) is not None for shot in shots)
-            if 0 < count < len(shots):
-                few = f"only {count} of {len(shots)} frames have {what}"
+        shots = self.lists(self)
+        for key, what in (("depths", "depth"), ("masks", "a segment mask")):
+            having = [shot.labels for shot in shots if key in shot.labels]
+            if 0 < len(having) < len(shots):
+                few = f"only {len(having)} of {len(shots)} frames have {what}"
                 warnings.warn(f"{self.file}: {few}; none is used")
+                for labels in having:
+                    del labels[key]
         return shots
 
     @functools.cached_property
     def has_depth(self):
-        return all(shot.depth is not None for shot in self.shots)
+        return all("depths" in shot.labels for shot in self.shots)
 
     @functools.cached_property
     def has_masks(self):
-        return all(shot.ids is not None for shot in self.shots)
+        return all("masks" in shot.labels for shot in self.shots)
 
     @functools.cached_property
     def numbers(self):
@@ -1064,257 +986,238 @@ class PosedFolder:
         rises = len(numbers) == len(found) and (np.diff(numbers) > 0).all()
         return numbers if rises else np.arange(len(found))
 
-    def _list(self):
-        for file in self.files:
-            self.file, beside = file, Beside(self.path)
-            with naming(file, "not a capture that can be read"):
-                total, good, shots = self._read(json.loads(file.read_text()), beside)
-            if shots:
-                break
-        else:
-            why = f", and {beside.other_lens} have only photos that are not of its lens"
-            why = why if beside.other_lens else ""
-            raise ValueError(f"{file}: none of its {total} frames can be used{why}")
-        if total > len(shots):
-            bad = f"{total - good} frames marked is_bad and {good - len(shots)} without their image"
-            warnings.warn(f"{file}: {bad} are left out")
-        if beside.no_mask:
-            warnings.warn(f"{file}: {beside.no_mask} frames lack the mask of their mask_path")
-        return shots
-
-    def _read(self, about, beside):
-        """(number of frames to train on, how many are good, [Shot] of those with photos)."""
-        entries = about.get("frames") if isinstance(about, dict) else None
-        if not isinstance(entries, list) or not all(
-            isinstance(e, dict) and isinstance(e.get("file_path"), str) for e in entries
-        ):
-            raise ValueError('it needs "frames", a list of objects that each have a "file_path"')
-        unit = self.depth_unit = about.get("depth_unit_scale_factor", 0.001)
-        if not isinstance(unit, (int, float)) or not 0 < unit < np.inf:
-            raise ValueError(f"depth_unit_scale_factor is {unit!r}, which is no number above 0")
-        tests = {e["file_path"] for e in about.get("test_frames") or []}
-        entries = [e for e in entries if e["file_path"] not in tests]
-        good = [e for e in entries if not e.get("is_bad")]
-        shared = {k: about[k] for k in CAMERA & about.keys()}
-        bent = functools.cache(lambda: lens_of(shared) is not None)
-        found = []  # (entry, photo, camera)
-        for entry in sorted(good, key=lambda e: natural(e["file_path"])):
-            own = {k: entry[k] for k in CAMERA & entry.keys()}
-            camera = shared | own if own else shared
-            lens = lens_of(camera) is not None if own else bent()
-            photo = beside.photo(entry["file_path"], lens)
-            found += [(entry, photo, camera)] if photo else []
-        return len(entries), len(good), list(self._shots(found, beside))
-
-    def _shots(self, found, beside):
-        entries = [entry for entry, _, _ in found]
-        for entry in entries:
-            for key in ("depth_file_path", "mask_path"):
-                if not isinstance(entry.get(key, ""), (str, type(None))):
-                    raise ValueError(f"{key} is {entry[key]!r}, which is no path")
-            if "transform_matrix" not in entry:
-                raise ValueError(f"transform_matrix of {entry['file_path']} is missing")
-        names = [entry["file_path"] for entry in entries]
-        poses = rigid([entry["transform_matrix"] for entry in entries], names)
-        poses[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
-        for (entry, photo, camera), pose in zip(found, poses):
-            depth = entry.get("depth_file_path")
-            depth = join(self.path, depth) if depth else None
-            labels = beside.labels(photo, named=entry.get("mask_path"))
-            yield Shot(photo, pose, camera, depth, *labels)
-
     def point_depths(self):
-        """[depths of the capture's own points that each shot sees], None where it has none."""
+        """[depths of COLMAP's points that each shot sees], None where there are none."""
+        shots, file = self.shots, self.file.with_name(f"points3D{self.file.suffix}")
+        if self.lists != list_colmap or not file.is_file():
+            return None
+        seen = {shot.number: [] for shot in shots}
+        with naming(file, "not COLMAP's points"):
+            for row in colmap_rows(file):
+                for number in row[8::2]:
+                    seen.get(int(number), []).append(row[1:4])
+            points = [np.array(seen[s.number], np.float64).reshape(-1, 3) for s in shots]
+        return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, shots)]
 
     def frame(self, i, height, width):
-        """Frame i, scaled to cover height x width and cropped about the centre; intrinsics follow
-        exactly. Where a validity mask says no, "valid" is False and the depth unknown."""
-        shot = self.shots[i]
-        photo = open_photo(shot, self.file)
-        with naming(self.file, f"the camera of {basename(shot.photo)} cannot be used"):
-            lens, camera = lens_of(shot.camera), pinhole(shot.camera, *photo.size)
-            crop = Crop(photo, height, width, lens, camera)
-        out = {
-            "images": crop.colours(),
-            "extrinsics": torch.from_numpy(shot.pose.astype(np.float32)),
-            "Ks": crop.intrinsics(),
-            "masks": torch.zeros(height, width, dtype=torch.int64),
-            "valid": torch.ones(height, width, dtype=torch.bool),
-        }
-        if self.has_depth:
-            out["depths"] = crop.depths(shot.depth, self.depth_unit, self.file)
-        if self.has_masks:
-            out["masks"] = crop.ids(shot.ids, self.file)
-        if shot.mask:
-            out["valid"] = crop.valid(shot.mask, self.file)
-            if self.has_depth:
-                out["depths"] = torch.where(out["valid"], out["depths"], 0.0)
-        return out
+        """Frame i. Where a validity mask says no, "valid" is False and the depth unknown."""
+        frame = read_shot(self.shots[i], Framing((height, width)))
+        frame.setdefault("masks", torch.zeros(height, width, dtype=torch.int64))
+        valid = frame.setdefault("valid", torch.ones(height, width, dtype=torch.bool))
+        if "depths" in frame:
+            frame["depths"] = torch.where(valid, frame["depths"], 0.0)
+        return frame
 
 
-class ColmapFolder(PosedFolder):
-    """COLMAP's reconstruction of photos in images/ (or images_2/, images_4/, images_8/, copies at
-    a fraction of the size): cameras, images and points3D, .bin or .txt, in sparse/0/, sparse/ or
-    colmap/sparse/0/. Masks and segments as for `PosedFolder`. The unit is whatever COLMAP chose.
-    """
-
-    marks = tuple(f"{folder}/cameras.{kind}" for folder in ("sparse/0", "sparse", "colmap/sparse/0")
-                  for kind in ("bin", "txt"))  # fmt: skip
-
-    def _file(self, what):
-        return self.file.with_name(what + self.file.suffix)
-
-    def _list(self):
-        folders = [join(self.path, f) for f in ("images", "images_2", "images_4", "images_8")]
-        folder, beside = next(filter(isdir, folders), folders[0]), Beside(self.path)
-        with naming(self.file, "not COLMAP's cameras"):
-            cameras = read_cameras(self.file)
-        with naming(self._file("images"), "not COLMAP's images"):
-            images = sorted(read_images(self._file("images")), key=lambda image: natural(image[-1]))
-            kept = [image for image in images if beside.first([join(folder, image[-1])])]
-            if not kept:
-                raise ValueError(f"none of its {len(images)} photos is in {folder}")
-            poses = colmap_poses(np.array([image[1:8] for image in kept]))
-            self.numbers_of_images = [image[0] for image in kept]
-            labelled = [beside.labels(join(folder, image[-1]), image[-1]) for image in kept]
-            shots = [Shot(join(folder, image[-1]), pose, cameras[image[8]], None, *labels)
-                     for image, pose, labels in zip(kept, poses, labelled)]  # fmt: skip
-        if len(images) > len(kept):
-            warnings.warn(f"{self.file}: {len(images) - len(kept)} photos are not in {folder}")
-        return shots
-
-    def point_depths(self):
-        if not self.shots or not self._file("points3D").is_file():
-            return None
-        with naming(self._file("points3D"), "not COLMAP's points"):
-            points, tracks = read_points(self._file("points3D"))
-            of = np.repeat(np.arange(len(points)), [len(track) for track in tracks])
-            image = np.concatenate([np.zeros(0, int), *tracks])
-            order = image.argsort(kind="stable")
-            ends = np.searchsorted(image[order], self.numbers_of_images, side="right")
-            starts = np.searchsorted(image[order], self.numbers_of_images)
-            depths = []
-            for shot, start, end in zip(self.shots, starts, ends):
-                seen = points[of[order[start:end]]]
-                depths.append((seen - shot.pose[:3, 3]) @ shot.pose[:3, 2])
-            return depths
-
-
-def text_lines(path):
-    return [line for line in path.read_text().splitlines() if not line.startswith("#")]
-
-
-def read_cameras(path):
-    """COLMAP's cameras: {number: camera by transforms.json's keys}."""
-    rows = []
-    if path.suffix == ".txt":
-        for number, model, *values in map(str.split, filter(str.strip, text_lines(path))):
-            rows.append((int(number), model, [float(v) for v in values]))
-    else:
-        data, at = path.read_bytes(), 8
-        for _ in range(struct.unpack_from("<Q", data)[0]):
-            number, model, *size = struct.unpack_from("<iiQQ", data, at)
-            model = COLMAPS[model] if 0 <= model < len(COLMAPS) else f"number {model}"
-            count = len(parameters(model))
-            rows.append((number, model, [*size, *struct.unpack_from(f"<{count}d", data, at + 24)]))
-            at += 24 + 8 * count
-    cameras = {}
-    for number, model, values in rows:
-        camera = zip(("w", "h", *parameters(model)), values, strict=True)
-        cameras[number] = dict(camera, camera_model=model)
-        lens_of(cameras[number])
-    return cameras
-
-
-def read_images(path):
-    """COLMAP's images: [(number, quaternion w x y z, translation x y z, camera, name)], flat."""
-    images = []
-    if path.suffix == ".txt":
-        for line in filter(str.strip, text_lines(path)[::2]):  # every second lists its points
-            number, *pose, camera, name = line.split(maxsplit=9)
-            images.append((int(number), *map(float, pose), int(camera), name.strip()))
-        return images
-    data, at = path.read_bytes(), 8
-    for _ in range(struct.unpack_from("<Q", data)[0]):
-        values = struct.unpack_from("<i7di", data, at)
-        end = data.index(b"\0", at + 64)
-        images.append((*values, data[at + 64 : end].decode()))
-        at = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
-        if at > len(data):
-            raise ValueError("it ends before its points do")
-    return images
-
-
-def read_points(path):
-    """COLMAP's points: world [P, 3], and [the numbers of the images that see each]."""
-    if path.suffix == ".txt":
-        rows = [line.split() for line in text_lines(path) if line.strip()]
-        points = [[float(v) for v in row[1:4]] for row in rows]
-        return np.array(points).reshape(-1, 3), [np.array(row[8::2], int) for row in rows]
-    data, at, points, tracks = path.read_bytes(), 8, [], []
-    for _ in range(struct.unpack_from("<Q", data)[0]):
-        _, *point, length = struct.unpack_from("<Q3d3x8xQ", data, at)
-        points.append(point)
-        tracks.append(np.frombuffer(data, "<i4", 2 * length, at + 51)[::2])
-        at += 51 + 8 * length
-    return np.array(points).reshape(-1, 3), tracks
-
-
-def colmap_poses(values):
-    """[N, 7]: world-to-camera quaternions w x y z and translations -> camera-to-world [N, 4, 4]."""
-    w, x, y, z = (values[:, :4] / np.linalg.norm(values[:, :4], axis=1, keepdims=True)).T
-    turn = [[1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)],
-            [2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)],
-            [2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)]]  # fmt: skip
-    turn = np.array(turn).transpose(2, 0, 1)  # camera to world
-    poses = np.tile(np.eye(4), (len(values), 1, 1))
-    poses[:, :3, :3], poses[:, :3, 3] = turn, -(turn @ values[:, 4:, None])[..., 0]
-    if not np.isfinite(poses).all():
-        raise ValueError("not all of its poses are finite numbers")
+def rigid(matrices, names, read=np.array):
+    """Poses [N, 4, 4] of matrices 3 x 4 or 4 x 4. BadFile: which name's is not rigid."""
+    poses = np.tile(np.eye(4), (len(names), 1, 1))
+    for pose, matrix, name in zip(poses, matrices, names):
+        with naming(name, "not a pose that can be read"):
+            pose[:3] = read(matrix)[:3]
+    turns = poses[:, :3, :3]
+    with np.errstate(invalid="ignore"):
+        off = np.abs(turns @ turns.swapaxes(1, 2) - np.eye(3)).max((1, 2), initial=0)
+        good = (off < 1e-3) & (np.linalg.det(turns) > 0) & np.isfinite(poses).all((1, 2))
+    if not good.all():
+        raise BadFile(f"{names[good.argmin()]}: not rigid, a turn and a move of finite numbers")
     return poses
 
 
-class Chunks:
-    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, lists of
-    scenes, and index.json, which says where which is. chunks[i] is a scene that reads its file
-    when it is asked for frames; the last few files stay mapped."""
+class Beside:
+    """Finds photos and labels in the folders about a capture; each folder is listed once."""
 
     def __init__(self, path):
-        self.file = path / "index.json"
-        with naming(self.file, "not the index of RealEstate10K's files"):
-            index = json.loads(self.file.read_text())
-            self.index = {key: path / file for key, file in index.items()}
-            self.keys = list(self.index)
-            if not self.keys:
-                raise ValueError("it lists no scenes")
+        self.path, above = str(path), str(path.parent)
+        self.places = [join(self.path, folder) for folder in ("", *PHOTOS)]
+        self.places += [join(above, folder) for folder in PHOTOS]
+        roots = [path]  # up to the scene, of ScanNet++
+        while roots[-1].name in INNER:
+            roots.append(roots[-1].parent)
+        self.ids_in = [join(root, "instance_segmentation") for root in roots]
+        self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
-    def __len__(self):
-        return len(self.keys)
+    def first(self, paths):
+        """The first that is there, or None."""
+        return next((p for p in paths if basename(p) in self.listed(dirname(p))), None)
 
-    def __getitem__(self, i):
-        return ChunkScene(self.index[self.keys[i]], self.keys[i])
+    def photo(self, name, bent):
+        """(the photo of that name, None), or (None, why not): in ScanNet++'s folders only one that
+        is as bent as its camera says."""
+        suffixes = ("",) if splitext(name)[1] else (".png", ".jpg", ".jpeg")
+        why = "without their image are left out"
+        for place in self.places:
+            found = self.first(join(place, name + suffix) for suffix in suffixes)
+            if found and SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
+                return found, None
+            why = "with photos of another lens alone are left out" if found else why
+        return None, why
+
+    def labels(self, photo, inner=None, named=None):
+        """{"valid", "masks"} of a photo, as far as they are there. inner: its path in its folder of
+        photos; named: the validity mask's, else it is masks/NAME.jpg.png or masks/NAME.png."""
+        folder, inner = dirname(photo), inner or basename(photo)
+        names = (inner + ".png", splitext(inner)[0] + ".png")
+        masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
+        masks = [self.path] * bool(named) + [join(f, masks) for f in (self.path, dirname(folder))]
+        valid = self.first(join(f, name) for f in masks for name in ([named] if named else names))
+        ids = self.first(join(f, name) for f in self.ids_in for name in names)
+        return {key: path for key, path in (("valid", valid), ("masks", ids)) if path}
 
 
-class ChunkScene(PosedFolder):
-    has_depth = has_masks = False
+def list_transforms(scene):
+    """nerfstudio, instant-ngp, ScanNet++ and FiT3D: of TRANSFORMS the first whose photos are there.
 
-    def __init__(self, file, key):
-        self.file, self.name = file, key
+    Poses are camera-to-world with OpenGL's axes; depth is a picture in depth_unit_scale_factor
+    (0.001) metres or a .npy in metres. is_bad and test_frames are left out.
+    """
+    files = [scene.path / mark for mark in TRANSFORMS if (scene.path / mark).is_file()]
+    if not files:
+        raise BadFile(f"{scene.path}: found none of {', '.join(TRANSFORMS)}")
+    for file in files:
+        scene.file, lost = file, []
+        with naming(file, "not a capture that can be read"):
+            shots = read_transforms(file, lost)
+        said = ", ".join(f"{lost.count(why)} frames {why}" for why in dict.fromkeys(lost))
+        if shots:
+            break
+    else:
+        raise BadFile(f"{file}: none of its frames can be used ({said or 'it has none'})")
+    if said:
+        warnings.warn(f"{file}: {said}")
+    folder = dirname(shots[0].photo)
+    ids = [dirname(shot.labels["masks"]) for shot in shots if "masks" in shot.labels]
+    if ids and basename(folder) in SCANNETPP and isdir(join(dirname(folder), "resized_images")):
+        what = "nothing tells ids of fisheye photos from those of undistorted ones"
+        warnings.warn(f"{ids[0]}: {what}; they are taken for those of {folder}")
+    return shots
 
-    def _list(self):
-        scenes = load_chunk(self.file)
-        with naming(self.file, f"not RealEstate10K's scene {self.name}"):
-            scene = scenes[self.name]
-            cameras, images = scene["cameras"].double().numpy(), scene["images"]
-            if cameras.shape != (len(images), 18):
-                raise ValueError(f"its cameras are {list(cameras.shape)}, its images {len(images)}")
-            names = [join(self.file, self.name, f"{i}.jpg") for i in range(len(images))]
-            poses = np.linalg.inv(rigid(cameras[:, 6:].reshape(-1, 3, 4).tolist(), names))
-            shots = []
-            for name, pose, camera, image in zip(names, poses, cameras[:, :4].tolist(), images):
-                camera = dict(zip(("fl_x", "fl_y", "cx", "cy"), camera), w=1, h=1)
-                shots.append(Shot(name, pose, camera, packed=image.numpy()))
-            return shots
+
+def read_transforms(file, lost):
+    """[Shot] of the frames to train on. `lost` gets what to say of each that lacks something."""
+    about, beside, found = json.loads(file.read_text()), Beside(file.parent), []
+    unit = about.get("depth_unit_scale_factor", 0.001)
+    if not (isinstance(unit, (int, float)) and 0 < unit < np.inf):
+        raise ValueError(f"depth_unit_scale_factor is {unit!r}, which is no number above 0")
+    tests = {entry["file_path"] for entry in about.get("test_frames") or []}
+    shared = {k: about[k] for k in CAMERA & about.keys()}
+    for entry in sorted(about["frames"], key=lambda entry: natural(entry["file_path"])):
+        if entry["file_path"] in tests:
+            continue
+        own = {k: entry[k] for k in CAMERA & entry.keys()}
+        camera = shared | own if own else shared
+        photo, why = None, "marked is_bad are left out"
+        if not entry.get("is_bad"):
+            photo, why = beside.photo(entry["file_path"], lens_of(camera) is not None)
+        if not photo:
+            lost.append(why)
+            continue
+        labels, named = {}, entry.get("mask_path")
+        if entry.get("depth_file_path"):
+            labels["depths"] = join(file.parent, entry["depth_file_path"])
+        labels |= beside.labels(photo, named=named)
+        if named and "valid" not in labels:
+            lost.append("lack the mask of their mask_path")
+        found.append((entry, Shot(photo, file, labels, None, camera, unit=unit)))
+    names = [f"{file}: transform_matrix of {entry['file_path']}" for entry, _ in found]
+    poses = rigid([entry.get("transform_matrix") for entry, _ in found], names)
+    poses[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
+    return [shot._replace(pose=pose) for (_, shot), pose in zip(found, poses)]
+
+
+def list_colmap(scene):
+    """COLMAP's cameras, images and points3D, .bin or .txt, of photos in images/ (or images_2/,
+    images_4/, images_8/, copies at a fraction of the size). The unit is whatever COLMAP chose."""
+    folders = [join(scene.path, f) for f in ("images", "images_2", "images_4", "images_8")]
+    folder, beside = next(filter(isdir, folders), folders[0]), Beside(scene.path)
+    file, cameras = scene.file.with_name(f"images{scene.file.suffix}"), {}
+    with naming(scene.file, "not COLMAP's cameras"):
+        for number, model, *values in colmap_rows(scene.file):
+            camera = zip(("w", "h", *parameters(model)), map(float, values), strict=True)
+            cameras[int(number)] = dict(camera, camera_model=model)
+            lens_of(cameras[int(number)])
+    with naming(file, "not COLMAP's images"):
+        images = sorted(colmap_rows(file), key=lambda row: natural(row[-1]))
+        kept = [row for row in images if beside.first([join(folder, row[-1])])]
+        if not kept:
+            raise ValueError(f"none of its {len(images)} photos is in {folder}")
+        # World to camera is a unit quaternion (w, v), of the rotation 1 + 2 w [v]x + 2 [v]x [v]x,
+        # then a translation t. Camera to world rotates by its transpose, that of -v.
+        values = np.array([row[1:8] for row in kept], np.float64)
+        quaternions = values[:, :4] / np.linalg.norm(values[:, :4], axis=1, keepdims=True)
+        minus_v = np.cross(quaternions[:, None, 1:], np.eye(3))  # [-v]x, (N, 3, 3)
+        turns = np.eye(3) + 2 * quaternions[:, :1, None] * minus_v + 2 * minus_v @ minus_v
+        moves = -turns @ values[:, 4:, None]
+        poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
+        shots = []
+        for (number, *_, camera, name), pose in zip(kept, poses):
+            photo, camera = join(folder, name), cameras[int(camera)]
+            labels = beside.labels(photo, name)
+            shots.append(Shot(photo, file, labels, pose, camera, number=int(number)))
+    if len(images) > len(kept):
+        warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
+    return shots
+
+
+def colmap_rows(path):
+    """The rows of COLMAP's cameras, images or points3D, flat, from .txt or in its order from .bin:
+    number, model, width, height, parameters; number, quaternion w x y z, translation x y z, camera,
+    name; or number, x y z, r g b, error, and twice as many numbers as images see the point."""
+    if path.suffix == ".txt":
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        every, most = (2, 9) if path.stem == "images" else (1, -1)  # every second lists points
+        yield from (line.strip().split(maxsplit=most) for line in lines[::every] if line.strip())
+        return
+    file = io.BytesIO(path.read_bytes())
+
+    def take(form):  # struct.error: it ends too soon
+        return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
+
+    for _ in range(*take("Q")):
+        if path.stem == "cameras":
+            number, model, *size = take("iiQQ")
+            model = dict(enumerate(MODELS)).get(model, f"number {model}")
+            yield number, model, *size, *take(f"{len(parameters(model))}d")
+        elif path.stem == "images":
+            head, name = take("i7di"), b"".join(iter(lambda: take("c")[0], b"\0"))
+            take(f"{24 * take('Q')[0]}x")  # the points that it sees
+            yield *head, name.decode()
+        else:
+            *head, length = take("Q3d3BdQ")
+            yield *head, *take(f"{2 * length}i")
+
+
+class Chunks(list):
+    """The scenes of RealEstate10K, which are too many to be looked at before they are drawn."""
+
+
+def open_chunks(path):
+    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, lists of
+    scenes, and index.json, which says where which is."""
+    file = path / "index.json"
+    with naming(file, "not the index of RealEstate10K's files"):
+        index = json.loads(file.read_text())
+        chunks = Chunks(PosedFolder(path, list_chunk, path / f, key) for key, f in index.items())
+        if not chunks:
+            raise ValueError("it lists no scenes")
+    for scene in chunks:
+        scene.has_depth = scene.has_masks = False  # which its file need not be read for
+    return chunks
+
+
+def list_chunk(scene):
+    """A scene of RealEstate10K: cameras [n, 18] are fx fy cx cy in shares of the photo's size, two
+    zeros, and world-to-camera 3 x 4."""
+    chunk = load_chunk(scene.file)
+    with naming(scene.file, f"not RealEstate10K's scene {scene.name}"):
+        cameras, images = chunk[scene.name]["cameras"].double().numpy(), chunk[scene.name]["images"]
+        if cameras.shape != (len(images), 18):
+            raise ValueError(f"its cameras are {list(cameras.shape)}, its images {len(images)}")
+        names = [join(scene.file, scene.name, f"{i}.jpg") for i in range(len(images))]
+        poses = np.linalg.inv(rigid(cameras[:, 6:].reshape(-1, 3, 4), names))
+        intrinsics = [dict(zip(SIZES, [*camera, 1, 1])) for camera in cameras[:, :4].tolist()]
+        return [Shot(name, scene.file, {}, pose, camera, image.numpy())
+                for name, pose, camera, image in zip(names, poses, intrinsics, images)]  # fmt: skip
 
 
 @functools.lru_cache(8)
@@ -1324,11 +1227,15 @@ def load_chunk(path):
         return {scene["key"]: scene for scene in scenes}
 
 
-LAYOUTS = (  # files that mark a folder, here or in these folders of it, and what they are opened as
-    (PosedFolder.marks, ("", "nerfstudio", "dslr/nerfstudio"), PosedFolder),
-    (ColmapFolder.marks, ("",), ColmapFolder),
-    (("*.torch",), ("", "train"), Chunks),
-)
+def list_scannet(scene, K, ids):
+    """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
+    # The intrinsics are those of the depth maps, 640 x 480, whatever size the photos have
+    camera = dict(zip(SIZES, [*K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist(), 640, 480]))
+    shots, files = [], [scene.path / f"pose/{i}.txt" for i in ids]
+    for i, pose in zip(ids, rigid(files, files, np.loadtxt)):
+        photo, depth = join(scene.path, f"color/{i}.jpg"), join(scene.path, f"depth/{i}.png")
+        shots.append(Shot(photo, scene.path, {"depths": depth}, pose, camera))
+    return shots
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1602,61 +1509,69 @@ def jitter(photo, rng):
     return (photo + 0.01 * noise).clamp(0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Views and labels to probe with (evaluate.py)
-
+# --------------------------------------------------------------------------------------------------
+# Pairs of views, and labelled photos, to probe with (evaluate.py)
 
 BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Two views each, frames i and j of a scene, with depth: pairs[n] is two dicts as of `scene.frame`."""
+    """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`.
+
+    least_overlap: share of a view that the other must show for the pair to count.
+    """
 
     def __init__(self, entries, height, width, least_overlap=0.0):
-        self.entries, self.size = entries, (height, width)
-        self.least_overlap = least_overlap  # share of a view that the other must show for the pair to count
+        self.entries, self.size, self.least_overlap = entries, (height, width), least_overlap
 
     def __len__(self):
         return len(self.entries)
 
     def __getitem__(self, n):
         scene, *frames = self.entries[n]
-        keys = ("images", "extrinsics", "Ks", "depths")
-        return tuple({k: view[k] for k in keys} for view in (scene.frame(i, *self.size) for i in frames))
+        return tuple(scene.frame(i, *self.size) for i in frames)
 
 
 def pairs(path, count, height, width, seed):
-    """Pairs of views to find correspondences in: of ScanNet-1500 (a folder with test.npz) its own; of RGB-D captures
-    any two frames, which count if they have 30 % in common; without a path of procedural rooms, as many from each range
-    of viewpoint change, 0 to 15, 30, 60 and 180 degrees, all with 30 % in common. Where there are more than `count`,
+    """Pairs of views to find correspondences in: of ScanNet-1500 (a folder with test.npz) its own;
+    of RGB-D captures any two frames, which count if they have 30 % in common; without a path of
+    rooms, as many from each of BINS, all with 30 % in common. Where there are more than `count`,
     seed says which are taken."""
-    rng = np.random.default_rng(seed)
+    rng, found, least = np.random.default_rng(seed), [], 0.0
     if path is None:
-        rooms, found = Rooms("probe"), []
+        rooms = Rooms("probe")
         while len(found) < count:
             pair = room_pair(rooms[int(rng.integers(len(rooms)))], rng, BINS[len(found) % 4 :][:2])
             found += [pair] if pair else []
-        return Pairs(found, height, width)
-    if (Path(path) / "test.npz").is_file() or (Path(path) / "intrinsics.npz").is_file():
-        found, least_overlap = scannet_pairs(Path(path)), 0.0
+    elif any((Path(path) / name).is_file() for name in ("test.npz", "intrinsics.npz")):
+        found = scannet_pairs(Path(path))
     else:
-        scenes, least_overlap = open_scenes(path), 0.3
-        for scene in scenes:
-            if not scene.has_depth:
-                raise ValueError(f"{scene.file}: no depth maps, which correspondences are measured with")
-        sizes = np.array([len(scene) * (len(scene) - 1) // 2 for scene in scenes])  # pairs of each scene
-        chosen = range(sizes.sum()) if sizes.sum() <= count else np.sort(rng.choice(sizes.sum(), count, replace=False))
-        found = []
+        scenes, least = scenes_with_depth(path), 0.3
+        ends = np.cumsum([len(scene) * (len(scene) - 1) // 2 for scene in scenes])
+        chosen = range(ends[-1])
+        if len(chosen) > count:
+            chosen = np.sort(rng.choice(len(chosen), count, replace=False))
         for k in chosen:
-            scene = int(np.searchsorted(sizes.cumsum(), k, side="right"))
-            k = int(k - sizes[:scene].sum())  # pairs (i, j) with i < j, counted along j
+            scene = int(np.searchsorted(ends, k, side="right"))
+            k = int(k - ends[scene - 1]) if scene else int(k)  # of (i, j) with i < j, along j
             j = int((1 + np.sqrt(1 + 8 * k)) // 2)
             found.append((scenes[scene], k - j * (j - 1) // 2, j))
     if not found:
-        raise ValueError(f"{path}: no two frames to compare")
+        raise BadFile(f"{path}: no two frames to compare")
     if len(found) > count:
         found = [found[k] for k in np.sort(rng.choice(len(found), count, replace=False))]
-    return Pairs(found, height, width, least_overlap)
+    return Pairs(found, height, width, least)
+
+
+def room_pair(room, rng, degrees, tries=20):
+    """(room, i, j) of frames whose cameras are turned by so much; None if none is found."""
+    for _ in range(tries):
+        i, j = (int(k) for k in rng.integers(len(room), size=2))
+        to_b = torch.linalg.inv(torch.from_numpy(room.pose(j))) @ torch.from_numpy(room.pose(i))
+        if i == j or not degrees[0] <= rotation_angle(to_b) < degrees[1]:
+            continue  # before anything is drawn
+        if overlap(room.frame(i, 24, 24), room.frame(j, 24, 24), to_b) > 0.3:
+            return room, i, j
 
 
 def rotation_angle(Rt):
@@ -1665,28 +1580,17 @@ def rotation_angle(Rt):
     return torch.rad2deg(torch.acos(((trace - 1) / 2).clamp(-1, 1)))
 
 
-def room_pair(room, rng, degrees, tries=20):
-    """(room, i, j) of two frames whose cameras are turned by an angle in the range, or None if none is found."""
-    for _ in range(tries):
-        i, j = (int(k) for k in rng.integers(len(room), size=2))
-        if i == j:
-            continue
-        pose_a, pose_b = (torch.from_numpy(room.pose(k)) for k in (i, j))
-        to_b = torch.linalg.inv(pose_b) @ pose_a
-        if not degrees[0] <= rotation_angle(to_b) < degrees[1]:
-            continue  # before anything is drawn
-        if overlap(room.frame(i, 24, 24), room.frame(j, 24, 24), to_b) > 0.3:
-            return room, i, j
-
-
 def camera_points(depths, K):
     """Depths [H, W] along z and K [3, 3] in pixels -> points in the camera's axes [H, W, 3]."""
-    y, x = torch.meshgrid(*(torch.arange(n, device=depths.device) + 0.5 for n in depths.shape), indexing="ij")
-    return torch.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)], -1) * depths[..., None]
+    rows, columns = (torch.arange(n, device=depths.device) + 0.5 for n in depths.shape)
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    rays = [(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)]
+    return torch.stack(rays, -1) * depths[..., None]
 
 
 def overlap(a, b, to_b):
-    """Share of frame a's pixels with depth that frame b sees too, given a's camera coordinates -> b's [4, 4]."""
+    """Share of frame a's pixels with depth that frame b sees too. to_b [4, 4]: a's camera
+    coordinates -> b's."""
     H, W = a["depths"].shape
     points = camera_points(a["depths"], a["Ks"]) @ to_b[:3, :3].T + to_b[:3, 3]
     seen = points @ b["Ks"].T
@@ -1698,52 +1602,28 @@ def overlap(a, b, to_b):
     return float((known & inside & ((z / there - 1).abs() < 0.1)).sum() / known.sum().clamp(min=1))
 
 
-class ScanNetScene(PosedFolder):
-    """A scene of ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
-
-    has_depth, has_masks, depth_unit = True, False, 0.001
-
-    def __init__(self, path, K, ids):
-        self.path = self.file = path
-        self.name = path.name
-        # The intrinsics are those of the depth maps, 640 x 480, whatever size the photos have
-        K = [float(K[i, j]) for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))]
-        camera = dict(zip(("fl_x", "fl_y", "cx", "cy"), K), w=640, h=480)
-        self.shots = []
-        for i in ids:
-            pose = path / "pose" / f"{i}.txt"
-            try:
-                matrix = np.loadtxt(pose)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{pose}: not a pose that can be read ({error})") from None
-            if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
-                raise ValueError(f"{pose}: not 4 x 4 finite numbers")
-            if not is_rotation(matrix[:3, :3]):
-                raise ValueError(f"{pose}: not rigid: its upper left 3 x 3 is no rotation")
-            photo, depth = join(path, "color", f"{i}.jpg"), join(path, "depth", f"{i}.png")
-            self.shots.append(Shot(photo, matrix, camera, depth))
-
-
 def scannet_pairs(path):
-    """The 1,500 pairs of SuperGlue's ScanNet test: test.npz "name" [pairs, 4] of scene, sequence and two frames, and
-    intrinsics.npz with K [3, 3] by the name of the scene."""
-    try:
-        names = np.load(path / "test.npz", allow_pickle=False)["name"]
+    """The 1,500 pairs of SuperGlue's ScanNet test: test.npz "name" [pairs, 4] of scene, sequence
+    and two frames, and intrinsics.npz with K [3, 3] by the name of the scene."""
+    with naming(path, "test.npz and intrinsics.npz of ScanNet-1500 were expected"):
+        rows = np.load(path / "test.npz", allow_pickle=False)["name"].tolist()
+        listed = [(f"scene{scene:04d}_{part:02d}", i, j) for scene, part, i, j in rows]
         Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
-        if names.ndim != 2 or names.shape[1] != 4 or names.dtype.kind not in "iu":
-            raise ValueError("name is not whole numbers [pairs, 4]")
-        if not all(K.shape in ((3, 3), (4, 4)) and (K[[0, 1], [0, 1]] > 0).all() for K in Ks.values()):
+        if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: test.npz and intrinsics.npz of ScanNet-1500 were expected ({error})") from None
-    scenes = [f"scene{scene:04d}_{sequence:02d}" for scene, sequence, _, _ in names]
-    opened = {}
-    for scene in dict.fromkeys(scenes):
-        if scene not in Ks or not (path / scene).is_dir():
-            raise ValueError(f"{path / scene}: the folder or its entry in intrinsics.npz is missing")
-        ids = sorted({int(i) for s, row in zip(scenes, names) if s == scene for i in row[2:]})
-        opened[scene] = ScanNetScene(path / scene, Ks[scene].astype(float)[:3, :3], ids), ids
-    return [(opened[s][0], *(opened[s][1].index(int(i)) for i in row[2:])) for s, row in zip(scenes, names)]
+    frames, scenes = {}, {}
+    for name, *two in listed:
+        frames[name] = sorted({*frames.get(name, ()), *two})
+    for name, ids in frames.items():
+        if name not in Ks or not (path / name).is_dir():
+            raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
+        lists = functools.partial(list_scannet, K=Ks[name].astype(float), ids=ids)
+        scenes[name] = PosedFolder(path / name, lists)
+        scenes[name].shots  # a pose that is missing ends it here
+    return [(scenes[name], frames[name].index(i), frames[name].index(j)) for name, i, j in listed]
+
+
+# -- windows on photos
 
 
 class Framing(NamedTuple):
@@ -1761,17 +1641,14 @@ class Framing(NamedTuple):
     def scaled(self, height, width):
         """(H, W) at which a photo of that size is looked at."""
         factor = self.jitter[0]
-        if self.size is None:
-            if self.short:  # as mmsegmentation's (2048, 512)
-                factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
-            return max(1, round(factor * height)), max(1, round(factor * width))
-        return tuple(max(1, round(factor * s)) for s in self.size)
+        if self.short and self.size is None:  # as mmsegmentation's (2048, 512)
+            factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
+        return tuple(max(1, round(factor * s)) for s in self.size or (height, width))
 
-    def crops(self, photo):
-        """`Crop`s of a photo, and of its labels, which are not scaled where windows slide."""
-        crop = Crop(photo, *self.scaled(photo.height, photo.width))
-        whole = self.slide and self.size is None
-        return crop, Crop(photo, photo.height, photo.width) if whole else crop
+    def window(self, *size):
+        """(H, W) of a window of that size with its borders."""
+        step = 14 if self.pad else 1
+        return tuple(-(-s // step) * step for s in size)
 
 
 # What the public code of the probes does: see README, Probing
@@ -1788,19 +1665,20 @@ BORDER = {"depths": 0.0, "normals": 0.0, "classes": -1,
 
 
 class Labelled(torch.utils.data.Dataset):
-    """Photos and what is to be read off them, by `load(entry, framing)`.
+    """Photos and what is to be read off them, `key`: "depths" [H, W], "normals" [3, H, W] or
+    "classes" [H, W] (-1 = none).
 
-    labelled[n] = {"images" [n, 3, P, Q] in 0..1: windows of the photo; "places" int64 [n, 7]: of
-    each its top, left, height and width in the whole, 1 if it is mirrored, P and Q, where its
-    height and width lie in the middle; and "depths" [H, W], "normals" [3, H, W] or "classes"
-    [H, W] (-1 = none)}. In training n is 1 and the label the window's own, [P, Q]; in a test the
-    label is the whole photo's. Which window training sees is a function of n alone.
+    entries: `Shot`s, (capture, frame) or (rooms, room). labelled[n] = {"images" [n, 3, P, Q] in
+    0..1: windows of the photo; "places" int64 [n, 7]: of each its top, left, height and width in
+    the whole, 1 if it is mirrored, P and Q, where its height and width lie in the middle; and the
+    label}. In training n is 1 and the label the window's own, [P, Q]; in a test it is the whole
+    photo's. Which window training sees is a function of n alone.
     """
 
-    def __init__(self, entries, load, framing, training, count=0, copies=1):
+    def __init__(self, entries, key, framing, training, count=0, copies=1):
         if count and count < len(entries):  # evenly spread
             entries = [entries[i * len(entries) // count] for i in range(count)]
-        self.entries, self.load, self.framing = entries, load, framing
+        self.entries, self.key, self.framing = entries, key, framing
         self.training, self.copies = training, copies
         self.part = "train" if training else "test"
 
@@ -1813,11 +1691,26 @@ class Labelled(torch.utils.data.Dataset):
             frame = self.load(entry, framing._replace(jitter=(1.0, 1.0)))
             return frame | look(frame["images"], framing)
         scale = rng.uniform(*framing.jitter)
-        frame = self.load(entry, framing._replace(jitter=(scale, scale), slide=()))
-        frame = random_window(frame, framing, rng)
+        framing = framing._replace(jitter=(scale, scale), slide=(), both=False)
+        frame = random_window(self.load(entry, framing), framing, rng)
         images = frame.pop("images")
-        label = padded(frame, *size_of_window(framing, *images.shape[-2:]))
-        return label | look(images, framing._replace(slide=(), both=False))
+        return padded(frame, framing.window(*images.shape[-2:])) | look(images, framing)
+
+    def load(self, entry, framing):
+        """{"images", key} of an entry; of a room one view."""
+        if isinstance(entry, Shot):
+            frame = read_shot(entry, framing)
+        else:
+            scene, i = entry
+            if isinstance(scene, Rooms):
+                scene, i = scene[i], np.random.default_rng(i)
+                i = int(i.integers(len(scene)))
+            frame = scene.frame(i, *framing.scaled(480, 640))
+            if self.key == "normals" and self.key not in frame:
+                frame["normals"] = normals_from_depth(frame["depths"], frame["Ks"])
+            elif self.key == "classes":
+                frame["classes"] = frame["classes"] - 1
+        return {k: frame[k] for k in ("images", self.key)}
 
     def kept_bytes(self, channels):
         """What a `Shelf` of all takes with features of so many channels, by the first frame."""
@@ -1828,21 +1721,15 @@ class Labelled(torch.utils.data.Dataset):
 
     def as_tested(self, count):
         """At most `count` of the same photos, as a test sees them."""
-        return Labelled(self.entries, self.load, self.framing, False, count)
+        return Labelled(self.entries, self.key, self.framing, False, count)
 
 
-def size_of_window(framing, height, width):
-    step = 14 if framing.pad else 1
-    return -(-height // step) * step, -(-width // step) * step
-
-
-def padded(frame, height, width):
-    """A frame's tensors [..., h, w] in the middle of [..., height, width]."""
+def padded(frame, size):
+    """A frame's tensors [..., h, w] in the middle of [..., H, W]."""
     out = {}
     for key, tensor in frame.items():
-        y, x = height - tensor.shape[-2], width - tensor.shape[-1]
-        sides = (x // 2, x - x // 2, y // 2, y - y // 2)
-        border = BORDER[key]
+        y, x = (full - part for full, part in zip(size, tensor.shape[-2:]))
+        sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), BORDER[key]
         out[key] = torch.nn.functional.pad(tensor - border, sides) + border if x or y else tensor
     return out
 
@@ -1854,7 +1741,7 @@ def random_window(frame, framing, rng):
     """
     if framing.crop:
         H, W = (max(s, c) for s, c in zip(frame["images"].shape[-2:], framing.crop))
-        frame = padded(frame, H, W)
+        frame = padded(frame, (H, W))
         for _ in range(10):
             top, left = (int(rng.integers(s - c + 1)) for s, c in zip((H, W), framing.crop))
             window = (..., slice(top, top + framing.crop[0]), slice(left, left + framing.crop[1]))
@@ -1875,13 +1762,13 @@ def look(image, framing):
     side, stride = framing.slide or (max(H, W), 1)
     height, width = min(side, H), min(side, W)
     # The last window ends with the photo
-    tops = [min(stride * i, H - height) for i in range(-(-(H - height) // stride) + 1)]
-    lefts = [min(stride * i, W - width) for i in range(-(-(W - width) // stride) + 1)]
-    P, Q = size_of_window(framing, height, width)
+    tops, lefts = ([min(i, s - w) for i in range(0, s - w + stride, stride)]
+                   for s, w in ((H, height), (W, width)))  # fmt: skip
+    P, Q = framing.window(height, width)
     images, places = [], []
     for top, left in itertools.product(tops, lefts):
         window = {"images": image[:, top : top + height, left : left + width]}
-        window = padded(window, P, Q)["images"]
+        window = padded(window, (P, Q))["images"]
         for mirrored in range(1 + framing.both):
             images.append(window.flip(-1) if mirrored else window)
             places.append([top, left, height, width, mirrored, P, Q])
@@ -1925,26 +1812,21 @@ def full(tensor):
 class Shelf:
     """Tensors in a file, a few per frame, of any shape, two bytes a number: shelf[i] is a list.
 
-    What is read is mapped for as long as it is copied, so that the mapped file never counts as the
+    What is read is mapped for as long as it is copied, so that the file never counts as the
     process's memory. Raises ValueError where the disk is full.
     """
 
     def __init__(self, path):
-        self.file, self.records, self.end = open(path, "wb", buffering=0), [], 0
+        self.file, self.records, self.end = open(path, "wb"), [], 0
 
     def append(self, *tensors):
-        self.records.append([])
-        for tensor in map(small, tensors):
-            array = tensor.contiguous().numpy()
-            self.records[-1].append((self.end, array.shape, array.dtype))
-            self.end += array.nbytes
-            rest = memoryview(array).cast("B")
-            while rest:  # a write may be cut short
-                try:
-                    rest = rest[self.file.write(rest) :]
-                except OSError as error:
-                    why = f"cannot be written ({error.strerror})"
-                    raise ValueError(f"{self.file.name}: {why}") from None
+        arrays = [small(tensor).contiguous().numpy() for tensor in tensors]
+        starts = itertools.accumulate((a.nbytes for a in arrays), initial=self.end)
+        self.records.append([(s, a.shape, a.dtype) for s, a in zip(starts, arrays)])
+        self.end += sum(a.nbytes for a in arrays)
+        with naming(self.file.name, "cannot be written"):
+            self.file.writelines(arrays)
+            self.file.flush()
 
     def shapes(self, i):
         return [shape for _, shape, _ in self.records[i]]
@@ -1962,60 +1844,64 @@ class Shelf:
 def scratch(folder, need):
     """A new folder in `folder` (or the system's for such), which goes with all that is in it.
     ValueError if there is none to be made, or the disk has not as many bytes free as it needs."""
-    try:
+    with naming(folder, "no folder to keep features in"):
         made = tempfile.TemporaryDirectory(prefix="probe-", dir=folder)
-    except OSError as error:
-        why = f"no folder to keep features in ({error.strerror})"
-        raise ValueError(f"{error.filename}: {why}") from None
     with made as path:
-        free = shutil.disk_usage(path).free
-        if need > 2**30:
-            print(f"Features and labels take {need / 2**30:.1f} GiB of disk in {path}")
+        need, free = need / 2**30, shutil.disk_usage(path).free / 2**30
+        if need > 1:
+            print(f"Features and labels take {need:.1f} GiB of disk in {path}")
         if need > free:
-            raise ValueError(
-                f"{path}: features and labels take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} "
-                "are free; --cache FOLDER takes another disk, --train-frames fewer"
-            )
+            takes = f"features and labels take {need:.1f} GiB, and {free:.1f} are free"
+            instead = "--cache FOLDER takes another disk, --train-frames fewer"
+            raise ValueError(f"{path}: {takes}; {instead}")
         yield Path(path)
+
+
+# -- labelled photos
 
 
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
     """Labelled frames to train and to test a probe on, and the classes' names (or None).
 
-    Args:
-        task: depth, normals or segmentation.
-        path: a folder in one of the layouts in README, Probing; None for procedural rooms.
-        framing: a `Framing`: what of a photo is seen.
-        train_count, test_count: frames, evenly spread; 0 are all (of rooms, 200).
-        classes: a file of the classes' names, one a line, where the layout leaves them open.
-        copies: windows of each training photo.
-
-    Raises ValueError: which path was expected.
+    path: a folder in one of the layouts in README, Probing; None for procedural rooms. train_count
+    and test_count frames are evenly spread; 0 are all (of rooms, 200). classes: a file of the
+    classes' names, one a line. copies: windows of each training photo. Raises ValueError: which
+    path was expected.
     """
-    names = None
+    names = CLASSES[1:] if path is None and task == "segmentation" else None
     if path is None:
         rooms = Rooms("probe")
-        middle = len(rooms) // 2
-        if max(train_count, test_count) > middle:
-            raise ValueError(f"there are {middle} rooms each to train and to test a probe on, no more")
-        train, test = ([(rooms, i) for i in range(first, first + (count or 200))]
-                       for first, count in ((0, train_count), (middle, test_count)))
-        load = functools.partial(load_room, label=LABEL_OF[task])
-        names = CLASSES[1:] if task == "segmentation" else None
-    elif task == "depth":
-        train, test, load = depth_frames(Path(path))
-    elif task == "normals":
-        train, test, load = normal_frames(Path(path))
+        half = len(rooms) // 2
+        if max(train_count, test_count) > half:
+            raise ValueError(f"there are {half} rooms each to train and to test on, no more")
+        parts = [[(rooms, start + i) for i in range(count or 200)]
+                 for start, count in ((0, train_count), (half, test_count))]  # fmt: skip
+    elif found := layout_of(task, Path(path)):
+        (_, lists, names_of_parts, *own), mark = found
+        if not lists:  # such as KITTI's eigen_train_files_with_gt.txt
+            known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
+            raise BadFile(f"{mark}: not a list that is read here; those are {known}")
+        parts = [lists(Path(path), part) for part in names_of_parts]
+        if len(parts) == 1:  # every fifth is to test on
+            parts = [shot for k, shot in enumerate(parts[0]) if k % 5 != 4], parts[0][4::5]
+        if own:
+            names = tuple(map(str.strip, lines_of(classes))) if classes else own[1]
+            if not names:
+                what = "--classes FILE must name its classes, one a line (top100.txt)"
+                raise ValueError(f"{path}: {what}")
+            known = own[0], len(names)
+            parts = [[shot._replace(classes=known) for shot in part] for part in parts]
+    elif task == "segmentation":
+        raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
+                         "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
     else:
-        train, test, load, names = class_frames(Path(path), classes)
-    for part, entries in (("train", train), ("test", test)):
+        parts = posed_frames(task, path)
+    for part, entries in zip(("train", "test"), parts):
         if not entries:
             raise ValueError(f"{path}: no frames to {part} on")
-    return (Labelled(train, load, framing, True, train_count, copies),
-            Labelled(test, load, framing, False, test_count), names)  # fmt: skip
-
-
-LABEL_OF = {"depth": "depths", "normals": "normals", "segmentation": "classes"}
+    key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
+    return (Labelled(parts[0], key, framing, True, train_count, copies),
+            Labelled(parts[1], key, framing, False, test_count), names)  # fmt: skip
 
 
 def farthest(path):
@@ -2024,188 +1910,120 @@ def farthest(path):
     return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
 
 
-def load_room(entry, framing, label):
-    rooms, i = entry
-    room = rooms[i]
-    frame = room.frame(int(np.random.default_rng(i).integers(len(room))), *framing.scaled(480, 640))
-    frame["classes"] = frame["classes"] - 1
-    return {k: frame[k] for k in ("images", label)}
-
-
-def posed_frames(path):
-    """Entries (scene, i) of posed RGB-D folders: of every four frames in a row the last is to test on."""
+def scenes_with_depth(path):
     scenes = open_scenes(path)
     for scene in scenes:
         if not scene.has_depth:
-            raise ValueError(f"{scene.file}: no depth maps")
-    frames = [(scene, i) for scene in scenes for i in range(len(scene))]
+            raise BadFile(f"{scene.file}: no depth maps")
+    return scenes
+
+
+def posed_frames(task, path):
+    """(scene, i) of RGB-D captures: of every four frames in a row the last is to test on."""
+    frames = [(scene, i) for scene in scenes_with_depth(path) for i in range(len(scene))]
+    if task == "normals":
+        warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
     return [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
 
 
-# Lists of lines "photo depth focal", to train and to test on, and where what they name lies
-DEPTH_LISTS = (
-    (("nyudepthv2_train_files_with_gt.txt", "sync"),  # BTS's
-     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test")),
-    (("nyu_train.txt", ""), ("nyu_test.txt", "")),  # DINOv2's
-    (("scannetpp_train.txt", ""), ("scannetpp_val.txt", "")),  # FiT3D's
+def eigen_crop(frame, labels, framing):
+    """Of a test's depth what all report: rows 45 to 471 of 480 and columns 41 to 601 of 640."""
+    inside = np.zeros((480, 640), np.float32)
+    inside[45:471, 41:601] = 1
+    inside = labels.nearest(Image.fromarray(inside))
+    return frame | {"depths": frame["depths"] * torch.from_numpy(inside)}
+
+
+def nyu_crop(frame, labels, framing):
+    """NYUCrop takes off the white frame of whole training photos."""
+    if framing.size is not None:
+        return frame
+    H, W = frame["depths"].shape
+    window = (..., slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
+    return {key: tensor[window] for key, tensor in frame.items()}
+
+
+DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
+    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
+     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
+    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
+    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
 )  # fmt: skip
 
 
-def depth_frames(path):
-    """Depth by lists, of ScanNet++'s scenes, or of posed RGB-D folders."""
-    folders = [path, path / "train_test_inputs"]
-    for pair in DEPTH_LISTS:
-        files = [[f / name for f in folders if (f / name).is_file()] for name, _ in pair]
-        if any(files):
-            for (name, _), found, other in zip(pair, files, files[::-1]):
-                if not found:
-                    file = other[0].parent / name
-                    raise ValueError(f"{file}: expected, beside the other split's file")
-            splits = [listed_depth(path, f[0], below) for f, (_, below) in zip(files, pair)]
-            return *splits, load_depth
-    if (path / "splits").is_dir():
-        return *scannetpp(path, "render_depth"), load_depth
-    others = [f for folder in folders for f in sorted(folder.glob("*train*.txt"))]
-    if others:  # such as KITTI's eigen_train_files_with_gt.txt
-        known = ", ".join(name for ((name, _), _) in DEPTH_LISTS)
-        raise ValueError(f"{others[0]}: not a list that is read here; those are {known}")
-    return *posed_frames(path), load_posed_depth
-
-
-def listed_depth(path, file, below):
-    """Entries of a list: (photo, depth map, the list)."""
-    lines = [line.split() for line in lines_of(file)]
+def listed_depth(path, part):
+    """By lists of lines "photo depth focal"; part: see DEPTH_LISTS."""
+    name, below, finish = part
+    files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
+    if not files:
+        raise BadFile(f"{path / name}: expected, beside the other split's file")
+    lines = [line.split() for line in lines_of(files[0])]
     if not lines or any(len(line) < 2 for line in lines):
-        raise ValueError(f'{file}: a line is not "photo depth focal"')
-    lines = [line for line in lines if line[1] != "None"]  # photos without a depth map
-    holders = [path / "nyu_depth_v2", path / "dataset" / "nyu_depth_v2"] if below else []
-    roots = [path / below, *(h / below for h in holders), path]
-    first = lines[0][0].lstrip("/") if lines else ""
-    root = next((r for r in roots if (r / first).is_file()), roots[0])
-    return [(root / line[0].lstrip("/"), root / line[1].lstrip("/"), file) for line in lines]
+        raise BadFile(f'{files[0]}: a line is not "photo depth focal"')
+    lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
+    roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
+    root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
+    return [Shot(root / photo, files[0], {"depths": root / depth}, finish=finish)
+            for photo, depth in lines]  # fmt: skip
 
 
-def scannetpp(path, kind):
-    """Entries (photo, label, where it is listed) of ScanNet++'s scenes, as its toolbox writes them.
-
-    Scenes to train and to test on are those of splits/nvs_sem_train.txt and nvs_sem_val.txt that
-    have labels, data/SCENE/dslr/render_depth/NAME.png or semantics/SCENE/NAME.JPG.png.
-    Labels are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos.
-    """
-    splits = []
-    for name in ("nvs_sem_train.txt", "nvs_sem_val.txt"):
-        file = path / "splits" / name
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file")
-        entries = []
-        for scene in (line.strip() for line in lines_of(file)):
-            dslr = path / "data" / scene / "dslr"
-            labels = dslr / kind if kind == "render_depth" else path / kind / scene
-            for label in sorted(labels.glob("*.png"), key=lambda p: natural(p.name)):
-                stem = label.stem.removesuffix(".JPG")
-                undistorted = path / "undistorted" / scene / f"{stem}.JPG.jpg"
-                photo = dslr / "resized_images" / f"{stem}.JPG"
-                if kind != "render_depth" and undistorted.is_file():
-                    photo = undistorted
-                entries.append((photo, label, file))
-        where = "data/SCENE/dslr/render_depth" if kind == "render_depth" else f"{kind}/SCENE"
-        if not entries:
-            raise ValueError(f"{path}: none of the scenes in {file} has labels in {where}/")
-        splits.append(entries)
-    return splits
+def scannetpp(path, part, key):
+    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
+    those with data/SCENE/dslr/render_depth/NAME.png, or with semantics/SCENE/NAME.JPG.png. Labels
+    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
+    where = "data/{}/dslr/render_depth" if key == "depths" else "semantics/{}"
+    file, shots = path / "splits" / f"nvs_sem_{part}.txt", []
+    for scene in map(str.strip, lines_of(file)):
+        labels = (path / where.format(scene)).glob("*.png")
+        for label in sorted(labels, key=lambda p: natural(p.name)):
+            stem = label.stem.removesuffix(".JPG")
+            photo = path / "undistorted" / scene / f"{stem}.JPG.jpg"
+            if key == "depths" or not photo.is_file():
+                photo = path / "data" / scene / "dslr/resized_images" / f"{stem}.JPG"
+            shots.append(Shot(photo, file, {key: label}))
+    if not shots:
+        what = f"none of the scenes in {file} has labels in {where.format('SCENE')}/"
+        raise BadFile(f"{path}: {what}")
+    return shots
 
 
-def load_posed_depth(entry, framing):
-    frame = entry[0].frame(entry[1], *framing.scaled(480, 640))
-    return {k: frame[k] for k in ("images", "depths")}
-
-
-def load_posed_normals(entry, framing):
-    frame = entry[0].frame(entry[1], *framing.scaled(480, 640))
-    return {"images": frame["images"], "normals": normals_from_depth(frame["depths"], frame["Ks"])}
-
-
-def load_depth(entry, framing):
-    """A photo and its depth map in millimetres; of NYUv2 what the public code looks at."""
-    photo, depth, listed_in = entry
-    crop, labels = framing.crops(open_rgb(photo, listed_in))
-    depths = labels.depths(depth, 0.001, listed_in)
-    frame = {"images": crop.colours(), "depths": depths}
-    if listed_in.name in (name for name, _ in DEPTH_LISTS[0][1:] + DEPTH_LISTS[1][1:]):
-        # Eigen's crop, by which all report: rows 45 to 471 of 480, columns 41 to 601 of 640
-        inside = np.zeros((480, 640), np.float32)
-        inside[45:471, 41:601] = 1
-        inside = labels(Image.fromarray(inside), Image.Resampling.NEAREST, photo)
-        frame["depths"] = depths * torch.from_numpy(inside)
-    elif listed_in.name.startswith("nyu") and framing.size is None:
-        # NYUCrop takes off the white frame of training photos
-        H, W = depths.shape
-        rows, columns = (slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
-        frame = {k: v[..., rows, columns] for k, v in frame.items()}
-    return frame
-
-
-def normal_frames(path):
-    """Folders image/ and normal/ with the same names, of which every fifth is to test on; both in train/ and in test/
-    where a split is given; or posed RGB-D folders, where normals are derived from depth."""
-    if (path / "train" / "image").is_dir() or (path / "train" / "normal").is_dir():
-        train, test = (with_labels(path / part / "image", path / part / "normal", (".png", ".npy"))
-                       for part in ("train", "test"))
-        return train, test, load_normals
-    if (path / "image").is_dir() or (path / "normal").is_dir():
-        photos = with_labels(path / "image", path / "normal", (".png", ".npy"))
-        return [e for k, e in enumerate(photos) if k % 5 != 4], photos[4::5], load_normals
-    train, test = posed_frames(path)
-    warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
-    return train, test, load_posed_normals
-
-
-def with_labels(photos, labels, suffixes):
-    """[(photo, label)] of the files of two folders that share their names; ValueError for what is missing."""
+def in_folders(path, part, key, photos, labels, suffixes=(".png",)):
+    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
+    photos, labels = path / photos.format(part), path / labels.format(part)
     for folder in (photos, labels):
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
-    found = []
+            raise BadFile(f"{folder}: no such folder")
+    shots = []
     pictures = [p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
     for photo in sorted(pictures, key=lambda p: natural(p.name)):
-        label = next((labels / (photo.stem + s) for s in suffixes if (labels / (photo.stem + s)).is_file()), None)
+        paths = [labels / (photo.stem + suffix) for suffix in suffixes]
+        label = next((p for p in paths if p.is_file()), None)
         if label is None:
-            raise ValueError(f"{labels / (photo.stem + suffixes[0])}: no such file, which {photo.name} goes with")
-        found.append((photo, label))
-    return found
+            raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
+        shots.append(Shot(photo, photos, {key: label}))
+    return shots
 
 
-def load_normals(entry, framing):
-    """A normal map is a picture of (n + 1) / 2, or a .npy [H, W, 3]; in whatever axes, which a probe learns. Unknown is
-    what is far from a unit vector: black in a picture, or grey; zeros in an array."""
-    photo, path = entry
-    crop, labels = framing.crops(open_rgb(photo, photo.parent))
-    if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False).astype(np.float32)
-        except (OSError, ValueError, EOFError, AttributeError) as error:  # the last: of an .npz by that name
-            raise ValueError(f"{path}: not an array that can be read ({error})") from None
-        if array.ndim != 3 or array.shape[-1] != 3 or not array.size:
-            raise ValueError(f"{path}: its array is {' x '.join(map(str, array.shape))}, not height x width x 3")
-        channels = map(Image.fromarray, array.transpose(2, 0, 1).copy())
-        normals = np.stack([labels(c, Image.Resampling.NEAREST, path) for c in channels])
-    else:
-        picture = open_picture(path, "a normal map", path.parent).convert("RGB")
-        normals = labels(picture, Image.Resampling.NEAREST, path).astype(np.float32)
-        normals = normals.transpose(2, 0, 1) / 127.5 - 1
-    return {"images": crop.colours(), "normals": unit_or_zero(torch.from_numpy(np.nan_to_num(normals)))}
+def voc2012(path, part):
+    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
+    file = path / f"ImageSets/Segmentation/{part}.txt"
+    photos, labels = path / "JPEGImages", path / "SegmentationClass"
+    stems = [line.split()[0] for line in lines_of(file)]
+    return [Shot(photos / f"{s}.jpg", file, {"classes": labels / f"{s}.png"}) for s in stems]
 
 
-def unit_or_zero(normals):  # (3, H, W)
-    length = normals.norm(dim=0)
-    return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")  # fmt: skip
 
 
 def normals_from_depth(depths, K):
-    """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product of the differences
-    to the neighbours; 0 at the border, and where a neighbour is unknown or more than 5 % nearer or farther."""
+    """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product
+    of the differences to the neighbours; 0 at the border, and where a neighbour is unknown or more
+    than 5 % nearer or farther."""
     points = camera_points(depths, K).permute(2, 0, 1)
-    across, down = points[:, 1:-1, 2:] - points[:, 1:-1, :-2], points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
+    across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
+    down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
     normals = torch.linalg.cross(down, across, dim=0)
     normals = normals / normals.norm(dim=0).clamp(min=1e-12)
     z = depths[1:-1, 1:-1]
@@ -2215,48 +2033,37 @@ def normals_from_depth(depths, K):
     return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
 
 
-def class_frames(path, classes=None):
-    """ADE20K: images/ and annotations/, each with training/ and validation/, 0 = none and 150
-    classes, or those that the file `classes` names. VOC2012: JPEGImages/, SegmentationClass/ and
-    ImageSets/Segmentation/train.txt and val.txt, 21 classes, 255 = none. ScanNet++: see
-    `scannetpp`; the classes that the file names, from 0, 255 = none."""
-    names = tuple(line.strip() for line in lines_of(Path(classes))) if classes else None
-    if (path / "images").is_dir() or (path / "annotations").is_dir():
-        train, test = (with_labels(path / "images" / part, path / "annotations" / part, (".png",))
-                       for part in ("training", "validation"))
-        names = names or tuple(f"class_{i}" for i in range(1, 151))
-        return train, test, functools.partial(load_classes, first=1, count=len(names)), names
-    if (path / "semantics").is_dir():
-        if not names:
-            what = "--classes FILE must name its classes, one a line (top100.txt)"
-            raise ValueError(f"{path}: {what}")
-        load = functools.partial(load_classes, first=0, count=len(names))
-        return *scannetpp(path, "semantics"), load, names
-    if (path / "JPEGImages").is_dir() or (path / "ImageSets").is_dir():
-        parts = []
-        for part in ("train", "val"):
-            listed_in = path / "ImageSets" / "Segmentation" / f"{part}.txt"
-            if not listed_in.is_file():
-                raise ValueError(f"{listed_in}: no such file")
-            stems = [line.split()[0] for line in lines_of(listed_in)]
-            photos, labels = path / "JPEGImages", path / "SegmentationClass"
-            parts.append([(photos / f"{stem}.jpg", labels / f"{stem}.png") for stem in stems])
-        return *parts, functools.partial(load_classes, first=0, count=len(VOC)), VOC
-    raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
-                     "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
-
-
-VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-       "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
-
-
-def load_classes(entry, framing, first, count):
-    """A photo and its classes; `first` is the number of the first, before which there are none."""
-    photo, path, *_ = entry
-    crop, labels = framing.crops(open_rgb(photo, photo.parent))
-    classes = labels.ids(path, path.parent) - first
-    if first == 0:
-        classes[classes == 255] = -1
-    if int(classes.max()) >= count:
-        raise ValueError(f"{path}: class {int(classes.max()) + first}, where there are {count}")
-    return {"images": crop.colours(), "classes": classes}
+# All layouts: what marks a folder, and how its frames are listed. Of labelled photos also the parts
+# to train and to test on (if it is one, every fifth is), and of label maps of classes the first
+# class's number (where that is 0, 255 = none) and the classes' names.
+LAYOUTS = {
+    "capture": (
+        ([join(f, t) for f in ("", "nerfstudio", "dslr/nerfstudio") for t in TRANSFORMS],
+         lambda folder, mark: PosedFolder(mark.parent)),
+        ([f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
+          for kind in ("bin", "txt")],
+         lambda folder, mark: PosedFolder(folder, list_colmap, mark)),
+        (("*.torch", "train/*.torch"), lambda folder, mark: open_chunks(mark.parent)),
+    ),
+    "depth": (
+        *(([f + name for f in ("", "train_test_inputs/") for name, *_ in lists],
+           listed_depth, lists) for lists in DEPTH_LISTS),
+        (("splits",), functools.partial(scannetpp, key="depths"), ("train", "val")),
+        (("*train*.txt", "train_test_inputs/*train*.txt"), None, ()),
+    ),
+    "normals": (
+        (("train/image", "train/normal"),
+         functools.partial(in_folders, key="normals", photos="{}/image", labels="{}/normal",
+                           suffixes=(".png", ".npy")), ("train", "test")),
+        (("image", "normal"),
+         functools.partial(in_folders, key="normals", photos="image", labels="normal",
+                           suffixes=(".png", ".npy")), ("",)),
+    ),
+    "segmentation": (
+        (("images", "annotations"),
+         functools.partial(in_folders, key="classes", photos="images/{}", labels="annotations/{}"),
+         ("training", "validation"), 1, tuple(f"class_{i}" for i in range(1, 151))),
+        (("semantics",), functools.partial(scannetpp, key="classes"), ("train", "val"), 0, None),
+        (("JPEGImages", "ImageSets"), voc2012, ("train", "val"), 0, VOC),
+    ),
+}  # fmt: skip

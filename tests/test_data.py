@@ -292,19 +292,21 @@ def test_rooms_are_drawn_fast_enough():
     assert speed > 1.5  # a guard against falling off a cliff, not a benchmark
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Captures on disk. Image i has the grey value 10 * i, which tells frames apart.
 
 EYE = np.eye(4).tolist()
 
 
-def write_capture(folder, count=4, top=None, change=lambda i, frame: frame, size=(40, 30), names="images/{:04d}.png"):
+def write_capture(folder, count=4, top=None, change=lambda i, frame: frame, size=(40, 30),
+                  names="images/{:04d}.png"):  # fmt: skip
     (folder / "images").mkdir(parents=True)
     frames = []
     for i in range(count):
         Image.new("RGB", size, (10 * i,) * 3).save(folder / names.format(i))
         frames.append(change(i, {"file_path": names.format(i), "transform_matrix": EYE}))
-    about = {"fl_x": 50.0, "w": size[0], "h": size[1], "frames": frames} if top is None else {**top, "frames": frames}
+    about = {"fl_x": 50.0, "w": size[0], "h": size[1]} if top is None else top
+    about = about | {"frames": frames}
     (folder / "transforms.json").write_text(json.dumps(about))
     return folder
 
@@ -314,12 +316,14 @@ def shade_of(scene, i):
 
 
 def test_opengl_poses_become_opencv(tmp_path):
-    # A camera at (1, 2, 3) looking along world +x with world z up; OpenGL's columns: right -y, up +z, backward -x
+    # A camera at (1, 2, 3) looking along world +x with world z up.
+    # OpenGL's columns: right -y, up +z, backward -x
     pose = np.array([[0, 0, -1, 1], [-1, 0, 0, 2], [0, 1, 0, 3], [0, 0, 0, 1]], float)
-    scene = PosedFolder(write_capture(tmp_path / "a", change=lambda i, f: f | {"transform_matrix": pose.tolist()}))
+    own = {"transform_matrix": pose.tolist()}
+    scene = PosedFolder(write_capture(tmp_path / "a", change=lambda i, f: f | own))
     got = scene.frame(0, 30, 40)["extrinsics"]
     right, down, forward = [0, -1, 0], [0, 0, -1], [1, 0, 0]
-    assert torch.equal(got[:3], torch.tensor([right, down, forward, [1, 2, 3]], dtype=torch.float32).T)
+    assert torch.equal(got[:3], torch.tensor([right, down, forward, [1, 2, 3]]).float().T)
 
 
 def test_intrinsics_of_the_file_and_of_a_frame(tmp_path):
@@ -327,10 +331,12 @@ def test_intrinsics_of_the_file_and_of_a_frame(tmp_path):
         return frame | ({"fl_x": 80.0, "fl_y": 90.0, "cx": 19.0, "cy": 16.0} if i == 1 else {})
 
     scene = PosedFolder(write_capture(tmp_path / "a", change=change))
-    assert scene.frame(0, 30, 40)["Ks"].tolist() == [[50, 0, 20], [0, 50, 15], [0, 0, 1]]  # the rest by default
+    # Frame 0 has the file's focal length, and the rest by default
+    assert scene.frame(0, 30, 40)["Ks"].tolist() == [[50, 0, 20], [0, 50, 15], [0, 0, 1]]
     assert scene.frame(1, 30, 40)["Ks"].tolist() == [[80, 0, 19], [0, 90, 16], [0, 0, 1]]
     # The photos are half the size that the file speaks of
-    scene = PosedFolder(write_capture(tmp_path / "b", top={"fl_x": 100, "cx": 42, "cy": 28, "w": 80, "h": 60}))
+    twice = {"fl_x": 100, "cx": 42, "cy": 28, "w": 80, "h": 60}
+    scene = PosedFolder(write_capture(tmp_path / "b", top=twice))
     assert scene.frame(0, 30, 40)["Ks"].tolist() == [[50, 0, 21], [0, 50, 14], [0, 0, 1]]
     angles = {"camera_angle_x": np.pi / 2, "camera_angle_y": 2 * np.arctan(0.25)}
     scene = PosedFolder(write_capture(tmp_path / "both", top=angles))  # pixels that are not square
@@ -341,8 +347,9 @@ def test_intrinsics_of_the_file_and_of_a_frame(tmp_path):
 
 @pytest.mark.parametrize("height, width", [(48, 48), (30, 90), (120, 40), (60, 100)])
 def test_what_is_at_a_point_stays_at_its_projection(tmp_path, height, width):
-    """A photo with one bright dot where a world point projects; the file speaks of a photo of twice the size, and the
-    depth map has half of the photo's. After scaling and cropping everything must still meet at the projection."""
+    """A photo with one bright dot where a world point projects. The file speaks of a photo of twice
+    the size, and the depth map has half of the photo's. After scaling and cropping everything must
+    still meet at the projection."""
     photo_w, photo_h, fx, fy, cx, cy = 200, 120, 150.0, 140.0, 104.0, 57.0
     turn = np.array([[0.96, 0.0, 0.28], [0.0, 1.0, 0.0], [-0.28, 0.0, 0.96]])
     eye, point = np.array([0.3, -0.2, 0.5]), np.array([-0.85, -0.08, -2.9])
@@ -357,11 +364,13 @@ def test_what_is_at_a_point_stays_at_its_projection(tmp_path, height, width):
     near = np.hypot(columns - u, rows - v) < 6
     Image.fromarray(near.astype(np.uint8) * 7).save(folder / "instance_segmentation/a.png")
     half = near.reshape(60, 2, 100, 2).any((1, 3))
-    Image.fromarray(np.where(half, round(-z * 1000), 0).astype(np.uint16)).save(folder / "depth/a.png")
+    millimetres = np.where(half, round(-z * 1000), 0).astype(np.uint16)
+    Image.fromarray(millimetres).save(folder / "depth/a.png")
     pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = turn, eye
-    about = {"fl_x": 2 * fx, "fl_y": 2 * fy, "cx": 2 * cx, "cy": 2 * cy, "w": 2 * photo_w, "h": 2 * photo_h, "frames": [
-        {"file_path": "images/a.png", "depth_file_path": "depth/a.png", "transform_matrix": pose.tolist()}]}  # fmt: skip
+    about = dict(fl_x=2 * fx, fl_y=2 * fy, cx=2 * cx, cy=2 * cy, w=2 * photo_w, h=2 * photo_h)
+    entry = dict(file_path="images/a.png", depth_file_path="depth/a.png")
+    about["frames"] = [entry | {"transform_matrix": pose.tolist()}]
     (folder / "transforms.json").write_text(json.dumps(about))
 
     frame = PosedFolder(folder).frame(0, height, width)
@@ -382,7 +391,8 @@ def test_frames_come_in_natural_order_without_bad_and_missing_ones(tmp_path):
     def change(i, frame):
         return frame | ({"is_bad": True} if i in (2, 5) else {})
 
-    folder = write_capture(tmp_path / "a", 12, change=change, names="images/{}.png")  # 0 ... 11, not 0, 1, 10, 11, 2
+    # 0 ... 11, not 0, 1, 10, 11, 2
+    folder = write_capture(tmp_path / "a", 12, change=change, names="images/{}.png")
     about = json.loads((folder / "transforms.json").read_text())
     about["frames"].reverse()
     (folder / "transforms.json").write_text(json.dumps(about))
@@ -393,7 +403,8 @@ def test_frames_come_in_natural_order_without_bad_and_missing_ones(tmp_path):
         assert len(scene) == 9
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert "2 frames marked is_bad" in message and "1 without" in message and str(folder) in message
+    assert str(folder) in message and "2 frames marked is_bad" in message
+    assert "1 frames without their image" in message
     assert [shade_of(scene, i) for i in range(len(scene))] == [0, 1, 3, 4, 6, 8, 9, 10, 11]
 
 
@@ -403,7 +414,8 @@ def test_images_are_found_where_other_tools_put_them(tmp_path):
     (inner / "images").rename(inner.parent / "rgb")
     (scene,) = open_scenes(tmp_path / "scan")
     assert scene.name == "scan" and [shade_of(scene, i) for i in range(3)] == [0, 1, 2]
-    blender = write_capture(tmp_path / "lego", 3, change=lambda i, f: f | {"file_path": "./" + f["file_path"][:-4]})
+    change = lambda i, f: f | {"file_path": "./" + f["file_path"][:-4]}  # noqa: E731
+    blender = write_capture(tmp_path / "lego", 3, change=change)
     (blender / "transforms.json").rename(blender / "transforms_train.json")
     assert shade_of(PosedFolder(blender), 2) == 2
 
@@ -450,7 +462,8 @@ def test_segments_keep_their_ids(tmp_path, name, mode):
 
 
 def test_depth_is_in_metres_and_unknown_is_zero(tmp_path):
-    folder = write_capture(tmp_path / "a", 2, change=lambda i, f: f | {"depth_file_path": ["d.png", "d.npy"][i]})
+    own = [{"depth_file_path": "d.png"}, {"depth_file_path": "d.npy"}]
+    folder = write_capture(tmp_path / "a", 2, change=lambda i, f: f | own[i])
     metres = np.full((30, 40), 2.5, np.float32)
     metres[:, :20] = 0
     Image.fromarray((metres * 1000).astype(np.uint16)).save(folder / "d.png")
@@ -461,7 +474,8 @@ def test_depth_is_in_metres_and_unknown_is_zero(tmp_path):
     assert scene.has_depth
     for i in range(2):
         assert np.allclose(scene.frame(i, 30, 40)["depths"], metres)
-    about = json.loads((folder / "transforms.json").read_text()) | {"depth_unit_scale_factor": 0.0002}
+    about = json.loads((folder / "transforms.json").read_text())
+    about["depth_unit_scale_factor"] = 0.0002
     (folder / "transforms.json").write_text(json.dumps(about))
     assert np.allclose(PosedFolder(folder).frame(0, 30, 40)["depths"], metres / 5)
     assert np.allclose(PosedFolder(folder).frame(1, 30, 40)["depths"], metres)
@@ -479,86 +493,103 @@ def matrix(value, row=0, column=0):
     return pose.tolist()
 
 
+def top(**change):  # of the file's keys
+    return lambda f, j: j.update(change)
+
+
+def second(**change):  # of the second frame's
+    return lambda f, j: j["frames"][1].update(change)
+
+
+def array(values):  # in place of the second frame's depth
+    return lambda f, j: np.save(f / "1.npy", values)
+
+
+def picture(name, mode, size, *colour):
+    form = "TIFF" if mode == "F" else "PNG"
+    return lambda f, j: Image.new(mode, size, *colour).save(f / name, format=form)
+
+
+def content(name, change):
+    return lambda f, j: (f / name).write_bytes(change((f / name).read_bytes()))
+
+
+JSON, PHOTO, MASK = "transforms.json", "images/0001.png", "masks/0001.png"
 BROKEN = {  # what to do to a good capture, and what the message must name
-    "no JSON": (lambda f, j: (f / "transforms.json").write_text("{ 'frames': ["), "transforms.json"),
-    "binary": (lambda f, j: (f / "transforms.json").write_bytes(b"\xff\xfe\x00"), "transforms.json"),
-    "a list": (lambda f, j: (f / "transforms.json").write_text("[]"), 'transforms.json.*"frames"'),
-    "no frames": (lambda f, j: j.pop("frames"), 'transforms.json.*"frames"'),
-    "empty frames": (lambda f, j: j["frames"].clear(), "transforms.json"),
-    "a frame without a path": (lambda f, j: j["frames"][1].pop("file_path"), "transforms.json.*file_path"),
-    "all missing": (lambda f, j: [p.unlink() for p in (f / "images").iterdir()], "transforms.json.*none"),
-    "no matrix": (lambda f, j: j["frames"][1].pop("transform_matrix"), "transforms.json.*0001.png is missing"),
-    "null matrix": (lambda f, j: j["frames"][1].update(transform_matrix=None), "transforms.json.*0001.png"),
-    "ragged": (lambda f, j: j["frames"][1].update(transform_matrix=[[1, 0], [0]]), "transforms.json.*0001.png"),
-    "3 x 3": (lambda f, j: j["frames"][1].update(transform_matrix=np.eye(3).tolist()), "0001.png is not 4 x 4"),
-    "words": (lambda f, j: j["frames"][1].update(transform_matrix=[["a"] * 4] * 4), "transforms.json.*0001.png"),
-    "NaN": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(np.nan, 1, 3)), "0001.png.*finite"),
-    "scaled": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(2.0)), "0001.png is not rigid"),
-    "mirrored": (lambda f, j: j["frames"][1].update(transform_matrix=matrix(-1.0)), "0001.png is not rigid"),
+    "no JSON": (content(JSON, lambda old: b"{ 'frames': ["), JSON),
+    "binary": (content(JSON, lambda old: b"\xff\xfe\x00"), JSON),
+    "a list": (content(JSON, lambda old: b"[]"), "transforms.json.*'list'"),
+    "no frames": (lambda f, j: j.pop("frames"), "transforms.json.*no 'frames'"),
+    "empty frames": (lambda f, j: j["frames"].clear(), JSON),
+    "a frame without a path": (
+        lambda f, j: j["frames"][1].pop("file_path"),
+        "transforms.json.*file_path",
+    ),
+    "all missing": (
+        lambda f, j: [p.unlink() for p in (f / "images").iterdir()],
+        "transforms.json.*none",
+    ),
+    "no matrix": (
+        lambda f, j: j["frames"][1].pop("transform_matrix"),
+        "transforms.json.*0001.png: not a pose",
+    ),
+    "null matrix": (second(transform_matrix=None), "transforms.json.*0001.png"),
+    "ragged": (second(transform_matrix=[[1, 0], [0]]), "transforms.json.*0001.png"),
+    "3 x 3": (second(transform_matrix=np.eye(3).tolist()), "0001.png: not a pose"),
+    "words": (second(transform_matrix=[["a"] * 4] * 4), "transforms.json.*0001.png"),
+    "NaN": (second(transform_matrix=matrix(np.nan, 1, 3)), "0001.png.*finite"),
+    "scaled": (second(transform_matrix=matrix(2.0)), "0001.png: not rigid"),
+    "mirrored": (second(transform_matrix=matrix(-1.0)), "0001.png: not rigid"),
     "no focal length": (
         lambda f, j: j.pop("fl_x"),
         "transforms.json.*no focal length.*fl_x or camera_angle_x",
     ),
-    "focal length 0": (lambda f, j: j.update(fl_x=0), "transforms.json.*focal length"),
-    "a word for cx": (lambda f, j: j.update(cx="middle"), "transforms.json.*cx .*'middle'"),
+    "focal length 0": (top(fl_x=0), "transforms.json.*focal length"),
+    "a word for cx": (top(cx="middle"), "transforms.json.*cx .*'middle'"),
     "depth unit a word": (
-        lambda f, j: j.update(depth_unit_scale_factor="mm"),
+        top(depth_unit_scale_factor="mm"),
         "transforms.json.*depth_unit_scale_factor.*'mm'",
     ),
-    "depth path a number": (lambda f, j: j["frames"][1].update(depth_file_path=3), "transforms.json.*depth_file_path"),
-    "corrupt image": (lambda f, j: (f / "images/0001.png").write_bytes(b"nothing"), "0001.png"),
-    "cut image": (
-        lambda f, j: (f / "images/0001.png").write_bytes((f / "images/0001.png").read_bytes()[:60]),
-        "0001.png",
-    ),
+    "depth path a number": (second(depth_file_path=3), "transforms.json.*'int'"),
+    "corrupt image": (content(PHOTO, lambda old: b"nothing"), "0001.png"),
+    "cut image": (content(PHOTO, lambda old: old[:60]), "0001.png"),
     "depth missing": (lambda f, j: (f / "1.npy").unlink(), "1.npy: no such file"),
-    "depth empty": (lambda f, j: (f / "1.npy").write_bytes(b""), "1.npy"),
-    "depth of objects": (lambda f, j: np.save(f / "1.npy", np.array([{}])), "1.npy"),
-    "depth with channels": (lambda f, j: np.save(f / "1.npy", np.ones((30, 40, 3))), "1.npy"),
-    "depth of another shape": (lambda f, j: np.save(f / "1.npy", np.ones((40, 40))), "1.npy.*40 x 40.*40 x 30"),
-    "mask in colour": (
-        lambda f, j: Image.new("RGB", (40, 30)).save(f / "masks/0001.png"),
-        "masks/0001.png.*channels",
-    ),
-    "mask of another shape": (
-        lambda f, j: Image.new("L", (40, 10)).save(f / "masks/0001.png"),
-        "masks/0001.png.*40 x 10",
-    ),
+    "depth empty": (content("1.npy", lambda old: b""), "1.npy"),
+    "depth of objects": (array(np.array([{}])), "1.npy"),
+    "depth with channels": (array(np.ones((30, 40, 3))), "1.npy"),
+    "depth of another shape": (array(np.ones((40, 40))), "1.npy.*40 x 40.*40 x 30"),
+    "mask in colour": (picture(MASK, "RGB", (40, 30)), "masks/0001.png.*channels"),
+    "mask of another shape": (picture(MASK, "L", (40, 10)), "masks/0001.png.*40 x 10"),
     "mask of segments": (
-        lambda f, j: Image.new("L", (40, 30), 3).save(f / "masks/0001.png"),
+        picture(MASK, "L", (40, 30), 3),
         "masks/0001.png: a validity mask holds 0 and 255, not 3; .*instance_segmentation",
     ),
-    "mask path a number": (
-        lambda f, j: j["frames"][1].update(mask_path=3),
-        "transforms.json.*mask_path is 3",
-    ),
+    "mask path a number": (second(mask_path=3), "transforms.json.*'int'"),
     "unknown lens": (
-        lambda f, j: j.update(camera_model="FOV"),
+        top(camera_model="FOV"),
         "transforms.json.*camera model FOV is none of SIMPLE_PINHOLE",
     ),
     "a pinhole that bends": (
-        lambda f, j: j.update(camera_model="PINHOLE", k1=0.1),
+        top(camera_model="PINHOLE", k1=0.1),
         "transforms.json.*camera model PINHOLE has no k1",
     ),
     "a lens beyond reason": (
-        lambda f, j: j.update(camera_model="OPENCV", k1=-900.0),
+        top(camera_model="OPENCV", k1=-900.0),
         "transforms.json: the camera of 0001.png.*leaves nothing of a photo of 40 x 30",
     ),
     "photo across": (
-        lambda f, j: Image.new("RGB", (30, 40)).save(f / "images/0001.png"),
+        picture(PHOTO, "RGB", (30, 40)),
         "0001.png: .*it is 30 x 40 where 40 x 30 is expected",
     ),
-    "photo of floats": (
-        lambda f, j: Image.new("F", (40, 30)).save(f / "images/0001.png", format="TIFF"),
-        "0001.png: .*floating point",
-    ),
-    "test frames a number": (lambda f, j: j.update(test_frames=3), "transforms.json"),
+    "photo of floats": (picture(PHOTO, "F", (40, 30)), "0001.png: .*floating point"),
+    "test frames a number": (top(test_frames=3), JSON),
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_bad_captures_get_one_sentence_that_names_the_file(tmp_path, what):
-    folder = write_capture(tmp_path / "scan", 2, change=lambda i, f: f | {"depth_file_path": f"{i}.npy"})
+    own = [{"depth_file_path": "0.npy"}, {"depth_file_path": "1.npy"}]
+    folder = write_capture(tmp_path / "scan", 2, change=lambda i, f: f | own[i])
     (folder / "masks").mkdir()
     for i in range(2):
         np.save(folder / f"{i}.npy", np.ones((30, 40), np.float32))
@@ -664,10 +695,9 @@ def test_straight_lines_are_straight(tmp_path, name, height, width):
 
 def test_a_lens_is_needed_for_that(tmp_path):
     """The same photo with its lens taken for a pinhole bends the lines by pixels."""
-    scene = bent_capture(tmp_path / "a", "OPENCV")
-    about = json.loads(scene.file.read_text()) | {"camera_model": "PINHOLE"}
-    about = {k: v for k, v in about.items() if k[0] not in "kp"}
-    scene.file.write_text(json.dumps(about))
+    file = bent_capture(tmp_path / "a", "OPENCV").path / "transforms.json"
+    about = json.loads(file.read_text()) | {"camera_model": "PINHOLE"}
+    file.write_text(json.dumps({k: v for k, v in about.items() if k[0] not in "kp"}))
     image = PosedFolder(tmp_path / "a").frame(0, 240, 320)["images"][0].double().numpy()
     columns, line = pixels(240, 320)[1], 190 * 0.45 + 166
     near = image * (np.abs(columns - line) < 9)
@@ -787,7 +817,7 @@ def test_scannetpp_is_found_from_wherever_one_stands(tmp_path, start):
     (tmp_path / "splits").mkdir()
     (scene,) = open_scenes(tmp_path / start)
     assert scene.name == "0a5c013435"
-    with pytest.warns(UserWarning, match="1 frames marked is_bad and 0 without"):
+    with pytest.warns(UserWarning, match="json: 1 frames marked is_bad are left out$"):
         assert scene.numbers.tolist() == [i for i in DSC if i != 3]
 
 
@@ -821,10 +851,10 @@ def test_scannetpp_pairs_photos_lens_and_masks(tmp_path, folder):
 )
 def test_scannetpps_lens_and_photos_are_not_mixed(tmp_path, photos, files):
     dslr = scannetpp(tmp_path, photos=photos, files=files)
-    with pytest.raises(ValueError, match="none of its 12 frames.*11 have only .* not of its lens"):
+    with pytest.raises(ValueError, match="none of its frames.*11 .* photos of another lens"):
         len(open_scenes(tmp_path)[0])
     (dslr / "nerfstudio" / files[0]).rename(dslr / "nerfstudio" / "transforms_train.json")
-    with pytest.raises(ValueError, match="transforms_train.json.*not of its lens"):
+    with pytest.raises(ValueError, match="transforms_train.json.*of another lens"):
         len(open_scenes(tmp_path)[0])
 
 
@@ -839,6 +869,31 @@ def test_scannetpps_segments_are_found(tmp_path, beside):
     assert (scene.frame(3, 30, 40)["masks"] == 48).all()
 
 
+@pytest.mark.parametrize("photos, doubt", [
+    (("resized_images",), "resized_images"),
+    (("resized_images", "undistorted_images"), "undistorted_images"),
+    (("undistorted_images",), None),
+])  # fmt: skip
+def test_ids_that_may_be_of_another_lens_are_not_taken_without_a_word(tmp_path, photos, doubt):
+    """Ids of fisheye and of undistorted photos have one name and one size."""
+    files = ("transforms.json", "transforms_undistorted.json")
+    folder = scannetpp(tmp_path, photos=photos, files=files).parent / "instance_segmentation"
+    folder.mkdir()
+    for i in DSC:
+        Image.new("L", (40, 30), 7).save(folder / f"DSC{i:05d}.JPG.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (scene,) = open_scenes(tmp_path)
+        assert scene.has_masks
+    said = [str(w.message) for w in caught if "fisheye" in str(w.message)]
+    assert len(said) == (doubt is not None)
+    if doubt:
+        assert said[0].startswith(f"{folder}: ") and said[0].endswith(f"dslr/{doubt}")
+    Image.new("L", (40, 34)).save(folder / "DSC00001.JPG.png")  # that of another size is an error
+    with pytest.raises(ValueError, match="DSC00001.JPG.png: .*its 40 x 34 pixels do not cover"):
+        scene.frame(0, 30, 40)
+
+
 def test_splits_choose_scenes(tmp_path):
     for scene in ("aa", "bb", "cc"):
         scannetpp(tmp_path, scene)
@@ -851,7 +906,7 @@ def test_splits_choose_scenes(tmp_path):
     split.write_text("dd\n")
     with pytest.raises(ValueError, match="nvs_sem_train.txt: none of its 1 scenes is in"):
         open_scenes(tmp_path, split)
-    with pytest.raises(ValueError, match="nothing.txt: not a text file"):
+    with pytest.raises(ValueError, match="nothing.txt: no such file"):
         open_scenes(tmp_path, tmp_path / "nothing.txt")
 
 
@@ -915,11 +970,11 @@ OPENCV = [343.657687, 343.606116, 135, 240, 0.0544042, -0.0764641, -0.0011481, -
 POINTS = [((0.1, -0.2, 4.0), (1, 9)), ((0.4, 0.1, 6.0), (1, 9, 19)), ((0.0, 0.3, 9.0), (50,))]
 
 
-def colmap(root, kind="bin", sparse="sparse/0", photos="images"):
+def colmap(root, kind="bin", sparse="sparse/0", photos="images", poses=COLMAP):
     """What COLMAP writes, by its documentation; two 2D points with every image."""
     (root / sparse).mkdir(parents=True)
     (root / photos).mkdir()
-    images = list(COLMAP.items())[::-1]
+    images = list(poses.items())[::-1]
     for k, (name, _) in enumerate(images):
         Image.new("RGB", (27, 48), (20 * k,) * 3).save(root / photos / name)
     if kind == "bin":
@@ -977,6 +1032,28 @@ def test_colmap_gives_the_cameras_that_others_give(tmp_path, kind, sparse, photo
     assert frame["Ks"][0, 0].item() == pytest.approx(343.657687, rel=0.03)
 
 
+def test_colmaps_points_are_where_it_says(tmp_path):
+    """Its mean error of a point in pixels, which it writes too, follows from its poses and lens as
+    they are read here. Two images of COLMAP 4.2's, the points that they alone see, where it found
+    them. (Of all 4,692 points of that reconstruction the worst differs by 2e-13.)"""
+    pose = [0.873257, 0.087332, -0.479076, -0.016763, 0.275934, -0.483387, 2.137687]
+    two = {"0012.jpg": COLMAP["0012.jpg"], "0014.jpg": (10, pose, None)}
+    (scene,) = open_scenes(colmap(tmp_path / "a", poses=two))
+    for point, error, *found in [
+        ([4.378608, 6.003281, 0.91097], 0.013821, (193.8945, 456.2726), (208.2841, 468.0435)),
+        ([4.343734, 5.992534, 0.849641], 0.024323, (196.2635, 458.1022), (210.4907, 470.0222)),
+        ([1.569879, -0.892708, 2.115653], 0.421015, (108.217, 84.8578), (87.3291, 95.7148)),
+        ([3.809144, 5.584256, 1.723218], 0.013041, (151.5624, 441.2911), (162.9524, 450.0984)),
+    ]:
+        errors = []
+        for shot, seen in zip(scene.shots, found):
+            x, y, z = (np.linalg.inv(shot.pose) @ [*point, 1])[:3]
+            bent = data.distort(data.lens_of(shot.camera), x / z, y / z)
+            fx, fy, cx, cy = data.pinhole(shot.camera, 270, 480)
+            errors.append(np.hypot(fx * bent[0] + cx - seen[0], fy * bent[1] + cy - seen[1]))
+        assert np.mean(errors) == pytest.approx(error, abs=1e-3)
+
+
 def test_colmaps_points_bound_the_depths(tmp_path):
     (scene,) = open_scenes(colmap(tmp_path / "a"))
     depths = scene.point_depths()
@@ -1012,9 +1089,9 @@ def many_images(f):
 
 
 @pytest.mark.parametrize("change, message", [
-    (other_camera(6), "cameras.bin.*camera model FULL_OPENCV is none of"),
+    (other_camera(6), "cameras.bin.*camera model number 6 is none of"),
     (other_camera(99), "cameras.bin.*camera model number 99 is none of"),
-    (lambda f: cut(f / "cameras.bin", 60), "cameras.bin: not COLMAP's cameras .unpack_from req"),
+    (lambda f: cut(f / "cameras.bin", 60), "cameras.bin: not COLMAP's cameras .unpack requires"),
     (lambda f: cut(f / "images.bin", 100), "images.bin: not COLMAP's images"),
     (many_images, "images.bin: not COLMAP's images"),
     (lambda f: (f / "images.bin").unlink(), "images.bin: not COLMAP's images .*No such file"),
