@@ -19,6 +19,7 @@ Ctrl-C finishes the step, saves, and stops.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,6 +30,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,203 +47,245 @@ from model import (
     WeightsNotFound, load_reconstructor, load_vit, merge_lora, new_reconstructor, patch_tokens, render, sizes_of,
 )  # fmt: skip
 
-# Every setting: (on rooms, on photos, why). On photos the numbers are the papers' (Splat and Distill on ScanNet++;
-# MVSplat on RealEstate10K); on rooms they are for two cores: minutes to distill, an hour or two to reconstruct.
+POSITIVE = 1e-12  # the low of a number that must be more than 0
+
+
+class Setting(NamedTuple):
+    """A flag: its two defaults, its help and the values that it takes, low and high included."""
+
+    demo: bool | int | float | str  # for procedural rooms on two CPU cores
+    paper: bool | int | float | str  # for posed photos, as published
+    help: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple | None = None
+
+
+# Published: Splat and Distill on ScanNet++, MVSplat on RealEstate10K. The demo distills in minutes
+# and reconstructs in an hour or two.
 TRAINING = {
-    "clip": (1.0, 1.0, "norm that gradients are cut to: a scene seen badly should not throw the network off"),
-    "seed": (0, 0, "of everything random"),
-    "workers": (1, 4, "processes that load data"),
+    "clip": Setting(1.0, 1.0, "largest norm of the gradients", POSITIVE),
+    "seed": Setting(0, 0, "of everything random", 0),
+    "workers": Setting(1, 4, "processes that load data", 0),
 }
+ONE_CYCLE = "share of the steps in which the learning rate climbs; then it falls as a cosine"
+TARGET = "frame to render: between the context views (the paper), or any (its code)"
 VIEWS = TRAINING | {
-    "context_views": (2, 2, "that are lifted to 3D"),
-    "min_gap": (8, 8, "frames between the first and the last context view, at least: parallax"),
-    "max_gap": (12, 12, "at most: overlap"),
-    "target": ("between", "between", "the context views (the paper) or any, them too (its code)"),
-    "near": (3.0, 3.0, "nearest that photos are taken to show, in baselines: distances between the context cameras"),
-    "far": (50.0, 50.0, "likewise farthest; both as the shipped weights were trained (the papers: 1, 100 units)"),
-    "batch_size": (1, 1, "scenes a step"),
-    "weight_decay": (0.0, 0.0, "0 makes AdamW the Adam of the papers"),
+    "context_views": Setting(2, 2, "views that are lifted to 3D", 1),
+    "min_gap": Setting(8, 8, "least frames between the first and last context view: parallax"),
+    "max_gap": Setting(12, 12, "most frames between them: overlap"),
+    "target": Setting("between", "between", TARGET, choices=("between", "any")),
+    "near": Setting(3.0, 3.0, "near plane, in units of the context baseline", POSITIVE),
+    "far": Setting(50.0, 50.0, "far plane, likewise; the papers: 1 and 100 units"),
+    "batch_size": Setting(1, 1, "scenes a step", 1),
+    "weight_decay": Setting(0.0, 0.0, "of AdamW; 0 makes it the papers' Adam", 0),
 }
 SETTINGS = {
     "distill": VIEWS | {
-        "height": (224, 576, "of the images, pixels; the ViT sees the multiple of its patch below"),
-        "width": (224, 880, "likewise"),
-        "min_gap": (16, 8, "frames between the first and the last context view, at least: parallax"),
-        "max_gap": (32, 12, "at most: overlap; rooms' depth is exact, so views far apart teach more"),
-        "geometry": ("depth", "shipped", "of the Gaussians: the reconstructor in weights/, another's file, or depth"),
-        "steps": (250, 300_000, "of the optimiser"),
-        "lr": (6e-4, 2e-5, "peak learning rate; the demo has 1,000 times fewer steps to get anywhere"),
-        "warmup": (0.1, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "lora_rank": (0, 8, "of the student's LoRA; 0 trains all weights, which learns more in few steps"),
-        "lora_alpha": (8.0, 8.0, "its scale is alpha / rank"),
-        "lora_dropout": (0.1, 0.1, "on LoRA's input"),
-        "loss": ("contrastive", "prototypes", "prototypes is the paper's; or contrastive, or both"),
-        "temperature": (0.07, 0.07, "of the contrastive loss"),
-        "targets": ("splatted", "splatted", "or own: the control, the teacher's own features of the target view"),
-        "prototypes": (1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU"),
-        "head_dim": (512, 2048, "hidden width of the heads"),
-        "bottleneck_dim": (128, 256, "width before the prototypes"),
-        "upsampling": ("centred", "mask-aware", "of the teacher's features to pixels; mask-aware puts them where the "
-                       "paper's code does, centred where their patches are; or bilinear across segments"),
-        "blend": (1.0, 0.5, "own share of a splatted feature against its segment's mean; 1 is no blending"),
-        "centring": (1.0, 1.0, "momentum of the mean that is taken off the teacher's logits; 1 keeps it 0: none"),
-        "teacher_temperature": (0.1, 1.0, "that the teacher's logits are divided by"),
-        "student_temperature": (0.1, 1.0, "likewise the student's"),
-        "momentum": (0.97, 0.999, "of the teacher's moving average; a teacher that follows fast learns with the student"),
-        "ema_every": (1, 10, "steps between updates of the teacher"),
-        "preview_every": (250, 1000, "steps between previews"),
-        "checkpoint_every": (250, 1000, "steps between checkpoints"),
+        "height": Setting(224, 576, "of the images, pixels; the ViT sees whole patches"),
+        "width": Setting(224, 880, "likewise"),
+        "min_gap": Setting(16, 8, "least frames between the first and last context view"),
+        "max_gap": Setting(32, 12, "most frames between them; exact depth allows more"),
+        "geometry": Setting("depth", "shipped", "source of the Gaussians: depth maps, the "
+                            "reconstructor in weights/, or another's file"),
+        "steps": Setting(250, 300_000, "of the optimiser", 1),
+        "lr": Setting(6e-4, 2e-5, "peak learning rate; the demo takes few steps", POSITIVE),
+        "warmup": Setting(0.1, 0.01, ONE_CYCLE, 0, 1),
+        "lora_rank": Setting(0, 8, "of the student's LoRA; 0 trains all weights: fast learning", 0),
+        "lora_alpha": Setting(8.0, 8.0, "LoRA's scale is alpha / rank"),
+        "lora_dropout": Setting(0.1, 0.1, "on LoRA's input", 0, 1),
+        "loss": Setting("contrastive", "prototypes", "prototypes is the paper's",
+                        choices=("prototypes", "contrastive", "both")),
+        "temperature": Setting(0.07, 0.07, "of the contrastive loss", POSITIVE),
+        "targets": Setting("splatted", "splatted", "own is the control: the teacher's own features "
+                           "of the target view", choices=("splatted", "own")),
+        "prototypes": Setting(1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU", 1),
+        "head_dim": Setting(512, 2048, "hidden width of the heads", 1),
+        "bottleneck_dim": Setting(128, 256, "width before the prototypes", 1),
+        "upsampling": Setting("centred", "mask-aware", "of the teacher's features to pixels: by the "
+                              "paper's code, with tokens at patch centres, or across segments",
+                              choices=("mask-aware", "centred", "bilinear")),
+        "blend": Setting(1.0, 0.5, "a splatted feature's share against its segment's mean", 0, 1),
+        "centring": Setting(1.0, 1.0, "momentum of the mean that centres the teacher's logits; "
+                            "1: no centring", 0, 1),
+        "teacher_temperature": Setting(0.1, 1.0, "of the teacher's logits", POSITIVE),
+        "student_temperature": Setting(0.1, 1.0, "of the student's logits", POSITIVE),
+        "momentum": Setting(0.97, 0.999, "of the teacher's EMA; a fast one learns early", 0, 1),
+        "ema_every": Setting(1, 10, "steps between updates of the teacher", 1),
+        "preview_every": Setting(250, 1000, "steps between previews", 1),
+        "checkpoint_every": Setting(250, 1000, "steps between checkpoints", 1),
     },
     "reconstruct": VIEWS | {
-        "height": (224, 256, "of the images, pixels; a multiple of 16"),
-        "width": (224, 256, "likewise"),
-        "start": ("small", "published", "network to begin with: small or published, both random, or a file of weights"),
-        "batch_size": (1, 14, "scenes a step"),
-        "steps": (2000, 300_000, "of the optimiser"),
-        "coarse": (3, 0, "steps that learn only to match views for every one that renders: they cost a quarter"),
-        "lr": (1e-3, 2e-4, "peak learning rate; the small network bears more"),
-        "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "depth_weight": (0.2, 0.2, "of the depth error beside the photo's; without depth nothing is added"),
-        "preview_every": (250, 1000, "steps between previews"),
-        "checkpoint_every": (250, 1000, "steps between checkpoints"),
+        "height": Setting(224, 256, "of the images, pixels; a multiple of 16"),
+        "width": Setting(224, 256, "likewise"),
+        "start": Setting("small", "published", "network to begin with: small or published, both "
+                         "with random weights, or a file"),
+        "batch_size": Setting(1, 14, "scenes a step", 1),
+        "steps": Setting(2000, 300_000, "of the optimiser", 1),
+        "coarse": Setting(3, 0, "steps that only match views, for every one that renders; they "
+                          "cost a quarter", 0),
+        "lr": Setting(1e-3, 2e-4, "peak; the small network tolerates a higher one", POSITIVE),
+        "warmup": Setting(0.05, 0.01, ONE_CYCLE, 0, 1),
+        "depth_weight": Setting(0.2, 0.2, "of the depth error beside the photo's; unused where "
+                                "there is no depth", 0),
+        "preview_every": Setting(250, 1000, "steps between previews", 1),
+        "checkpoint_every": Setting(250, 1000, "steps between checkpoints", 1),
     },
     "pretrain": TRAINING | {
-        "height": (224, 224, "of the photos, pixels"),
-        "width": (224, 224, "likewise"),
-        "crop": (112, 112, "side of the crops, pixels; a multiple of the patch"),
-        "photos": (2400, 2400, "views of rooms to train on; of a folder all are"),
-        "batch_size": (16, 64, "photos a step"),
-        "steps": (6000, 100_000, "of the optimiser"),
-        "lr": (1e-3, 1e-3, "peak learning rate"),
-        "warmup": (0.05, 0.01, "share of the steps in which the one-cycle schedule climbs; then it falls as a cosine"),
-        "weight_decay": (0.05, 0.05, "of AdamW"),
-        "temperature": (0.07, 0.07, "of the contrast between spots"),
-        "place_weight": (0.0, 0.0, "of telling where in the photo a patch lies, beside the contrast"),
-        "start": ("random", "random", "weights to begin with, or a file"),
-        "preview_every": (500, 1000, "steps between previews"),
-        "checkpoint_every": (250, 1000, "steps between checkpoints"),
+        "height": Setting(224, 224, "of the photos, pixels"),
+        "width": Setting(224, 224, "likewise"),
+        "crop": Setting(112, 112, "side of the crops, pixels; a multiple of the patch"),
+        "least_scale": Setting(0.35, 0.35, "of a photo's side that a crop shows", POSITIVE, 1),
+        "most_scale": Setting(0.9, 0.9, "likewise", POSITIVE, 1),
+        "photos": Setting(2400, 2400, "views of rooms to train on; of a folder all are", 1),
+        "batch_size": Setting(16, 64, "photos a step", 1),
+        "steps": Setting(6000, 100_000, "of the optimiser", 1),
+        "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE),
+        "warmup": Setting(0.05, 0.01, ONE_CYCLE, 0, 1),
+        "weight_decay": Setting(0.05, 0.05, "of AdamW", 0),
+        "temperature": Setting(0.07, 0.07, "of the contrast between spots", POSITIVE),
+        "place_weight": Setting(0.0, 0.0, "of a second loss: where in the photo a patch lies", 0),
+        "start": Setting("random", "random", "weights to begin with, or a file"),
+        "preview_every": Setting(500, 1000, "steps between previews", 1),
+        "checkpoint_every": Setting(250, 1000, "steps between checkpoints", 1),
     },
 }  # fmt: skip
+
+# (a setting, its value, the settings that nothing reads then, why)
+UNREAD = (
+    ("geometry", "depth", {"near", "far"}, "it bounds the depth of photos"),
+    ("loss", "contrastive", {"prototypes", "head_dim", "bottleneck_dim", "centring",
+                             "teacher_temperature", "student_temperature"}, "there are no heads"),
+    ("loss", "prototypes", {"temperature"}, "it belongs to the contrastive loss"),
+    ("lora_rank", 0, {"lora_alpha", "lora_dropout"}, "without LoRA all weights are trained"),
+)  # fmt: skip
+OF_FOLDERS = ("geometry", "min_gap", "max_gap")  # with --data both presets take the paper's
+PATHS = ("data", "split", "teacher_weights", "geometry", "start")
+WORDS = (None, "random", "shipped", "depth", "small", "published")  # values that are no path
 TEACHERS = (
-    "dinov2_{vits,vitb,vitl,vitg}14, each also with _reg, dinov3_{vits16,vits16plus,vitb16,vitl16}, vit_tiny14"
+    "dinov2_{vits,vitb,vitl,vitg}14, each also with _reg; "
+    "dinov3_{vits16,vits16plus,vitb16,vitl16}; vit_tiny14"
 )
-RANDOM = "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
-SHIPPED = "Teacher: vit_tiny14, this repository's own, trained on procedural rooms (weights/teacher.safetensors)"
+RANDOM = (
+    "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
+)
+SHIPPED = (
+    "Teacher: vit_tiny14, this repository's own, trained on procedural rooms "
+    "(weights/teacher.safetensors)"
+)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def add_settings(parser, rows, titles=("demo", "paper")):
+    """Add a flag for each row. One that is not given sets nothing: the preset decides later."""
+    for name, row in rows.items():
+        help = f"{row.help} ({titles[0]} {row.demo}, {titles[1]} {row.paper})"
+        kind = {"type": type(row.paper), "choices": row.choices}
+        if isinstance(row.paper, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=help, **kind)
+
+
+def check_settings(rows, values):
+    """SystemExit with one sentence for the first value {name: value} out of its row's range."""
+    for name, row in rows.items():
+        value = values[name]
+        if row.low is not None and not value >= row.low:  # NaN is out of any range
+            least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
+            raise SystemExit(f"{flag(name)} must be {least}, not {value}")
+        if row.high is not None and not value <= row.high:
+            raise SystemExit(f"{flag(name)} must be at most {row.high}, not {value}")
+
+
+def parser_of(stage, **about):
+    """The flags of a stage: its settings, and those that have no preset."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], **about)
+    add = parser.add_argument
+    if stage != "reconstruct":
+        teacher = "dinov2_vits14" if stage == "distill" else "vit_tiny14"
+        add("--teacher", default=teacher, help=TEACHERS)
+    if stage == "distill":
+        add("--teacher-weights", help='a file, or "random"; default: the public weights')
+    add("--data", help="folder of photos (README); default: procedural rooms")
+    if stage != "pretrain":
+        add("--split", help="text file of the scenes in --data to take, one name a line")
+    add("--preset", choices=["demo", "paper"], help="default: paper with --data, demo without")
+    add("--name", help="of the run; default: the stage or preset, and the next free number")
+    add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
+    add_settings(parser, SETTINGS[stage])
+    return parser
 
 
 def parse_settings(arguments=None):
-    """The command line as {setting: value}, or with {"resume": folder} the settings of that folder's run."""
+    """The command line as {setting: value}, or {"resume": folder} for that run's settings."""
     arguments = sys.argv[1:] if arguments is None else arguments
     about = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     first = argparse.ArgumentParser(**about, add_help=False)
-    first.add_argument(
-        "--stage", choices=list(SETTINGS), default="distill", help="what to train; each has its settings"
-    )
+    stages = dict(choices=list(SETTINGS), default="distill")
+    first.add_argument("--stage", **stages, help="what to train; each has settings of its own")
     stage = first.parse_known_args(arguments)[0].stage
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], parents=[first], **about)
-    add = parser.add_argument
-    if stage != "reconstruct":
-        least = "dinov2_vits14" if stage == "distill" else "vit_tiny14"
-        add("--teacher", default=least, help=TEACHERS)
-    if stage == "distill":
-        add("--teacher-weights", help='a file; "random"; or nothing for the public weights')
-    add("--data", help="folder of posed photos (README, Data); nothing for procedural rooms")
-    if stage != "pretrain":
-        add("--split", help="text file of the names of the scenes in --data to take, one a line")
-    add("--preset", choices=["demo", "paper"], help="nothing is paper with --data and demo without")
-    add("--name", help="of the run; nothing is the stage or preset and the next free number")
-    add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
-    for name, (demo, paper, why) in SETTINGS[stage].items():
-        help = f"{why} (demo {demo}, paper {paper})"
-        add("--" + name.replace("_", "-"), type=type(paper), default=argparse.SUPPRESS, help=help)
-    given = vars(parser.parse_args(arguments))
-    if given["resume"]:
+    given = vars(parser_of(stage, parents=[first], **about).parse_args(arguments))
+    if folder := given.pop("resume"):
         if any(not a.startswith("--resume") for a in arguments if a.startswith("--")):
-            raise SystemExit("--resume goes on with the run's own settings: no other flag goes with it")
-        return {"resume": given["resume"]}
+            raise SystemExit("--resume takes the run's own settings: no other flag goes with it")
+        return {"resume": folder}
     preset = given["preset"] or ("paper" if given["data"] else "demo")
-    settings = {**preset_of(stage, preset, given["data"]), **given, "preset": preset}
-    del settings["resume"]
+    paper = SETTINGS[stage] if preset == "paper" else OF_FOLDERS if given["data"] else ()
+    rows = SETTINGS[stage].items()
+    settings = {name: row.paper if name in paper else row.demo for name, row in rows}
+    settings |= given | {"preset": preset}
     if stage != "pretrain" and given["data"] and not {"near", "far"} & given.keys():
-        settings["points"] = True  # may say near and far: see bounds
+        settings["points"] = True  # the captures' own points may say near and far: see bounds
     check(settings)
-    for flags, reader, name in unread(settings):
-        if wrong := sorted(flags & given.keys()):
-            flag, other = (n.replace("_", "-") for n in (wrong[0], name))
-            raise SystemExit(f"--{flag} is not read with --{other} {settings[name]}: {reader}")
-    paths = {"data", "split", "teacher_weights", "geometry", "start"}
-    for name in paths & settings.keys():  # to resume from anywhere
+    for name, value, unread, why in UNREAD:
+        if settings.get(name) == value and (wrong := sorted(unread & given.keys())):
+            raise SystemExit(f"{flag(wrong[0])} is not read with {flag(name)} {value}: {why}")
+    for name in settings.keys() & set(PATHS):  # absolute, to resume from any folder
         if settings[name] not in WORDS and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     return settings
 
 
-WORDS = (None, "random", "shipped", "depth", "small", "published")  # values that are no path
-
-
-def unread(settings):
-    """(settings that nothing reads, what they are for, the setting that makes them so), of these settings."""
-    if settings["stage"] != "distill":
-        return
-    if settings["geometry"] == "depth":
-        yield {"near", "far"}, "it bounds what photos are taken to show", "geometry"
-    if settings["loss"] == "contrastive":
-        heads = {"prototypes", "head_dim", "bottleneck_dim", "centring", "teacher_temperature", "student_temperature"}
-        yield heads, "it belongs to the heads of the prototypes' loss", "loss"
-    if settings["loss"] == "prototypes":
-        yield {"temperature"}, "it is the contrastive loss's", "loss"
-    if settings["lora_rank"] == 0:
-        yield {"lora_alpha", "lora_dropout"}, "without LoRA all weights are trained", "lora_rank"
-
-
-OF_FOLDERS = ("geometry", "min_gap", "max_gap")  # on photos of a folder both presets are the paper's in these
-
-
-def preset_of(stage, preset, folder):
-    """{setting: value} of a preset."""
-    paper = {n for n in SETTINGS[stage] if preset == "paper" or (folder and n in OF_FOLDERS)}
-    return {name: values[name in paper] for name, values in SETTINGS[stage].items()}
-
-
 def check(settings):
-    """SystemExit for the first setting that is out of its range."""
-    for name in ("context_views", "near", "batch_size", "clip", "steps", "lr", "preview_every", "checkpoint_every",
-                 "prototypes", "head_dim", "bottleneck_dim", "teacher_temperature", "student_temperature",
-                 "ema_every", "temperature", "photos"):  # fmt: skip
-        if name in settings and not settings[name] > 0:
-            raise SystemExit(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
+    """SystemExit for the first setting that is out of its range or does not fit the others."""
+    check_settings(SETTINGS[settings["stage"]], settings)
     patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
-    for name, least in (("height", patch), ("width", patch), ("workers", 0), ("seed", 0), ("depth_weight", 0), ("place_weight", 0),
-                        ("coarse", 0), ("lora_rank", 0), ("weight_decay", 0), ("crop", 2 * patch)):  # fmt: skip
-        if name in settings and not settings[name] >= least:
-            raise SystemExit(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
-    for name in ("warmup", "lora_dropout", "blend", "centring", "momentum"):
-        if name in settings and not 0 <= settings[name] <= 1:
-            raise SystemExit(f"--{name.replace('_', '-')} must be between 0 and 1, not {settings[name]}")
+    for name, least in (("height", patch), ("width", patch), ("crop", 2 * patch)):
+        if settings.get(name, least) < least:
+            raise SystemExit(f"{flag(name)} must be at least {least}, not {settings[name]}")
     if settings["stage"] == "pretrain":
         if settings["crop"] % patch:
             raise SystemExit(f"--crop {settings['crop']} does not fit: multiples of {patch} do")
+        least, most = settings["least_scale"], settings["most_scale"]
+        if least > most:
+            raise SystemExit(f"--most-scale must be at least --least-scale, not {most} with {least}")
         return
     if settings["split"] and not settings["data"]:
         raise SystemExit("--split lists scenes of --data, which is not given")
-    if settings["far"] <= settings["near"]:
-        raise SystemExit(f"--far must be more than --near, not {settings['far']} with {settings['near']}")
-    if settings.get("geometry") != "depth":
-        for name in ("height", "width"):
-            if settings[name] % 16:
-                low = settings[name] // 16 * 16
-                fits = f"{low} and {low + 16} do" if low else "16 is the least"
-                raise SystemExit(f"--{name} {settings[name]} does not fit: multiples of 16 do; {fits}")
+    near, far = settings["near"], settings["far"]
+    if not far > near:
+        raise SystemExit(f"--far must be more than --near, not {far} with {near}")
+    for name in ("height", "width") if settings.get("geometry") != "depth" else ():
+        if settings[name] % 16:
+            low = settings[name] // 16 * 16
+            fits = f"{low} and {low + 16} do" if low else "16 is the least"
+            raise SystemExit(
+                f"{flag(name)} {settings[name]} does not fit: multiples of 16 do; {fits}"
+            )
 
 
 def command(settings):
     """What to type for these settings."""
-    preset = "paper" if settings["data"] else "demo"
-    teacher = None if settings["stage"] == "distill" else "vit_tiny14"
-    usual = {"stage": "distill", "teacher": teacher, "preset": preset}
-    usual |= dict.fromkeys(("teacher_weights", "data", "split", "name"))
-    usual |= preset_of(settings["stage"], settings["preset"], settings["data"])
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in settings.items() if v != usual[k]]
+    data = ["--data", settings["data"]] if settings["data"] else []
+    about = ["--stage", settings["stage"], "--preset", settings["preset"], *data]
+    usual = parse_settings(about) | {"stage": "distill", "data": None}
+    usual["preset"] = "paper" if settings["data"] else "demo"
+    if settings["stage"] == "distill":
+        usual["teacher"] = None  # always named
+    flags = [f"{flag(name)} {value}" for name, value in settings.items() if value != usual[name]]
     return " ".join(["python train.py", *sorted(flags, key=lambda f: not f.startswith("--stage"))])
 
 
@@ -315,10 +359,11 @@ def bounds(settings, views):
 def load_crops(settings):
     """The same of single photos: two crops for every photo of every step, and photos that training does not see."""
     height, width, count, crop, seed = (settings[k] for k in ("height", "width", "photos", "crop", "seed"))
+    scales = (settings["least_scale"], settings["most_scale"])
     photos = data.Photos(settings["data"], height, width, count)
-    crops = data.Crops(photos, crop, seed, length=settings["steps"] * settings["batch_size"])
+    crops = data.Crops(photos, crop, scales, seed, length=settings["steps"] * settings["batch_size"])
     held_out = photos if settings["data"] else data.Photos(None, height, width, 8, "val")
-    shown = data.Crops(held_out, crop, seed + 1, length=8)
+    shown = data.Crops(held_out, crop, scales, seed + 1, length=8)
     shown = torch.utils.data.default_collate([shown[i] for i in range(8)])
     return crops, shown | {"photos": torch.stack([held_out[i % len(held_out)] for i in range(8)])}
 
@@ -636,15 +681,22 @@ TITLES = {
 }  # fmt: skip
 
 
-def main(arguments=None):
+@contextlib.contextmanager
+def plain_messages():
+    """Bad input (ValueError) ends the program with its one sentence; warnings are printed as notes."""
+    warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     try:
-        run(parse_settings(arguments))
-    except ValueError as error:  # bad input, named in one sentence; a data worker puts its traceback before that
+        yield
+    except ValueError as error:  # a data worker puts its traceback before the sentence
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
+def main(arguments=None):
+    with plain_messages():
+        run(parse_settings(arguments))
+
+
 def run(settings):
-    warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = None
     if "resume" in settings:
