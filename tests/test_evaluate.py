@@ -47,8 +47,8 @@ def test_depth_metrics_and_losses_equal_the_public_code():
 
 
 def test_normal_metrics_equal_the_public_code():
-    pred, gt, valid = (GOLDEN[f"snorm_{k}"] for k in ("pred", "gt", "valid"))  # the first of its three images
-    metrics = E.normal_metrics(pred[:, :3], gt, valid[:, 0])
+    pred, gt, valid = (GOLDEN[f"snorm_{k}"] for k in ("pred", "gt", "valid"))  # one of three images
+    metrics = E.normal_metrics(pred[:, :3], gt * valid)
     for name in ("d1", "d2", "d3", "rmse"):
         torch.testing.assert_close(metrics[name], GOLDEN[f"snorm_{name}"][:1])
 
@@ -57,7 +57,9 @@ def test_match_errors_equal_the_public_code():
     feat0, feat1, depth0, depth1, K, Rt = (
         GOLDEN[f"corr_{k}"] for k in ("feat0", "feat1", "depth0", "depth1", "K", "Rt")
     )
-    errors = E.match_errors(feat0, feat1, depth0[0], depth1[0], K, Rt, 200)
+    views = (feat0, feat1), (depth0[0], depth1[0]), (K, K)
+    errors, start, end = E.match(*views, Rt, 200)
+    assert start.shape == end.shape == (200, 2)
     torch.testing.assert_close(errors.sort().values, GOLDEN["corr_err"], rtol=0, atol=1e-4)
     recalls = torch.stack([(errors < r).float().mean() for r in (5, 10, 20)])
     torch.testing.assert_close(recalls, GOLDEN["corr_recall"])
@@ -89,15 +91,16 @@ def test_features_that_tell_the_place_match_without_error():
         angles = point[..., :2].flatten(0, 1) @ (3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
         depths.append(depth)
         features.append(torch.cat([angles.sin(), angles.cos()], -1).view(H, W, 32).permute(2, 0, 1))
-    errors = E.match_errors(*features, *depths, K, Rt, 500)
+    errors = E.match(features, depths, (K, K), Rt, 500)[0]
     assert len(errors) == 500 and errors.median() < 1 and errors.max() < 3
     wrong = Rt.clone()
     wrong[0, 3] = 0.4
-    assert E.match_errors(*features, *depths, K, wrong, 500).median() > 10
+    assert E.match(features, depths, (K, K), wrong, 500)[0].median() > 10
     Ks = torch.stack([K, K * torch.tensor([[2.0, 2, 2], [2, 2, 2], [1, 1, 1]])])  # the second view at twice the size
     twice = [F.interpolate(t[None, None] if t.ndim == 2 else t[None], (2 * H, 2 * W), mode="nearest")[0] for t in
              (depths[1], features[1])]  # fmt: skip
-    assert E.match_errors(features[0], twice[1], depths[0], twice[0][0], Ks, Rt, 500).median() < 2.5
+    views = (features[0], twice[1]), (depths[0], twice[0][0]), Ks
+    assert E.match(*views, Rt, 500)[0].median() < 2.5
 
 
 def test_the_task_hands_poses_and_sizes_on_rightly(monkeypatch):
@@ -162,8 +165,10 @@ def test_pairs_of_a_capture_that_share_nothing_do_not_count(tmp_path, monkeypatc
 def test_views_without_depth_have_no_matches():
     features, nothing = torch.randn(8, 3, 4), torch.zeros(6, 8)
     K = torch.tensor([[5.0, 0, 4], [0, 5, 3], [0, 0, 1]])
-    assert E.match_errors(features, features, nothing, nothing + 1, K, torch.eye(4), 10).shape == (0,)
-    few = E.match_errors(features, features, nothing + 1, nothing + 1, K, torch.eye(4), 1000)
+    views = (features, features), (nothing, nothing + 1), (K, K)
+    assert [m.shape for m in E.match(*views, torch.eye(4), 10)] == [(0,), (0, 2), (0, 2)]
+    views = (features, features), (nothing + 1, nothing + 1), (K, K)
+    few = E.match(*views, torch.eye(4), 1000)[0]
     assert few.shape == (48,) and few.max() < 1e-3  # a view against itself: each pixel is its own match
 
 
@@ -218,7 +223,7 @@ def test_depth_loss_is_the_sum_of_its_parts():
     prediction, truth = 1 + torch.rand(2, 12, 12), 1 + 11 * torch.rand(2, 12, 12)
     near = torch.where(truth <= 10, truth, 0.0)
     expected = E.sig_loss(prediction, near) + 0.5 * E.gradient_loss(prediction, near)
-    torch.testing.assert_close(E.DepthProbe(3).loss(prediction, {"depths": truth}), expected)
+    torch.testing.assert_close(E.DepthProbe(3).loss(prediction, truth), expected)
 
 
 def test_without_an_image_the_labels_of_each_pixel_decide():
@@ -244,14 +249,14 @@ def test_angular_loss_is_the_formula():
         angle = math.acos(float(n @ gt[b, :, y, x] / n.norm()))
         k = float(F.elu(pred[b, 3, y, x])) + 1.01
         total.append(math.log(1 + math.exp(-k * math.pi)) - math.log(k * k + 1) + k * angle)
-    assert float(E.angular_loss(pred, gt, valid)) == pytest.approx(sum(total) / len(total), rel=1e-4)
+    assert float(E.angular_loss(pred, gt * valid[:, None])) == pytest.approx(sum(total) / len(total), rel=1e-4)
 
 
 def test_nothing_known_measures_nothing():
     nothing = torch.zeros(2, 4, 4)
-    assert all((v == 0).all() for v in E.depth_metrics(nothing + 1, nothing).values())
+    assert all(v.shape == (0,) for v in E.depth_metrics(nothing + 1, nothing).values())
     normals = torch.randn(2, 3, 4, 4)
-    assert all((v == 0).all() for v in E.normal_metrics(normals, normals, nothing).values())
+    assert all(v.shape == (0,) for v in E.normal_metrics(normals, 0 * normals).values())
 
 
 def test_iou_is_the_loop():
@@ -288,8 +293,8 @@ def test_a_probe_learns_what_features_tell():
     for name, f in (("telling", features), ("noise", torch.randn(features.shape, generator=g))):
         train_ = shelf_of(f"{name}-train", f[:16], torch.zeros(16, 3), labels[:16])
         test = shelf_of(f"{name}-test", f[16:], torch.zeros(8, 3), labels[16:])
-        checked = [E.over_frames(probe, test)[0] for probe in E.fit(E.DepthProbe, None, train_, settings, 0)]
-        errors[name] = [float(m["abs_rel"].mean()) for m in checked]
+        probes = E.fit(E.DepthProbe, None, train_, settings, 0)
+        errors[name] = [E.over_frames(probe, test)[0]["abs_rel"] for probe in probes]
     assert len(errors["telling"]) == 4 and errors["telling"][-1] < 0.6 * errors["noise"][-1]
     assert errors["telling"][-1] < errors["telling"][0]
 
@@ -297,7 +302,7 @@ def test_a_probe_learns_what_features_tell():
 @pytest.mark.parametrize("task", ["depth", "normals", "segmentation"])
 def test_batches_without_a_label_teach_nothing(task):
     """Nine windows of ten know nothing, and no weight becomes NaN for it."""
-    head, g = E.HEADS[task], torch.Generator().manual_seed(0)
+    head, g = E.TASKS[task].probe, torch.Generator().manual_seed(0)
     settings = E.parse_settings(["--task", task, "--epochs", "2", "--batch-size", "1"])
     settings.max_depth = 10.0
     shape = (10, 3, 4, 4) if task == "normals" else (10, 4, 4)
@@ -317,13 +322,11 @@ def test_batches_without_a_label_teach_nothing(task):
 def test_the_best_checkpoint_counts(monkeypatch):
     """Of three checks the second is best: its row, its predictions, whichever way is better."""
     monkeypatch.setattr(E, "fit", lambda *_: iter("abc"))
-    shelf, settings = shelf_of("s", torch.zeros(1, 2, 2, 2), torch.zeros(1, 2), torch.ones(1, 4, 4)), E.parse_settings(
-        ["--task", "depth", "--seeds", "1"]
-    )
+    shelf = shelf_of("s", torch.zeros(1, 2, 2, 2), torch.zeros(1, 2), torch.ones(1, 4, 4))
+    settings = E.parse_settings(["--task", "depth", "--seeds", "1"])
     for head, values in ((E.DepthProbe, (0.3, 0.1, None)), (E.SegmentationProbe, (None, 0.5, 0.4))):
-        rows = dict(zip("abc", values))
+        rows = {probe: {head.best[0]: value} for probe, value in zip("abc", values)}
         monkeypatch.setattr(E, "over_frames", lambda probe, shelf: (rows[probe], [probe]))
-        monkeypatch.setattr(E, "average", lambda value, names: {head.best[0]: value})
         found, panels = E.probe_features("m", head, None, shelf, shelf, settings)
         assert found == [{head.best[0]: values[1]}] and panels == ["b"]
 
@@ -436,13 +439,15 @@ def made_up(task, root):
 def test_the_papers_protocol_runs(task, tmp_path, capsys, monkeypatch):
     """Whole photos of odd sizes through windows, features on disk and back, to a table and pictures."""
     seen = []
-    kept = E.HEADS[task].measure
+    head = E.TASKS[task].probe
+    kept = head.measure
 
-    def measure(probe, prediction, frame):
-        seen.append((tuple(prediction.shape[-2:]), tuple(frame[probe.label].shape[-2:])))
-        return kept(probe, prediction, frame)
+    def measure(*arguments):
+        seen.append(tuple(tuple(t.shape[-2:]) for t in arguments[-2:]))  # prediction, truth
+        return kept(*arguments)
 
-    monkeypatch.setattr(E.HEADS[task], "measure", measure)
+    static = task == "normals"  # its metrics need nothing of the probe
+    monkeypatch.setattr(head, "measure", staticmethod(measure) if static else measure)
     root = made_up(task, tmp_path / "data")
     E.main(["--task", task, "--data", str(root), "--steps", "2", "--batch-size", "2", "--seeds", "1",
             "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
@@ -450,7 +455,7 @@ def test_the_papers_protocol_runs(task, tmp_path, capsys, monkeypatch):
     assert set(seen) == {(whole, whole)} and len(seen) == {"depth": 3, "normals": 2, "segmentation": 4}[task]
     report = results("runs", f"{task}-1")
     row = report["per_seed"]["dinov2_vits14"][0]
-    key = E.HEADS[task].best[0]
+    key = head.best[0]
     assert report["settings"]["protocol"] == "paper" and row[key] > 0 and f"{key} {row[key]:.4f}" in capsys.readouterr().out
     assert len(list(Path("runs/evaluation", f"{task}-1").glob("*.png"))) == {"segmentation": 2}.get(task, 1)
 
@@ -468,28 +473,35 @@ def test_learning_rates_climb_and_fall(schedule, ends):
 def test_recall_of_a_pair_counts_in_its_viewpoints_bin():
     row = E.recall(torch.tensor([1.0, 4.0, 6.0, 30.0]), 42.0)
     assert row["recall_2px"] == 0.25 and row["recall_5px"] == 0.5 and row["recall_20px"] == 0.75
-    assert {k for k in row if "deg" in k} == {f"recall_{r}px_30_60deg" for r in (2, 5, 10)}
+    inside = {k for k in row if "deg" in k and row[k] is not None}
+    assert inside == {f"recall_{r}px_30_60deg" for r in (2, 5, 10)}
     assert row["recall_10px_30_60deg"] == row["recall_10px"] == 0.75
-    assert E.recall(torch.tensor([]), 42.0) == {}
+    assert set(E.recall(torch.tensor([]), 42.0).values()) == {None}
+    assert E.recall(torch.tensor([1.0]), 180.0)["recall_2px_60_180deg"] == 1.0
 
 
 def test_paired_differences_by_hand():
     """What makes a pair hard for both cancels: means of 0.4 and 0.5, and every pair better by 0.1."""
-    a = [{"recall_2px": v} for v in (0.1, 0.4, 0.7)] + [{}]  # the last pair had no match
-    b = [{"recall_2px": v + d} for v, d in ((0.1, 0.0), (0.4, 0.1), (0.7, 0.2))] + [{}]
-    (name, row), = E.paired_differences({"a": a, "b": b}).items()
+    none = {"recall_2px": None, "recall_5px": None}  # the last pair had no match
+    a = [none | {"recall_2px": v} for v in (0.1, 0.4, 0.7)] + [none]
+    b = [none | {"recall_2px": v} for v in (0.1, 0.5, 0.9)] + [none]
+    rows = E.differences({"a": a, "b": b}, [("a", "b")])
+    ((name, row),) = E.summarise(rows, "standard_error").items()
     assert name == "b - a"
-    assert row["recall_2px"] == (pytest.approx(0.1), pytest.approx(0.1 / math.sqrt(3)))
-    assert row["recall_5px"] == (None, None)
+    error = pytest.approx(0.1 / math.sqrt(3))
+    assert row["recall_2px"] == {"mean": pytest.approx(0.1), "standard_error": error}
+    assert row["recall_5px"] == {"mean": None, "standard_error": None}
 
 
 def test_spread_and_differences_are_over_seeds():
     results = {"a": [{"x": 1.0}, {"x": 2.0}, {"x": 6.0}], "b": [{"x": 2.0}, {"x": 3.0}, {"x": 7.0}]}
-    summary = E.summarise(results | E.differences(results))
-    assert summary["a"]["x"] == (3.0, pytest.approx(math.sqrt(7)))
-    assert summary["b - a"]["x"] == (1.0, 0.0)  # what both saw alike cancels
-    assert E.differences({"a": [{"x": 1.0}], E.NO_IMAGE: [{"x": 2.0}]}) == {}
-    assert E.summarise({"a": [{"x": 1.0, "y": None}]})["a"] == {"x": (1.0, None), "y": (None, None)}
+    summary = E.summarise(results | E.differences(results, [("a", "b")]))
+    assert summary["a"]["x"] == {"mean": 3.0, "spread": pytest.approx(math.sqrt(7))}
+    assert summary["b - a"]["x"] == {"mean": 1.0, "spread": 0.0}  # what both saw alike cancels
+    results = {"a": [{"x": 1.0}], "b": [{"x": None}]}
+    assert E.differences(results, [("a", "b")]) == {"b - a": [{"x": None}]}
+    row = E.summarise({"a": [{"x": 1.0, "y": None}]})["a"]
+    assert row == {"x": {"mean": 1.0, "spread": None}, "y": {"mean": None, "spread": None}}
 
 
 # --------------------------------------------------------------------------- layouts
@@ -694,10 +706,10 @@ def test_depth_goes_as_far_as_the_data_or_as_told(tmp_path, asked, metres):
     probe = E.new_probe(E.DepthProbe, None, shelf, settings)
     assert float(probe.bins[-1]) == metres and probe.conv.in_channels == 2 + 3
     far = torch.full((1, 4, 4), metres + 1)
-    assert len(probe.measure(far, {"depths": far})["d1"]) == 0  # beyond it is no truth
+    assert len(probe.measure(far, far)["d1"]) == 0  # beyond it is no truth
     # In effect the public code has no gradient loss
     prediction, truth = 1 + torch.rand(1, 9, 9), 1 + torch.rand(1, 9, 9)
-    torch.testing.assert_close(probe.loss(prediction, {"depths": truth}), E.sig_loss(prediction, truth))
+    torch.testing.assert_close(probe.loss(prediction, truth), E.sig_loss(prediction, truth))
 
 
 def test_scannetpp_as_fit3d_prepares_it(tmp_path):
@@ -890,7 +902,7 @@ def test_weights_are_compared_whatever_their_size(monkeypatch, capsys):
     report = results("runs", "correspondence-1")
     assert list(report["per_seed"]) == ["small.safetensors", "large.pth"] and not report["random_weights"]
     assert report["summary"]["small.safetensors"]["recall_10px"]["spread"] is None
-    with pytest.raises(SystemExit, match="--layers .0, 2.: there are 2 blocks, counted from 0"):
+    with pytest.raises(SystemExit, match="--layers .0, 2.: small.safetensors has blocks 0 to 1"):
         E.main(["--task", "depth", "--weights", "small.safetensors", "large.pth", "--layers", "0", "2"])
 
 
@@ -963,8 +975,9 @@ def test_all_does_the_four(monkeypatch):
     done = []
     monkeypatch.setattr(E, "measure", lambda task, settings, models, home: done.append((task, vars(settings))))
     E.main(["--task", "all", "--teacher", "dinov2_vits14", "--teacher-weights", "random", "--seeds", "2"])
-    assert [task for task, _ in done] == list(E.PROBES) and all(s["seeds"] == 2 for _, s in done)
-    assert [s.get("lr") for _, s in done[1:]] == [E.SETTINGS[t]["lr"][0] for t in E.PROBES[1:]]
+    assert [task for task, _ in done] == ["correspondence", "depth", "normals", "segmentation"]
+    assert all(s["seeds"] == 2 for _, s in done)
+    assert [s["lr"] for t, s in done[1:]] == [E.TASKS[t].settings["lr"].demo for t, _ in done[1:]]
 
 
 def test_reconstruction_measures_what_it_says(tmp_path, capsys):
@@ -1010,12 +1023,13 @@ def test_reconstruction_of_a_capture_without_depth(tmp_path, capsys):
 
 def test_frames_of_which_nothing_is_known_do_not_count():
     probe = E.DepthProbe(3)
-    frames = {"depths": torch.stack([torch.full((4, 4), 2.0), torch.zeros(4, 4), torch.full((4, 4), 50.0)])}
-    measured = probe.measure(torch.full((3, 4, 4), 3.0), frames)  # the third is beyond what bins reach
+    frames = [torch.full((4, 4), depth) for depth in (2.0, 0.0, 50.0)]
+    # The third is beyond what bins reach
+    measured = probe.measure(torch.full((3, 4, 4), 3.0), torch.stack(frames))
     assert measured["abs_rel"].tolist() == [0.5]
     normals = torch.zeros(2, 3, 4, 4)
     normals[1, 2] = -1
-    measured = E.NormalsProbe(3).measure(torch.cat([normals, normals[:, :1]], 1), {"normals": normals})
+    measured = E.NormalsProbe(3).measure(torch.cat([normals, normals[:, :1]], 1), normals)
     assert measured["rmse"].tolist() == [0.0] and measured["d1"].tolist() == [1.0]
 
 
@@ -1045,7 +1059,7 @@ def test_segmentation_without_a_single_label_says_so(tmp_path):
     for part in ("training", "validation"):
         photo(tmp_path / f"ade/images/{part}/a.jpg")
         grey(tmp_path / f"ade/annotations/{part}/a.png", np.zeros((48, 64), np.uint8))
-    with pytest.raises(SystemExit, match="ade: none of the train frames has any segmentation that is known"):
+    with pytest.raises(SystemExit, match="ade: none of the train frames has known classes"):
         E.main(["--task", "segmentation", "--data", "ade", "--image-size", "42", "56", "--epochs", "1", "--seeds", "1",
                 "--teacher", "dinov2_vits14", "--teacher-weights", "random"])  # fmt: skip
 
@@ -1096,7 +1110,7 @@ def test_depth_errors_by_hand():
         (["--task", "depth", "--teacher", "dinov2_vits14", "--teacher-weights", "random", "--concat"], "there is only"),
         (["--task", "reconstruction", "--image-size", "40", "56"], "--image-size must be multiples of 16"),
         (["--task", "depth", "--epochs", "0"], "--epochs cannot be 0"),
-        (["--task", "depth", "--lr", "nan"], "--lr cannot be nan"),
+        (["--task", "depth", "--lr", "nan"], "--lr must be more than 0, not nan"),
         (["--task", "depth", "--weights", "x", "x"], "--weights names a file twice"),
         (["--task", "depth", "--weights", "nothing.pth"], "nothing.pth: no such file"),
         (["--task", "depth", "--run", "runs/none"], "runs/none/student.safetensors: no such file; --run takes"),
