@@ -63,8 +63,10 @@ def load_models(settings):
     if settings.weights:
         models = [load_file(path)[0] for path in settings.weights]
     elif settings.teacher or not run:
-        asked = {"teacher_weights": settings.teacher_weights, "data": settings.data, "seed": 0}
-        models = [teacher_of(asked | {"teacher": settings.teacher or "dinov2_vits14"})]
+        asked = dict(teacher=settings.teacher or "dinov2_vits14", data=settings.data, seed=0)
+        asked["teacher_weights"] = settings.teacher_weights
+        vit, warning = load_teacher(asked)  # the shipped one may stand in for it
+        models = [Model(asked["teacher"], [vit], warning)]
     else:
         models, home = load_run(Path(run)), Path(run)
     if settings.concat:
@@ -93,12 +95,6 @@ def load_file(path):
     return Model(str(path), [vit], about.get("warning")), about
 
 
-def teacher_of(settings):
-    """The `Model` of a training run's teacher; the shipped teacher may stand in for it."""
-    vit, warning = load_teacher(settings)
-    return Model(settings["teacher"], [vit], warning)
-
-
 def load_run(folder):
     """The teacher and the student of a run of train.py."""
     path = folder / "student.safetensors"
@@ -107,14 +103,14 @@ def load_run(folder):
     student, about = load_file(path)
     try:
         settings = json.loads(about["settings"])
-        wanted = {k: settings[k] for k in ("teacher", "teacher_weights", "seed", "data")}
+        asked = {k: settings[k] for k in ("teacher", "teacher_weights", "seed", "data")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: its metadata has no settings; pass it by --weights") from None
-    teacher = teacher_of(wanted)
-    if student.warning != teacher.warning:
+    vit, warning = load_teacher(asked)
+    if student.warning != warning:
         raise ValueError(f"{path}: not of the teacher weights found now; pass it by --weights")
-    return [teacher._replace(name=f"teacher {teacher.name}"),
-            student._replace(name=f"student {folder}")]  # fmt: skip
+    teacher = Model(f"teacher {asked['teacher']}", [vit], warning)
+    return [teacher, student._replace(name=f"student {folder}")]
 
 
 def warning_of(models):
@@ -208,16 +204,16 @@ def correspondence(models, settings, folder):
             images = torch.stack([view["images"] for view in pair])
             depths = torch.stack([view["depths"][::4, ::4] for view in pair]).to(DEVICE)
             Ks = torch.stack([view["Ks"] for view in pair]) / torch.tensor([[4.0], [4.0], [1.0]])
-            drawn = []
+            panels = {}
             for model in models:
                 features = extract(model, images, settings)[0].to(DEVICE)
                 views = features, depths, Ks.to(DEVICE), Rt.to(DEVICE)
                 errors = match(*views, settings.matches)[0]
                 recalls[model.name].append(recall(errors, float(rotation_angle(Rt))))
                 if seed == settings.seed and n < 4:
-                    drawn.append((model, match(*views, 30)))
-            if drawn:
-                draw_matches(folder / f"matches_{n}.png", images, drawn)
+                    panels[model.name] = draw_matches(images, *match(*views, 30))
+            if panels:
+                write_sheet(folder / f"matches_{n}.png", panels, warning_of(models))
         if not recalls[models[0].name]:
             share = f"{pairs.least_overlap:.0%}"
             raise ValueError(f"{settings.data}: no two of its frames show {share} of the same")
@@ -238,22 +234,14 @@ def recall(errors, angle):
     return row
 
 
-def draw_matches(path, images, drawn):
-    """A row for each model: both photos, and lines for its matches, green within 10 pixels."""
-    H, W = images.shape[-2:]
-    sheet = Image.new("RGB", (2 * W, (H + 18) * len(drawn)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (model, matches) in enumerate(drawn):
-        top = row * (H + 18) + 18
-        warning = (model.warning or "").split(":")[0]
-        pen.text((2, top - 15), f"{model.name}   {warning}", fill="black")
-        for i, image in enumerate(images):
-            pixels = (image.permute(1, 2, 0).numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8)
-            sheet.paste(Image.fromarray(pixels), (i * W, top))
-        for error, (x0, y0), (x1, y1) in zip(*(m.tolist() for m in matches)):
-            line = 4 * x0, top + 4 * y0, W + 4 * x1, top + 4 * y1
-            pen.line(line, fill=(0, 170, 0) if error < 10 else (220, 0, 0))
-    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG"))
+def draw_matches(images, errors, start, end):
+    """Both photos [3, H, W] and `match`'s results as lines, green within 10 pixels: [H, 2W, 3]."""
+    photos = torch.cat(list(images), -1).permute(1, 2, 0)  # [H, 2W, 3]
+    picture = Image.fromarray((photos.numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8))
+    pen, W = ImageDraw.Draw(picture), images.shape[-1]
+    for error, (x0, y0), (x1, y1) in zip(errors.tolist(), (4 * start).tolist(), (4 * end).tolist()):
+        pen.line((x0, y0, W + x1, y1), fill=(0, 170, 0) if error < 10 else (220, 0, 0))
+    return torch.from_numpy(np.array(picture)) / 255
 
 
 # ----------------------------------------------------------------------------- linear probes
@@ -555,8 +543,8 @@ def fit(head, names, shelf, settings, seed):
 
 @torch.no_grad()
 def over_frames(probe, shelf, constant=None):
-    """A probe's {metric: mean over the frames, or None}, and its first four predictions. For all
-    predictions a constant may stand, stretched to each frame."""
+    """A probe's {metric: mean over the frames, or None}, and its first four predictions; a constant
+    takes their place, stretched to each frame."""
     measured, predictions = [], []
     for i in range(len(shelf)):
         features, classes, label, places = shelf[i]
@@ -596,10 +584,8 @@ def reconstruction(settings, folder):
     H, W = settings.image_size
     scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
     options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
-    views, ways = data.Views(scenes, H, W, **options, length=settings.scenes), {}
-    for name in settings.weights:
-        network = load_reconstructor(None if name == "shipped" else name).to(DEVICE)
-        ways[f"photos alone, {name}"] = FeedForward(network, settings.near, settings.far)
+    views = data.Views(scenes, H, W, **options, length=settings.scenes)
+    ways = {f"photos alone, {name}": from_photos(name, settings) for name in settings.weights}
     seconds = {name: [] for name in ways}
     if not settings.data or all(scene.has_depth for scene in scenes):
         ways = {CONSTANT: constant_depth} | ways | {SENSOR: SensorDepth()}
@@ -614,8 +600,8 @@ def reconstruction(settings, folder):
             if name in seconds:
                 float(gaussians.means.sum())  # waits for a GPU
                 seconds[name].append(time.time() - started)
-            if (i, name) == (0, next(iter(seconds))):
-                save_ply(folder / "scene.ply", gaussians)
+                if not (folder / "scene.ply").exists():
+                    save_ply(folder / "scene.ply", gaussians)
             camera = target["extrinsics"][None], target["Ks"][None]
             photo, depth, alphas = render(gaussians, *camera, W, H)
             drawn[name] = photo[0], depth[0], alphas[0] > 0.5
@@ -631,15 +617,16 @@ def reconstruction(settings, folder):
         if SENSOR in table and table[SENSOR]["psnr"] > (low := table[CONSTANT]["psnr"]):
             table[name]["closed"] = (table[name]["psnr"] - low) / (table[SENSOR]["psnr"] - low)
         table[name]["seconds"] = float(np.median(times))
-        print(f"{name}: {H} x {W} to Gaussians in {table[name]['seconds']:.2f} s; {peak_memory()}")
+        print(f"{name}: photos of {H} x {W} to Gaussians in {table[name]['seconds']:.2f} s")
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 2**10 * kilobytes
+    print(f"Peak memory on {DEVICE}: {peak / 2**30:.2f} GiB")
     return {name: [row] for name, row in table.items()}
 
 
-def peak_memory():
-    if DEVICE == "cuda":
-        return f"peak memory of the GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"peak memory of the process {kilobytes / 2**20:.2f} GiB"
+def from_photos(name, settings):
+    network = load_reconstructor(None if name == "shipped" else name).to(DEVICE)
+    return FeedForward(network, settings.near, settings.far)
 
 
 def constant_depth(context):
@@ -730,14 +717,13 @@ def cell(value, spread=None):
 
 
 def print_table(summary):
-    """A column for each model, a line for each metric but the classes' IoU, of `summarise`."""
-    keys = list({k: None for row in summary.values() for k in row if not k.startswith("iou_")})
-    unknown = {"mean": None, "spread": None}
-    cells = [[cell(*row.get(k, unknown).values()) for row in summary.values()] for k in keys]
-    lines = [["", *summary], *([k, *row] for k, row in zip(keys, cells))]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    """Of `summarise`: a column for each model, a line for each metric but the IoU of classes."""
+    models, unknown = summary.values(), {"mean": None}
+    keys = list({k: None for row in models for k in row if not k.startswith("iou_")})
+    lines = [[k, *(cell(*row.get(k, unknown).values()) for row in models)] for k in keys]
+    widths = [max(map(len, column)) for column in zip(["", *summary], *lines)]
     print()
-    for first, *rest in lines:
+    for first, *rest in (["", *summary], *lines):
         print(f"{first:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:])))
 
 
@@ -841,7 +827,7 @@ def parser_of(task, **about):
     parser = argparse.ArgumentParser(description=__doc__, **about)
     add, many = parser.add_argument, {"nargs": "+", "metavar": "FILE"}
     add("--data", help="folder of your data (README); default: procedural rooms")
-    size = "pixels; default: 224 224 on rooms, else 480 640 or the protocol's own"
+    size = "default: 224 224 on rooms, else 480 640 or the protocol's own"
     add("--image-size", nargs=2, type=int, metavar=("H", "W"), help=size)
     if task == "reconstruction":
         add("--weights", **many, default=["shipped"], help="reconstructors; default: in weights/")
@@ -867,8 +853,7 @@ def parse_settings(arguments=None):
     """The command line as a namespace with a value for every setting of the task."""
     about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = argparse.ArgumentParser(**about, add_help=False)
-    each = "what to measure; each has its settings: --task X --help"
-    first.add_argument("--task", choices=list(TASKS), help=each)
+    first.add_argument("--task", choices=list(TASKS), help="each has its settings: --task X --help")
     task = first.parse_known_args(arguments)[0].task
     parser = parser_of(task or "all", parents=[first], **about)
     given = parser.parse_args(arguments)
