@@ -768,26 +768,11 @@ def measure(task, settings, models, home):
 # ----------------------------------------------------------------------------- tasks and settings
 
 
-def published(**paper):  # LINEAR with other values for the paper's protocol
-    return LINEAR | {name: LINEAR[name]._replace(paper=value) for name, value in paper.items()}
-
-
-class Task(NamedTuple):
-    settings: dict
-    probe: type | None = None  # of the linear tasks
-    norm: bool | None = None  # are features taken after the final norm?
-    multiple: int = 1  # of pixels, that --image-size must be
-
-
 # Setting(quick, paper, help, low, high). Paper's values are from the probes' public code: DINOv2's
 # for depth and segmentation, as FiT3D and the paper run them, and Probe3D's for the rest.
 SEEDS = {
     "seeds": Setting(3, 3, "repetitions; a difference within their spread means nothing", 1),
     "seed": Setting(0, 0, "of the first repetition", 0),
-}
-CORRESPONDENCE = SEEDS | {
-    "pairs": Setting(80, 1500, "pairs of views for each seed", 1),
-    "matches": Setting(1000, 1000, "matches of a pair, the best by the ratio test", 1),
 }
 LINEAR = SEEDS | {
     "train_frames": Setting(128, 0, "frames to train the probe on; 0 is all", 0),
@@ -803,22 +788,39 @@ LINEAR = SEEDS | {
     "clip": Setting(0.0, 0.0, "largest norm of the gradients; 0: no clipping", 0),
     "checks": Setting(1, 1, "tests during training; the best counts, chosen by test frames", 1),
 }
-DEPTH = published(clip=35.0, checks=6) | {
-    "max_depth": Setting(0.0, 0.0, "metres, of bins and truth; 0: 10, or 20 on ScanNet++", 0),
-    # The public code says 0.5, but slices the wrong axes: in effect it is 0
-    "gradient_weight": Setting(0.5, 0.0, "of the gradient loss", 0),
-}
-NORMALS = published(lr=5e-4, epochs=10, steps=0, batch_size=8, schedule="quarter", warmup=0.15)
-SEGMENTATION = published(lr=1e-3, steps=40_000, weight_decay=1e-4, schedule="linear", warmup=0.0375)
-SCENES = {"scenes": Setting(50, 50, "pairs of context views, with a target between them", 1)}
+
+
+def published(**paper):  # LINEAR with other values for the paper's protocol
+    return LINEAR | {name: LINEAR[name]._replace(paper=value) for name, value in paper.items()}
+
+
+class Task(NamedTuple):
+    settings: dict
+    probe: type | None = None  # of the linear tasks
+    norm: bool | None = None  # are features taken after the final norm?
+    multiple: int = 1  # of pixels, that --image-size must be
+
+
 TASKS = {
-    "correspondence": Task(CORRESPONDENCE, norm=False, multiple=4),
-    "depth": Task(DEPTH, DepthProbe, norm=False),
-    "normals": Task(NORMALS, NormalsProbe, norm=False),
-    "segmentation": Task(SEGMENTATION, SegmentationProbe, norm=True),
+    "correspondence": Task(SEEDS | {
+        "pairs": Setting(80, 1500, "pairs of views for each seed", 1),
+        "matches": Setting(1000, 1000, "matches of a pair, the best by the ratio test", 1),
+    }, norm=False, multiple=4),
+    "depth": Task(published(clip=35.0, checks=6) | {
+        "max_depth": Setting(0.0, 0.0, "metres, of bins and truth; 0: 10, or 20 on ScanNet++", 0),
+        # The public code says 0.5, but slices the wrong axes: in effect it is 0
+        "gradient_weight": Setting(0.5, 0.0, "of the gradient loss", 0),
+    }, DepthProbe, norm=False),
+    "normals": Task(published(
+        lr=5e-4, epochs=10, steps=0, batch_size=8, schedule="quarter", warmup=0.15,
+    ), NormalsProbe, norm=False),
+    "segmentation": Task(published(
+        lr=1e-3, steps=40_000, weight_decay=1e-4, schedule="linear", warmup=0.0375,
+    ), SegmentationProbe, norm=True),
     "all": Task(SEEDS, multiple=4),
-    "reconstruction": Task(
-        SCENES | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=16),
+    "reconstruction": Task({
+        "scenes": Setting(50, 50, "pairs of context views, with a target between them", 1),
+    } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=16),
 }  # fmt: skip
 
 
