@@ -51,8 +51,8 @@ def pixel_centres(tile, tiles_x, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ranges_ptr, width, height, tiles_x, tiles, TILE: tl.constexpr):
-    """The program's image, its pixels' coordinates and places [P], which exist, its range of pairs."""
+def get_tile(ranges_ptr, width, height, tiles_x, tiles, TILE: tl.constexpr):
+    """The program's image; coordinates, index and existence [P] of its pixels; range of pairs."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
     x, y = pixel_centres(tl.program_id(0) % tiles, tiles_x, TILE)
     start = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2)
@@ -61,11 +61,9 @@ def load_tile(ranges_ptr, width, height, tiles_x, tiles, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N, k, used):
-    """Index, mean, conic and opacity [K] of the pairs k; opacity 0 where not used.
-
-    image_N and scene_N: where the image's and the scene's Gaussians begin.
-    """
+def load_chunk(splats, k, used):
+    """Index, mean, conic and opacity [K] of the pairs k; opacity 0 where not used."""
+    gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N = splats
     n = tl.load(gaussians_ptr + k, used, 0).to(tl.int64)
     mean_ptr, conic_ptr = means2d_ptr + (image_N + n) * 2, conics_ptr + (image_N + n) * 3
     mean = tl.load(mean_ptr, used, 0.0), tl.load(mean_ptr + 1, used, 0.0)
@@ -75,10 +73,10 @@ def load_chunk(gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, s
 
 
 @triton.jit
-def pair_alpha(pixel, mean, conic, opacity):
+def pair_alpha(xy, mean, conic, opacity):
     """Offsets d_x, d_y, falloff exp(-q) and alpha, each [P, K], of pixels [P] and Gaussians [K]."""
-    dx = mean[0][None, :] - (pixel[0][:, None] + 0.5)
-    dy = mean[1][None, :] - (pixel[1][:, None] + 0.5)
+    dx = mean[0][None, :] - (xy[0][:, None] + 0.5)
+    dy = mean[1][None, :] - (xy[1][:, None] + 0.5)
     A, B, C = conic
     q = 0.5 * (A[None, :] * dx * dx + C[None, :] * dy * dy) + B[None, :] * dx * dy
     falloff = tl.exp(-tl.maximum(q, 0.0))
@@ -126,10 +124,10 @@ def blend_forward_kernel(
     TILE: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    image, pixel, place, inside, start, end = load_tile(
-        ranges_ptr, width, height, tiles_x, tiles, TILE
-    )
-    image_N, scene_N, scene_M = image * N, image // V * N, image // V * M
+    image, xy, pixel, inside, start, end = get_tile(ranges_ptr, width, height, tiles_x, tiles, TILE)
+    image_N, scene_N = image * N, image // V * N
+    splats = gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N
+    factors = indices_ptr, mix_ptr, scene_N, image // V * M
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros([TILE * TILE, BLOCK_C], tl.float32)
     R_before = tl.full([TILE * TILE], 1.0, tl.float32)  # R before the chunk, also past the stop
@@ -138,15 +136,12 @@ def blend_forward_kernel(
     chunk = start
     while (chunk < end) & (tl.max(R_before, 0) > MIN_TRANSMITTANCE):
         k = chunk + tl.arange(0, K)
-        n, mean, conic, opacity = load_chunk(
-            gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N, k, k < end
-        )
-        _, _, _, alpha = pair_alpha(pixel, mean, conic, opacity)
+        n, mean, conic, opacity = load_chunk(splats, k, k < end)
+        _, _, _, alpha = pair_alpha(xy, mean, conic, opacity)
         R = R_before[:, None] * tl.cumprod(1 - alpha, 1)
         # alpha > 0: a parallel scan may round the R of a skipped Gaussian above an earlier R
         blended = (R > MIN_TRANSMITTANCE) & (alpha > 0)
         w = tl.where(blended, alpha * R / (1 - alpha), 0.0)
-        factors = indices_ptr, mix_ptr, scene_N, scene_M
         f = load_features(features_ptr, factors, n, k < end, c, C, DOT_DTYPE, J)
         # [P, K] @ [K, BLOCK_C] -> [P, BLOCK_C]
         acc = tl.dot(w.to(DOT_DTYPE), f, acc, input_precision=PRECISION)
@@ -156,11 +151,11 @@ def blend_forward_kernel(
         R_before = tl.min(R, 1)
         chunk += K
 
-    at, inside_c = place[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
+    at, inside_c = pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), inside_c)
     if tl.program_id(1) == 0:
-        tl.store(transmittance_ptr + place, T, inside)
-        tl.store(last_ptr + place, last, inside)
+        tl.store(transmittance_ptr + pixel, T, inside)
+        tl.store(last_ptr + pixel, last, inside)
 
 
 # Backward. Given v_out [P, C] and v_alpha [P], per pixel:
@@ -180,21 +175,21 @@ def blend_forward_kernel(
 # starting from the stored T; S is carried along. Within a chunk, what lies behind k is the chunk's
 # total minus the sum up to k: what rounding loses is relative to the chunk, not to the whole ray.
 @triton.jit
-def pair_alpha_backward(dx, dy, falloff, alpha, conic, opacity, v_alpha):
+def alpha_backward(dx, dy, falloff, alpha, conic, opacity, v_a):
     """v_m, (v_A, v_B, v_C) and v_opacity, each [K], by v_a [P, K]."""
     A, B, C = conic
     raw = opacity[None, :] * falloff
-    v_alpha = tl.where((alpha > 0) & (raw <= MAX_ALPHA), v_alpha, 0.0)
-    v_q = -raw * v_alpha
+    v_a = tl.where((alpha > 0) & (raw <= MAX_ALPHA), v_a, 0.0)
+    v_q = -raw * v_a
     v_mx = tl.sum((A[None, :] * dx + B[None, :] * dy) * v_q, 0)
     v_my = tl.sum((B[None, :] * dx + C[None, :] * dy) * v_q, 0)
     v_A, v_B = tl.sum(0.5 * dx * dx * v_q, 0), tl.sum(dx * dy * v_q, 0)
     v_C = tl.sum(0.5 * dy * dy * v_q, 0)
-    return (v_mx, v_my), (v_A, v_B, v_C), tl.sum(falloff * v_alpha, 0)
+    return (v_mx, v_my), (v_A, v_B, v_C), tl.sum(falloff * v_a, 0)
 
 
 @triton.jit
-def add_columns(ptr, columns, used):
+def add_columns(ptr, columns, used):  # [K] each, to neighbours in memory
     for i in tl.static_range(len(columns)):
         tl.atomic_add(ptr + i, columns[i], used, sem="relaxed")
 
@@ -222,24 +217,21 @@ def blend_backward_kernel(
     TILE: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    image, pixel, place, inside, start, end = load_tile(
-        ranges_ptr, width, height, tiles_x, tiles, TILE
-    )
-    image_N, scene_N, scene_M = image * N, image // V * N, image // V * M
-    factors = indices_ptr, mix_ptr, scene_N, scene_M
-    T = tl.load(transmittance_ptr + place, inside, 1.0)  # after the chunk
-    last = tl.load(last_ptr + place, inside, 0)
-    v_alpha_out = tl.load(v_alphas_ptr + place, inside, 0.0)
+    image, xy, pixel, inside, start, end = get_tile(ranges_ptr, width, height, tiles_x, tiles, TILE)
+    image_N, scene_N = image * N, image // V * N
+    splats = gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N
+    factors = indices_ptr, mix_ptr, scene_N, image // V * M
+    T = tl.load(transmittance_ptr + pixel, inside, 1.0)  # after the chunk
+    last = tl.load(last_ptr + pixel, inside, 0)
+    v_alpha_out = tl.load(v_alphas_ptr + pixel, inside, 0.0)
     S = tl.zeros([TILE * TILE], tl.float32)  # behind the chunk
     chunks = tl.cdiv(tl.max(last, 0), K)
     for i in range(chunks):
         number = (chunks - 1 - i) * K + tl.arange(0, K)
         k = start + number
         used = k < end
-        n, mean, conic, opacity = load_chunk(
-            gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N, k, used
-        )
-        dx, dy, falloff, alpha = pair_alpha(pixel, mean, conic, opacity)
+        n, mean, conic, opacity = load_chunk(splats, k, used)
+        dx, dy, falloff, alpha = pair_alpha(xy, mean, conic, opacity)
         alpha = tl.where(number[None, :] < last[:, None], alpha, 0.0)
         R = tl.cumprod(1 - alpha, 1)
         T_before = T / tl.min(R, 1)
@@ -250,20 +242,17 @@ def blend_backward_kernel(
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             f = load_features(features_ptr, factors, n, used, c, C, DOT_DTYPE, J)
-            at, inside_c = place[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
+            at, inside_c = pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
             v_out = tl.load(v_out_ptr + at, inside_c, 0.0).to(DOT_DTYPE)
             # [P, BLOCK_C] @ [BLOCK_C, K] -> [P, K], and [K, P] @ [P, BLOCK_C] -> [K, BLOCK_C]
             g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
             v_f = tl.dot(tl.trans(w.to(DOT_DTYPE)), v_out, input_precision=PRECISION)
             add_features(v_features_ptr, factors, n, used, c, C, v_f, J)
 
-        wg = w * g
-        total = tl.sum(wg, 1)
-        behind = S[:, None] + total[:, None] - tl.cumsum(wg, 1)
-        v_alpha = T_k * g - behind / (1 - alpha)
-        v_mean, v_conic, v_opacity = pair_alpha_backward(
-            dx, dy, falloff, alpha, conic, opacity, v_alpha
-        )
+        total = tl.sum(w * g, 1)
+        behind = S[:, None] + total[:, None] - tl.cumsum(w * g, 1)
+        v_a = T_k * g - behind / (1 - alpha)
+        v_mean, v_conic, v_opacity = alpha_backward(dx, dy, falloff, alpha, conic, opacity, v_a)
         add_columns(v_means2d_ptr + (image_N + n) * 2, v_mean, used)
         add_columns(v_conics_ptr + (image_N + n) * 3, v_conic, used)
         add_columns(v_opacities_ptr + scene_N + n, (v_opacity,), used)
@@ -272,26 +261,20 @@ def blend_backward_kernel(
 
 
 def launch_options(block, C, dtype, tile, precision, J, interpret):
-    """Keyword arguments for a kernel.
+    """Keyword arguments for a kernel: from a block such as FORWARD, the channels and type of the
+    features, the tile's width, the precision of float32 products ("tf32", "tf32x3" or "ieee") and
+    how many tokens a feature mixes (0: not factored).
 
-    Args:
-        block: FORWARD or the like. C, dtype: channels and type of the features. tile: its width.
-        precision: of float32 products, "tf32", "tf32x3" or "ieee".
-        J: how many tokens a feature mixes; 0: not factored.
-        interpret: in Triton's interpreter, which multiplies bfloat16 wrongly and float32 exactly,
-            all is float32. Else half-precision features meet weights rounded to the same type.
-            Sums are float32 always.
+    Half-precision features meet weights rounded to the same type; sums are float32. In Triton's
+    interpreter all is float32, as it multiplies bfloat16 wrongly and float32 exactly.
     """
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     most = 16 if precision == "tf32x3" and J else block["BLOCK_C"]  # else it spills
-    return dict(
-        block,
-        BLOCK_C=min(most, max(16, triton.next_power_of_2(C))),  # tl.dot wants 16 at least
-        TILE=tile,
-        DOT_DTYPE=tl.float32 if interpret else types[dtype],
-        PRECISION="ieee" if interpret else precision,
-        J=J,
-    )
+    block_c = min(most, max(16, triton.next_power_of_2(C)))  # tl.dot wants 16 at least
+    dot = dict(DOT_DTYPE=types[dtype], PRECISION=precision)
+    if interpret:
+        dot = dict(DOT_DTYPE=tl.float32, PRECISION="ieee")
+    return block | dot | dict(BLOCK_C=block_c, TILE=tile, J=J)
 
 
 def _launch(kernel, inputs, others, V, width, height, tile, precision, interpret):
@@ -310,34 +293,26 @@ def _launch(kernel, inputs, others, V, width, height, tile, precision, interpret
             kernel[grid](*inputs, *others, *sizes, **options)
 
 
-@torch.library.custom_op("splat::blend", mutates_args=())
-def blend(
-    means2d: Tensor, conics: Tensor, opacities: Tensor, features: Tensor,
-    indices: Optional[Tensor], mix: Optional[Tensor], gaussians: Tensor, ranges: Tensor,
-    V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Contiguous tensors, shaped as the kernel's, float32 but for features -> images.
-
-    Returns features [I, H, W, C] in their type, alphas [I, H, W], and for the backward
-    transmittance and last [I, H, W].
-    """
-    out, alphas, transmittance, last = _blend_outputs(means2d, features, width, height)
-    inputs = means2d, conics, opacities, features, indices, mix, gaussians, ranges
-    rest = V, width, height, tile, precision, interpret
-    _launch(blend_forward_kernel, inputs, (out, transmittance, last), *rest)
-    torch.sub(1, transmittance, out=alphas)
-    return out, alphas, transmittance, last
-
-
 def _blend_outputs(means2d, features, width, height):
     image = means2d.new_empty(len(means2d), height, width)
     out = features.new_empty(*image.shape, features.shape[-1])
     return out, image, torch.empty_like(image), torch.empty_like(image, dtype=torch.int32)
 
 
-@blend.register_fake
-def _(means2d, conics, opacities, features, indices, mix, gaussians, ranges, V, width, height, *_):
-    return _blend_outputs(means2d, features, width, height)
+@torch.library.custom_op("splat::blend", mutates_args=())
+def blend(
+    means2d: Tensor, conics: Tensor, opacities: Tensor, features: Tensor,
+    indices: Optional[Tensor], mix: Optional[Tensor], gaussians: Tensor, ranges: Tensor,
+    V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Contiguous tensors, shaped as the kernel's, float32 but for features -> features
+    [I, H, W, C] in their type, alphas, and for the backward transmittance and last [I, H, W]."""
+    out, alphas, transmittance, last = _blend_outputs(means2d, features, width, height)
+    inputs = means2d, conics, opacities, features, indices, mix, gaussians, ranges
+    rest = V, width, height, tile, precision, interpret
+    _launch(blend_forward_kernel, inputs, (out, transmittance, last), *rest)
+    torch.sub(1, transmittance, out=alphas)
+    return out, alphas, transmittance, last
 
 
 @torch.library.custom_op("splat::blend_backward", mutates_args=())
@@ -347,22 +322,14 @@ def blend_backward(
     transmittance: Tensor, last: Tensor, v_out: Tensor, v_alphas: Tensor,
     V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients by means2d, conics, opacities and features.
-
-    They are float32: atomic additions in half precision are slow, and lose digits.
-    """
+    """Gradients by means2d, conics, opacities and features, in float32 (half-precision atomic
+    additions are slow, and lose digits)."""
     inputs = means2d, conics, opacities, features, indices, mix, gaussians, ranges
-    v = [torch.zeros_like(t, dtype=torch.float32) for t in inputs[:4]]
+    v = tuple(torch.zeros_like(t, dtype=torch.float32) for t in inputs[:4])
     others = transmittance, last, v_out.contiguous(), v_alphas.contiguous(), *v
     rest = V, width, height, tile, precision, interpret
     _launch(blend_backward_kernel, inputs, others, *rest)
-    return tuple(v)
-
-
-@blend_backward.register_fake
-def _(means2d, conics, opacities, features, *_):
-    each = means2d, conics, opacities, features
-    return tuple(torch.empty_like(t, dtype=torch.float32) for t in each)
+    return v
 
 
 def _save(ctx, inputs, output):
@@ -375,4 +342,8 @@ def _backward(ctx, v_out, v_alphas, _transmittance, _last):
     return *v, v_features.to(ctx.saved_tensors[3].dtype), *[None] * 10
 
 
+blend.register_fake(lambda *inputs: _blend_outputs(inputs[0], inputs[3], *inputs[9:11]))
+blend_backward.register_fake(
+    lambda *inputs: tuple(torch.empty_like(t, dtype=torch.float32) for t in inputs[:4])
+)
 blend.register_autograd(_backward, setup_context=_save)

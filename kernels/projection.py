@@ -248,15 +248,18 @@ def project_backward_kernel(
     store_vector(v_covars_ptr + gaussian * 9 + 6, (xz, yz, zz), valid)
 
 
+def _project_outputs(means, viewmats):
+    B, N, V = *means.shape[:2], viewmats.shape[1]
+    return tuple(means.new_empty(B, V, N, *last) for last in ((2,), (3,), (), (2,)))
+
+
 @torch.library.custom_op("splat::project", mutates_args=())
 def project(
     means: Tensor, covars: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor,
     width: int, height: int, near_plane: float, far_plane: float, eps2d: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Contiguous float32 tensors, shaped as the kernel's -> means2d, conics, depths, radii.
-
-    Differentiable: means and covars, by means2d and conics.
-    """
+    Differentiable: means and covars by means2d and conics."""
     outputs = _project_outputs(means, viewmats)
     (B, N), V = opacities.shape, viewmats.shape[1]
     if B * V * N:
@@ -266,16 +269,6 @@ def project(
                 N, V, float(width), float(height), near_plane, far_plane, eps2d, BLOCK=BLOCK,
             )  # fmt: skip
     return outputs
-
-
-def _project_outputs(means, viewmats):
-    B, N, V = *means.shape[:2], viewmats.shape[1]
-    return tuple(means.new_empty(B, V, N, *last) for last in ((2,), (3,), (), (2,)))
-
-
-@project.register_fake
-def _(means, covars, opacities, viewmats, *_):
-    return _project_outputs(means, viewmats)
 
 
 @torch.library.custom_op("splat::project_backward", mutates_args=())
@@ -296,11 +289,6 @@ def project_backward(
     return v_means, v_covars
 
 
-@project_backward.register_fake
-def _(means, covars, *_):
-    return torch.empty_like(means), torch.empty_like(covars)
-
-
 def _save(ctx, inputs, output):
     means, covars, _, viewmats, Ks, *ctx.rest = inputs
     _, conics, depths, radii = output
@@ -313,4 +301,6 @@ def _backward(ctx, v_means2d, v_conics, _depths, _radii):
     return v_means, v_covars, *[None] * 8
 
 
+project.register_fake(lambda *inputs: _project_outputs(inputs[0], inputs[3]))
+project_backward.register_fake(lambda *inputs: tuple(map(torch.empty_like, inputs[:2])))
 project.register_autograd(_backward, setup_context=_save)

@@ -26,10 +26,8 @@ NEVER = tl.constexpr(2**63 - 1)  # sorts behind every key
 
 @triton.jit
 def pixel_span(mean, radius, size):
-    """Pixels [first, past) of 0..size - 1 whose centres lie within mean -+ radius along one axis.
-
-    Wider by a hundredth of a pixel: rounding may list a tile too many, never one too few.
-    """
+    """Pixels [first, past) of 0..size - 1 whose centres lie within mean -+ radius along one axis,
+    wider by a hundredth of a pixel: rounding may list a tile too many, never one too few."""
     # Clamped while still float: a mean far outside the image overflows an int
     first = tl.ceil(tl.minimum(tl.maximum(mean - radius - 0.51, 0.0), size))
     last = tl.floor(tl.minimum(tl.maximum(mean + radius - 0.49, -1.0), size - 1))
@@ -129,14 +127,12 @@ def merge_kernel(
 def list_tiles(
     means2d: Tensor, depths: Tensor, radii: Tensor, width: int, height: int, tile: int
 ) -> tuple[Tensor, Tensor]:
-    """The Gaussians of every tile, front to back, from contiguous float32 tensors.
+    """Means2d [I, N, 2], depths [I, N] and radii [I, N, 2] (-1: not visible) of I images,
+    contiguous float32, all but depths in pixels; tiles are square, `tile` pixels wide.
 
-    Args:
-        means2d: [I, N, 2] pixels. depths: [I, N]. radii: [I, N, 2] pixels; -1: not visible.
-        width, height: of the images, pixels. tile: width of the square tiles, pixels.
-    Returns:
-        gaussians [P] int32, each of 0..N-1, and ranges [I * tiles_y * tiles_x, 2] int64, where each
-        tile's lie, row by row. Waits for the device once, to learn P and the longest list.
+    Returns gaussians [P] int32, every tile's Gaussians (0..N-1) front to back, and ranges
+    [I * tiles_y * tiles_x, 2] int64, where each tile's lie, row by row. Waits for the device once,
+    to learn P and the longest list.
     """
     I, N = depths.shape
     tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
