@@ -100,13 +100,13 @@ def _rasterize_triton(scene, precision, tile=TILE):
     tokens, indices, mix = features if isinstance(features, Mixture) else (features, None, None)
     if indices is not None:
         indices, mix = indices.int().contiguous(), mix.contiguous()
-    B, V = viewmats.shape[:2]
+    (B, V), opacities = viewmats.shape[:2], opacities.contiguous()
     tensors = [t.contiguous() for t in (means, covars, opacities, viewmats, Ks)]
     projected = project(*tensors, width, height, *map(float, limits))
     means2d, conics, depths, radii = (t.flatten(0, 1) for t in projected)  # [I, N, ...]
     gaussians, ranges = list_tiles(means2d.detach(), depths, radii, width, height, tile)
     out, alphas, _, _ = blend(
-        means2d, conics, tensors[2], tokens.contiguous(), indices, mix, gaussians, ranges,
+        means2d, conics, opacities, tokens.contiguous(), indices, mix, gaussians, ranges,
         V, width, height, tile, precision, _interpreted(),
     )  # fmt: skip
     return out.unflatten(0, (B, V)), alphas.unflatten(0, (B, V))

@@ -247,13 +247,15 @@ def sorting(device):
 
 
 def row_text(row):
-    """A row of the report on one line. Pairs are times: the median and the spread."""
+    """A row of the report on one line: pairs are median and spread of times, lists are ratios."""
 
     def word(value):
         if isinstance(value, tuple):
             return f"{1e3 * value[0]:.2f} +- {1e3 * value[1]:.2f} ms"
         if isinstance(value, dict):
-            return ", ".join(f"{1e3 * v:.2f} ms of {k}" for k, v in value.items())
+            return ", ".join(f"{k} {1e3 * v:.2f} ms" for k, v in value.items())
+        if isinstance(value, list):
+            return ", ".join(f"x {v:.1f}" for v in value)
         return f"{value:.2g}" if isinstance(value, float) else str(value)
 
     return "  ".join(f"{k} {word(v):<6}" for k, v in row.items() if v is not None)

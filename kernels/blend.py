@@ -176,22 +176,21 @@ def blend_forward_kernel(
 # total minus the sum up to k: what rounding loses is relative to the chunk, not to the whole ray.
 @triton.jit
 def alpha_backward(dx, dy, falloff, alpha, conic, opacity, v_a):
-    """v_m, (v_A, v_B, v_C) and v_opacity, each [K], by v_a [P, K]."""
+    """What pixels add to v_m, (v_A, v_B, v_C) and v_opacity, each [P, K], by v_a [P, K]."""
     A, B, C = conic
     raw = opacity[None, :] * falloff
     v_a = tl.where((alpha > 0) & (raw <= MAX_ALPHA), v_a, 0.0)
     v_q = -raw * v_a
-    v_mx = tl.sum((A[None, :] * dx + B[None, :] * dy) * v_q, 0)
-    v_my = tl.sum((B[None, :] * dx + C[None, :] * dy) * v_q, 0)
-    v_A, v_B = tl.sum(0.5 * dx * dx * v_q, 0), tl.sum(dx * dy * v_q, 0)
-    v_C = tl.sum(0.5 * dy * dy * v_q, 0)
-    return (v_mx, v_my), (v_A, v_B, v_C), tl.sum(falloff * v_a, 0)
+    v_mx = (A[None, :] * dx + B[None, :] * dy) * v_q
+    v_my = (B[None, :] * dx + C[None, :] * dy) * v_q
+    return (v_mx, v_my), (0.5 * dx * dx * v_q, dx * dy * v_q, 0.5 * dy * dy * v_q), falloff * v_a
 
 
 @triton.jit
-def add_columns(ptr, columns, used):  # [K] each, to neighbours in memory
+def add_sums(ptr, columns, used):
+    """The sums over pixels of columns [P, K] to neighbours in memory."""
     for i in tl.static_range(len(columns)):
-        tl.atomic_add(ptr + i, columns[i], used, sem="relaxed")
+        tl.atomic_add(ptr + i, tl.sum(columns[i], 0), used, sem="relaxed")
 
 
 @triton.jit
@@ -253,9 +252,9 @@ def blend_backward_kernel(
         behind = S[:, None] + total[:, None] - tl.cumsum(w * g, 1)
         v_a = T_k * g - behind / (1 - alpha)
         v_mean, v_conic, v_opacity = alpha_backward(dx, dy, falloff, alpha, conic, opacity, v_a)
-        add_columns(v_means2d_ptr + (image_N + n) * 2, v_mean, used)
-        add_columns(v_conics_ptr + (image_N + n) * 3, v_conic, used)
-        add_columns(v_opacities_ptr + scene_N + n, (v_opacity,), used)
+        add_sums(v_means2d_ptr + (image_N + n) * 2, v_mean, used)
+        add_sums(v_conics_ptr + (image_N + n) * 3, v_conic, used)
+        add_sums(v_opacities_ptr + scene_N + n, (v_opacity,), used)
         S += total
         T = T_before
 
