@@ -1,30 +1,30 @@
 """Rasterisation in plain PyTorch: any device, any float type, and the oracle of the Triton kernels.
 
-Written without tiles, so that it shares no structure with the kernels that it checks. The unit of work is a
-pair (Gaussian, pixel):
+Written without tiles, so that it shares no structure with the kernels. The unit of work is a pair
+(Gaussian, pixel):
 
-    project every Gaussian  ->  sort them by depth  ->  list the pairs whose alpha counts, grouped by pixel
-    ->  transmittance by a segmented cumulative sum  ->  one sparse product, weights [pixels, N] @ features [N, C]
+    project every Gaussian -> sort by depth -> list the pairs whose alpha counts, grouped by pixel
+    -> transmittance by a segmented cumulative sum -> one sparse product, weights @ features [N, C]
 
 The maths, for one Gaussian (mean x, covariance S) in one camera (R, t, focal lengths f, centre c):
 
-    x_c = R x + t                                        camera coordinates (OpenCV axes), depth z
-    m   = f * (x_c.xy / z) + c                           mean on the image, pixels
-    u   = clamp(x_c.xy / z)                              to the image border plus 0.3 of the half field of view
+    x_c = R x + t                               camera coordinates (OpenCV axes), depth z
+    m   = f * (x_c.xy / z) + c                  mean on the image, pixels
+    u   = clamp(x_c.xy / z)                     to the border plus 0.3 of the half field of view
     J   = [[f_x / z, 0, -f_x u_x / z],
-           [0, f_y / z, -f_y u_y / z]]                   Jacobian of the projection at u
-    S2  = J R S R' J' + eps2d I,    Q = inv(S2)          covariance on the image, and its inverse ("conic")
+           [0, f_y / z, -f_y u_y / z]]          Jacobian of the projection at u
+    S2  = J R S R' J' + eps2d I,  Q = inv(S2)   covariance on the image, and its inverse ("conic")
 
 and for the pixel whose centre is p, with the Gaussians k in order of depth:
 
     q_k     = 1/2 (m - p)' Q (m - p)
-    alpha_k = min(0.99, opacity exp(-q_k)),              skipped where below 1/255
-    T_k     = prod_{j<k} (1 - alpha_j)                   blending stops before T_{k+1} would be <= 1e-4
-    out     = sum_k alpha_k T_k feature_k,               alpha = sum_k alpha_k T_k
+    alpha_k = min(0.99, opacity exp(-q_k)),     skipped where below 1/255
+    T_k     = prod_{j<k} (1 - alpha_j)          blending stops before T_{k+1} would be <= 1e-4
+    out     = sum_k alpha_k T_k feature_k,      alpha = sum_k alpha_k T_k
 
-EWA splatting (Zwicker et al. 2001) as in 3D Gaussian Splatting (Kerbl et al. 2023), with gsplat 1.6's clamp,
-thresholds and stopping rule. One liberty: where rounding makes q negative (needles), gsplat skips the Gaussian and this
-takes q = 0; of a covariance that is one, q is never negative.
+EWA splatting (Zwicker et al. 2001) as in 3D Gaussian Splatting (Kerbl et al. 2023), with gsplat
+1.6's clamp, thresholds and stopping rule. One difference: where rounding makes q negative (needles)
+gsplat skips the Gaussian, and this takes q = 0.
 """
 
 import math
@@ -32,8 +32,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-# The float32 neighbours of 0.99 and 1e-4. Two Gaussians of alpha 0.99 leave a transmittance of almost exactly
-# 1e-4, which is where blending stops: only the same constants in every backend and dtype decide it alike.
+# The float32 neighbours of 0.99 and 1e-4. Two Gaussians of alpha 0.99 leave almost exactly 1e-4,
+# where blending stops: only the same constants in every backend and dtype decide it alike.
 MAX_ALPHA = 0.9900000095367432
 MIN_ALPHA = 1.0 / 255.0
 MIN_TRANSMITTANCE = 9.999999747378752e-05
@@ -42,29 +42,27 @@ MIN_TRANSMITTANCE = 9.999999747378752e-05
 def project(means, covars, viewmats, Ks, width, height, near_plane, far_plane, eps2d):
     """Means [B, N, 3] and covars [B, N, 3, 3] seen by viewmats [B, V, 4, 4] and Ks [B, V, 3, 3].
 
-    Returns means2d [2, B, V, N] in pixels, conics [3, B, V, N] = the entries (xx, xy, yy) of the
-    inverse image covariance, covars2d [2, B, V, N] = the variances along x and y, depths [B, V, N],
-    and visible [B, V, N] bool: near < z < far and a covariance that can be inverted. Entries that
-    are not visible are finite, and mean nothing.
+    Returns means2d [2, B, V, N] pixels, conics [3, B, V, N] (xx, xy, yy of the inverse covariance),
+    covars2d [2, B, V, N] (the variances along x and y), depths [B, V, N] and visible [B, V, N]:
+    near < z < far, and the covariance has an inverse. What is not visible is finite, but arbitrary.
     """
     R, t = viewmats[..., :3, :3], viewmats[..., :3, 3:]
     x, y, depths = (R @ means.mT[:, None] + t).unbind(2)  # (B, V, N) each, as all below
     visible = (depths > near_plane) & (depths < far_plane)
     z = torch.where(visible, depths, 1.0)
-    # S in the camera's axes: all nine entries are one product with those of S
+    # R S R': all nine entries are one product with those of S
     kron = torch.einsum("bvij,bvkl->bvikjl", R, R).reshape(*R.shape[:2], 9, 9)
     S = (kron @ covars.flatten(2).mT[:, None]).unflatten(2, (3, 3))
 
-    def axis(k, coordinate, size):  # mean, f / z and -f u / z along one axis of the image
+    def axis(k, coordinate, size):  # one axis of the image: mean, J's entries and variance
         f, c = Ks[..., k, k, None], Ks[..., k, 2, None]
         slope = torch.where(visible, coordinate, 0.0) / z
         margin = 0.3 * 0.5 * size / f
         u = torch.minimum(torch.maximum(slope, -c / f - margin), (size - c) / f + margin)
-        return f * slope + c, f / z, -f * u / z
+        p, q, across = f / z, -f * u / z, S[:, :, k, 2] + S[:, :, 2, k]
+        return f * slope + c, p, q, p * p * S[:, :, k, k] + p * q * across + q * q * S[:, :, 2, 2]
 
-    (mx, x0, x2), (my, y1, y2) = axis(0, x, width), axis(1, y, height)
-    a = x0 * x0 * S[:, :, 0, 0] + x0 * x2 * (S[:, :, 0, 2] + S[:, :, 2, 0]) + x2 * x2 * S[:, :, 2, 2]
-    d = y1 * y1 * S[:, :, 1, 1] + y1 * y2 * (S[:, :, 1, 2] + S[:, :, 2, 1]) + y2 * y2 * S[:, :, 2, 2]
+    (mx, x0, x2, a), (my, y1, y2, d) = axis(0, x, width), axis(1, y, height)
     half = S + S.transpose(2, 3)
     b = x0 * (y1 * half[:, :, 0, 1] + y2 * half[:, :, 0, 2])
     b = 0.5 * (b + x2 * (y1 * half[:, :, 1, 2] + y2 * half[:, :, 2, 2]))
@@ -88,11 +86,12 @@ def image_radii(covars2d, opacities, visible):
 
 
 def _spread(first, past):
-    """Owner and value, int32, of all integers that the ranges first[i]..past[i] - 1 hold together."""
+    """Owner i and value, int32, of all integers in the ranges first[i]..past[i] - 1."""
     counts = (past - first).clamp(min=0)
     owner = torch.repeat_interleave(counts)
     shift = first - (torch.cumsum(counts, 0, dtype=counts.dtype) - counts)
-    return owner, pick(shift, owner) + torch.arange(len(owner), dtype=owner.dtype, device=owner.device)
+    each = torch.arange(len(owner), dtype=owner.dtype, device=owner.device)
+    return owner, pick(shift, owner) + each
 
 
 def pick(values, index):
@@ -105,15 +104,15 @@ def list_pairs(image_gaussians, radii, depths, width, height):
 
     Takes image_gaussians [6, I*N] (mean, conic, opacity), radii [2, I, N] and depths [I, N].
     Returns owner [P], an index into I*N, pixel [P], one into I*H*W (both int32), and alpha [P], 0
-    where it is below 1/255. A Gaussian is spread into the rows of pixels that it touches, and each
-    row into the pixels within the ellipse.
+    where it is below 1/255. A Gaussian spreads into rows of pixels, and a row into the pixels
+    within the ellipse.
     """
     I, N = depths.shape
     order = torch.sort(depths, dim=1, stable=True).indices  # stable: ties go by index
     order = (order + N * torch.arange(I, device=order.device)[:, None]).reshape(-1)
     radii = radii.flatten(1)
     order = order[pick(radii[1], order) >= 0].int()
-    slack = 0.01  # pixels; rounding may list a pixel too many (its alpha decides), never one too few
+    slack = 0.01  # pixels; rounding may list a pixel too many, whose alpha decides, not one too few
 
     my, ry = pick(image_gaussians[1], order), pick(radii[1], order) + slack
     top = torch.ceil((my - ry - 0.5).clamp(0, height))  # pixel centres lie at +0.5
@@ -134,7 +133,8 @@ def list_pairs(image_gaussians, radii, depths, width, height):
     pixel, by_pixel = torch.sort(pixel, stable=True)
 
     dx = pick(mx - 0.5, row).sub_(x)
-    q = (pick(0.5 * a, row).mul_(dx).add_(pick(b * dy, row)).mul_(dx)).add_(pick(0.5 * d * dy * dy, row))
+    q = pick(0.5 * a, row).mul_(dx).add_(pick(b * dy, row)).mul_(dx)
+    q = q.add_(pick(0.5 * d * dy * dy, row))
     alpha = q.clamp_(min=0).neg_().exp_().mul_(pick(opacity, row)).clamp_(max=MAX_ALPHA)
     alpha.mul_(alpha >= MIN_ALPHA)
     return pick(owner, pick(row, by_pixel)), pixel, pick(alpha, by_pixel)
@@ -147,7 +147,7 @@ def list_pairs(image_gaussians, radii, depths, width, height):
 #     v_m = sum (A d_x + B d_y, B d_x + C d_y) v_q,    v_opacity = -sum v_q / opacity
 #     v_A = sum 1/2 d_x^2 v_q,    v_B = sum d_x d_y v_q,    v_C = sum 1/2 d_y^2 v_q
 class PairWeights(torch.autograd.Function):
-    """What each Gaussian adds to each pixel: weights [P], owner [P] and pixel [P], as list_pairs."""
+    """What Gaussians add to pixels: weights [P], owner [P] and pixel [P], as `list_pairs`."""
 
     @staticmethod
     def forward(ctx, image_gaussians, radii, depths, width, height):
@@ -181,7 +181,8 @@ class PairWeights(torch.autograd.Function):
         v_q = (S / (1 - alpha) - T * v_w) * alpha * (alpha < MAX_ALPHA)
         x, y = v_q * dx, v_q * dy
         moments = torch.stack([v_q, x, y, x * dx, x * dy, y * dy])
-        one, x, y, xx, xy, yy = torch.zeros_like(image_gaussians).index_add_(1, owner.long(), moments)
+        sums = torch.zeros_like(image_gaussians).index_add_(1, owner.long(), moments)
+        one, x, y, xx, xy, yy = sums
         v_opacity = -one / opacity.clamp(min=1e-12)
         gradients = A * x + B * y, B * x + C * y, 0.5 * xx, xy, 0.5 * yy, v_opacity
         return torch.stack(gradients), None, None, None, None
@@ -206,22 +207,19 @@ class SparseProduct(torch.autograd.Function):
         weights, table, row, column = ctx.saved_tensors
         v_weights = v_table = None
         if ctx.needs_input_grad[0]:  # v_out[row] . table[column] of every pair
-            bags = starts(row, len(v_out)), row, 0  # what embedding_bag's own backward calls
-            v_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                v_out, table, column, *bags
-            )
+            backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+            v_weights = backward(v_out, table, column, starts(row, len(v_out)), row, 0)
         if ctx.needs_input_grad[1]:
             column, order = torch.sort(column, stable=True)
-            of_order = pick(weights, order), v_out, column, pick(row, order)
-            v_table = sparse_product(*of_order, len(table))
+            weights, row = pick(weights, order), pick(row, order)
+            v_table = sparse_product(weights, v_out, column, row, len(table))
         return v_weights, v_table, None, None, None
 
 
 def sparse_product(weights, table, row, column, rows):
-    return F.embedding_bag(  # one "bag" of the table's rows for each row of the product
-        column, table, starts(row, rows), mode="sum", per_sample_weights=weights,
-        include_last_offset=True,
-    )  # fmt: skip
+    """As one "bag" of the table's rows for each row of the product."""
+    options = dict(mode="sum", per_sample_weights=weights, include_last_offset=True)
+    return F.embedding_bag(column, table, starts(row, rows), **options)
 
 
 def _expand(weights, row, column, indices, mix):
@@ -275,15 +273,13 @@ def rasterize(
 ):  # fmt: skip
     """`kernels.rasterize` after its checks; shapes as there."""
     (B, N), V = opacities.shape, viewmats.shape[1]
-    means2d, conics, covars2d, depths, visible = project(
-        means, covars, viewmats, Ks, width, height, near_plane, far_plane, eps2d
-    )
-    radii = image_radii(covars2d.detach(), opacities.detach(), visible)
-    opacities = opacities[:, None].expand(B, V, N)[None]
+    limits = width, height, near_plane, far_plane, eps2d
+    means2d, conics, covars2d, depths, visible = project(means, covars, viewmats, Ks, *limits)
+    radii = image_radii(covars2d.detach(), opacities.detach(), visible).flatten(1, 2)
+    image_gaussians = torch.cat([means2d, conics, opacities[:, None].expand(B, V, N)[None]])
     weights, owner, pixel = PairWeights.apply(
-        torch.cat([means2d, conics, opacities]).flatten(1),
-        radii.flatten(1, 2), depths.flatten(0, 1), width, height,
-    )  # fmt: skip
+        image_gaussians.flatten(1), radii, depths.flatten(0, 1), width, height
+    )
     alphas = weights.new_zeros(B * V * height * width).index_add(0, pixel, weights)
 
     # Rows of all scenes' Gaussians, and of all scenes' tokens
@@ -292,7 +288,7 @@ def rasterize(
     table = tokens.flatten(0, 1).to(weights.dtype)
     if factors:
         indices = factors[0] + tokens.shape[1] * torch.arange(B, device=owner.device)[:, None, None]
-        factors = [t.flatten(0, 1) for t in (indices.int(), factors[1])]
+        factors = [indices.int().flatten(0, 1), factors[1].flatten(0, 1)]
     pairs = weights, pixel, column, table, factors
     out = _images(*pairs, (B, V, height, width), at).to(tokens.dtype)
     alphas = alphas.view(B, V, height, width)

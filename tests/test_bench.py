@@ -1,5 +1,6 @@
-"""kernels.bench: every kernel compiles for sm_80 (A100) and sm_90 (H100), on any machine; the bench reckons rightly.
-What kernels compute is tested elsewhere."""
+"""kernels.bench: every kernel compiles for sm_80 (A100) and sm_90 (H100), on any machine.
+
+The bench's own arithmetic is right. What kernels compute is tested elsewhere."""
 
 import json
 import os
@@ -27,20 +28,32 @@ def report():
 
 def test_every_kernel_compiles(report):
     source = "".join(p.read_text() for p in (Path(__file__).parent.parent / "kernels").glob("*.py"))
-    defined = {line.split("(")[0][4:] for line in source.splitlines() if line.startswith("def ") and "_kernel(" in line}
-    assert {name.split()[0] for name, _ in report} == defined  # a new kernel must be added to kernels/aot.py
+    defined = {
+        line.split("(")[0][4:]
+        for line in source.splitlines()
+        if line.startswith("def ") and "_kernel(" in line
+    }
+    assert {
+        name.split()[0] for name, _ in report
+    } == defined  # a new kernel must be added to kernels/aot.py
     assert {target for _, target in report} == {80, 90}
 
 
 @pytest.mark.parametrize("target", [80, 90])
 def test_blending_forward_keeps_its_registers(report, target):
-    spilled = {name: row["stack"] for (name, t), row in report.items() if t == target and "blend_forward" in name}
+    spilled = {
+        name: row["stack"]
+        for (name, t), row in report.items()
+        if t == target and "blend_forward" in name
+    }
     assert spilled == {name: 0 for name in spilled} and len(spilled) == 14
 
 
 @pytest.mark.parametrize("target", [80, 90])
 @pytest.mark.parametrize("kernel", ["blend_forward_kernel", "blend_backward_kernel"])
-@pytest.mark.parametrize("dtype", ["tf32", "tf32x3", "fp16", "bf16", "tf32 factored", "bf16 factored"])
+@pytest.mark.parametrize(
+    "dtype", ["tf32", "tf32x3", "fp16", "bf16", "tf32 factored", "bf16 factored"]
+)
 def test_products_run_on_tensor_cores(report, kernel, dtype, target):
     assert report[f"{kernel} {dtype}", target]["tensor_core"] > 0
     assert report[f"{kernel} ieee", target]["tensor_core"] == 0
@@ -68,19 +81,28 @@ def test_what_a_gaussian_on_four_tiles_demands():
     values = 3 + 9 + 1 + C + 16 + 9 + size * size * (C + 1)
     assert bench.demand(scene, C, size, size) == (4 * values, 2 * 4 * 64 * C)
     memory, products = bench.RATES["H100"]
-    assert bench.floor((memory, 2 * products), "NVIDIA H100 80GB HBM3") == {"bytes": 1, "products": 2}
+    assert bench.floor((memory, 2 * products), "NVIDIA H100 80GB HBM3") == {
+        "bytes": 1,
+        "products": 2,
+    }
     assert bench.floor((1, 1), "a card not known") is None
 
 
 def test_errors_leave_out_pixels_where_rounding_decided():
     exact = torch.tensor([[[4.0, 1.0], [2.0, 2.0]]], dtype=torch.float64)
-    single = exact + torch.tensor([[[0.0, 1e-5], [1.0, 0.0]]])  # the second pixel was decided otherwise
-    assert bench.errors(exact + torch.tensor([[[0.0, -0.02], [0.5, 0.0]]]), single, exact) == pytest.approx(0.005)
+    single = exact + torch.tensor(
+        [[[0.0, 1e-5], [1.0, 0.0]]]
+    )  # the second pixel was decided otherwise
+    assert bench.errors(
+        exact + torch.tensor([[[0.0, -0.02], [0.5, 0.0]]]), single, exact
+    ) == pytest.approx(0.005)
 
 
 def test_aims_are_ratios_of_what_was_measured():
     def row(way, forward, both, C=384, **rest):
-        return dict(workload="paper", C=C, way=way, forward=(forward, 0.0), both=(both, 0.0), **rest)
+        return dict(
+            workload="paper", C=C, way=way, forward=(forward, 0.0), both=(both, 0.0), **rest
+        )
 
     rows = [
         row("ours", 2.0, 8.0, memory=30, inputs=100, output=50, error=1e-3),
@@ -89,10 +111,8 @@ def test_aims_are_ratios_of_what_was_measured():
         row("gsplat, 128 channels a pass", 26.0, 50.0),
         row("three channels at a time", 120.0, 500.0),
         row("ours, factored", 1.0, 3.0, memory=10, inputs=3, output=50),
-        dict(workload="step, paper", C=384, way="ours", step=(0.5, 0.0)),
-        dict(workload="step, paper", C=384, way="three channels at a time", step=(10.0, 0.0)),
         dict(workload="demo", C=384, way="torch", failed="out of memory"),
     ]
     found = [value for _, _, value in bench.aims(rows)]
-    assert found == pytest.approx([12, 7, 60, 2, 0.2, 0.1, 20, 1e-3, None])
+    assert found == pytest.approx([12, 7, 60, 2, 0.2, 0.1, 1e-3, None])
     assert {value for _, _, value in bench.aims([])} == {None}

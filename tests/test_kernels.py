@@ -1,4 +1,4 @@
-"""kernels.rasterize: both backends against a dense float64 loop, the laws that any renderer obeys, bad input.
+"""kernels.rasterize: both backends against a float64 loop, the laws of any renderer, bad input.
 
 The Triton kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere.
 """
@@ -26,7 +26,7 @@ both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def values_and_gradients(render, scene, seed=1, mask=None, **options):
-    """Images, alphas and the four gradients of a random linear function of them (at the pixels in the mask)."""
+    """Images, alphas and the four gradients of a random linear function of them (in the mask)."""
     inputs = [t.detach().clone().requires_grad_() for t in scene[:4]]
     out, alphas, *rest = render(*inputs, *scene[4:], **options)
     g = torch.Generator().manual_seed(seed)
@@ -41,10 +41,14 @@ def values_and_gradients(render, scene, seed=1, mask=None, **options):
 
 
 def close(name, actual, expected, rtol, atol):
-    """As assert_close, with atol in units of the largest expected value: gradients here span many magnitudes."""
+    """As assert_close, with atol in units of the largest expected value: gradients span a lot."""
     scale = max(1e-6, float(expected.detach().abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=rtol, atol=atol * scale, msg=lambda m: f"{name}: {m}"
+        actual.double(),
+        expected.double(),
+        rtol=rtol,
+        atol=atol * scale,
+        msg=lambda m: f"{name}: {m}",
     )
 
 
@@ -89,7 +93,7 @@ def test_torch_backend_in_float64_is_the_dense_loop(B, V, N, C, width, height):
     check_against_dense(scene, "torch", rtol=1e-8, atol=1e-10)
 
 
-# Tolerances of 1e-3 of the largest gradient below: edge-on discs, wider than the image, are ill-conditioned in float32
+# Tolerances of 1e-3 of the largest gradient below: wide discs, edge-on, are ill-conditioned
 scenes = st.fixed_dictionaries(
     dict(
         seed=st.integers(0, 2**31),
@@ -99,7 +103,9 @@ scenes = st.fixed_dictionaries(
         C=st.sampled_from([1, 3, 16, 17, 31]),
         width=st.integers(1, 20),
         height=st.integers(1, 20),
-        sigma=st.sampled_from([1e-4, 0.01, 0.1, 1.0]),  # from far below a pixel to larger than the image
+        sigma=st.sampled_from(
+            [1e-4, 0.01, 0.1, 1.0]
+        ),  # from far below a pixel to larger than the image
         opacity=st.sampled_from([None, 0.0, 1 / 255, 0.5, 1.0]),
         flat=st.sampled_from([1.0, 0.01, 0.0]),
     )
@@ -115,7 +121,9 @@ limits = st.fixed_dictionaries(
 
 @settings(max_examples=30)
 @given(scenes, limits)
-@example(dict(seed=3, B=1, V=1, N=40, C=3, width=18, height=9, sigma=1.0, opacity=1.0, flat=1.0), {})
+@example(
+    dict(seed=3, B=1, V=1, N=40, C=3, width=18, height=9, sigma=1.0, opacity=1.0, flat=1.0), {}
+)
 def test_triton_matches_dense_loop(scene, limits):
     check_against_dense(make_scene(**scene), "triton", atol=1e-3, **limits)
 
@@ -131,8 +139,12 @@ def test_torch_matches_dense_loop(scene, limits):
 def test_triton_matches_torch(scene):
     scene = make_scene(**scene)
     certain = rasterize_dense(*scene)[2]
-    out, alphas, gradients, _ = values_and_gradients(rasterize, scene, mask=certain, backend="torch")
-    got_out, got_alphas, got_gradients, _ = values_and_gradients(rasterize, scene, mask=certain, backend="triton")
+    out, alphas, gradients, _ = values_and_gradients(
+        rasterize, scene, mask=certain, backend="torch"
+    )
+    got_out, got_alphas, got_gradients, _ = values_and_gradients(
+        rasterize, scene, mask=certain, backend="triton"
+    )
     close("features", got_out[certain], out[certain], 1e-3, 2e-5)
     close("alphas", got_alphas[certain], alphas[certain], 1e-3, 2e-5)
     for name, got, expected in zip(NAMES, got_gradients, gradients):
@@ -141,7 +153,7 @@ def test_triton_matches_torch(scene):
 
 @pytest.mark.parametrize("faint", [True, False])
 def test_ten_thousand_gaussians_in_one_tile(faint):
-    """Faint specks let every pixel see to the end of a list of thousands; bright ones close it after a few."""
+    """Past faint specks every pixel sees to the end of the list; a few bright ones close it."""
     g = torch.Generator().manual_seed(0)
     N, C, size = 10_000, 5, 8
     z = 1 + 3 * torch.rand(N, 1, generator=g)
@@ -158,9 +170,13 @@ def test_ten_thousand_gaussians_in_one_tile(faint):
 
 
 def test_gradients_by_finite_differences():
-    means, covars, opacities, features, *cameras = make_scene(5, V=2, N=4, C=2, width=6, height=5, dtype=torch.float64)
+    means, covars, opacities, features, *cameras = make_scene(
+        5, V=2, N=4, C=2, width=6, height=5, dtype=torch.float64
+    )
 
-    def render(means, factors, opacities, features):  # covars by a factor, so that they stay symmetric
+    def render(
+        means, factors, opacities, features
+    ):  # covars by a factor, so that they stay symmetric
         covars = factors @ factors.transpose(-1, -2)
         return rasterize(means, covars, opacities, features, *cameras, backend="torch")
 
@@ -188,7 +204,9 @@ def test_covariance_gradient_is_per_entry(backend):
         assert float(gradient[0, 0, i, j]) == pytest.approx(float(expected), rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU multiplies in TF32; the interpreter is exact")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="only a GPU multiplies in TF32; the interpreter is exact"
+)
 def test_tf32_costs_little():
     """The default for float32 features, against float64, relative to the largest value."""
     scene = make_scene(24, N=200, C=384, width=64, height=48)
@@ -201,8 +219,10 @@ def test_tf32_costs_little():
 # --------------------------------------------------------------------------- closed forms
 
 
-def one_pixel_row(opacities, depths=None, sigma=0.3, width=8, features=None, backend="torch", **options):
-    """Gaussians on the optical axis of a 10-pixel camera; the axis passes between pixels 3 and 4 of 8."""
+def one_pixel_row(
+    opacities, depths=None, sigma=0.3, width=8, features=None, backend="torch", **options
+):
+    """Gaussians on the optical axis, which passes between pixels 3 and 4 of 8."""
     N = len(opacities)
     depths = torch.arange(1.0, N + 1) if depths is None else torch.tensor(depths)
     means = torch.stack([torch.zeros(N), torch.zeros(N), depths], -1)[None]
@@ -220,12 +240,14 @@ def test_one_gaussian_is_the_formula(backend):
     variance = (10.0 / 2.0 * 0.3) ** 2 + 0.3
     d = torch.arange(8) + 0.5 - 4.0
     expected = 0.8 * torch.exp(-0.5 * d**2 / variance)
-    torch.testing.assert_close(alphas, torch.where(expected >= 1 / 255, expected, 0.0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        alphas, torch.where(expected >= 1 / 255, expected, 0.0), rtol=1e-5, atol=1e-7
+    )
 
 
 @both_backends
 def test_two_opaque_gaussians_stop_after_the_first(backend):
-    """0.01 * 0.01 is 1e-4 to rounding, and blending must stop *before* the Gaussian that gets there."""
+    """0.01 * 0.01 is 1e-4 to rounding: blending must stop *before* the Gaussian that gets there."""
     out, alphas = one_pixel_row([1.0, 1.0], sigma=50.0, backend=backend)
     torch.testing.assert_close(alphas, torch.full((8,), 0.99))
     torch.testing.assert_close(out, torch.tensor([0.99, 0.0]).expand(8, 2))
@@ -239,20 +261,30 @@ def test_front_to_back_and_ties_by_index(backend):
 
 @both_backends
 def test_near_and_far_are_exclusive(backend):
-    out, _ = one_pixel_row([0.5] * 4, depths=[1.0, 2.0, 3.0, 4.0], backend=backend, near_plane=1.0, far_plane=4.0)
+    out, _ = one_pixel_row(
+        [0.5] * 4, depths=[1.0, 2.0, 3.0, 4.0], backend=backend, near_plane=1.0, far_plane=4.0
+    )
     assert [bool(c) for c in out[4] > 0] == [False, True, True, False]
 
 
 @both_backends
 def test_slope_is_clamped_outside_the_image(backend):
-    """Far off to the side the Jacobian is taken at the border plus 0.3 of the half field of view, as gsplat does."""
+    """Far off to the side the Jacobian is that at the border plus 0.3 of the half field of view."""
     x, sigma = 5.0, 1.0
     means = torch.tensor([[[x, 0.0, 1.0]]], device=DEVICE)
     covars = (sigma**2 * torch.eye(3, device=DEVICE))[None, None]
     K = torch.tensor([[[[4.0, 0, 4.0], [0, 4.0, 0.5], [0, 0, 1]]]], device=DEVICE)
     ones = torch.ones(1, 1, 1, device=DEVICE)
     _, alphas = rasterize(
-        means, covars, 0.9 * ones[0], ones, torch.eye(4, device=DEVICE)[None, None], K, 8, 1, backend=backend
+        means,
+        covars,
+        0.9 * ones[0],
+        ones,
+        torch.eye(4, device=DEVICE)[None, None],
+        K,
+        8,
+        1,
+        backend=backend,
     )
     u = (8 - 4) / 4 + 0.3 * 0.5 * 8 / 4
     variance = (4 * sigma) ** 2 * (1 + u * u) + 0.3
@@ -271,7 +303,10 @@ def test_linear_in_features(backend):
     other = torch.randn_like(scene[3])
     render = lambda f: rasterize(*scene[:3], f, *scene[4:], backend=backend)[0]  # noqa: E731
     torch.testing.assert_close(
-        render(2 * scene[3] - 3 * other), 2 * render(scene[3]) - 3 * render(other), rtol=1e-4, atol=1e-5
+        render(2 * scene[3] - 3 * other),
+        2 * render(scene[3]) - 3 * render(other),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -308,8 +343,8 @@ def test_unchanged_under_rigid_motion_of_world_and_camera(backend):
         Ks,
         *size,
     )
-    for a, b in zip(rasterize(means, covars, opacities, features, viewmats, Ks, *size, backend=backend),
-                    rasterize(*moved, backend=backend)):  # fmt: skip
+    still = means, covars, opacities, features, viewmats, Ks, *size
+    for a, b in zip(rasterize(*still, backend=backend), rasterize(*moved, backend=backend)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
 
@@ -326,7 +361,9 @@ def test_feature_gradient_is_the_adjoint(backend):
 
 def test_independent_of_tile_size():
     scene = make_scene(8, N=40, C=4, width=37, height=21)
-    small, large = (kernels._rasterize_triton(*scene, 0.01, 1e10, 0.3, "ieee", tile=tile) for tile in (8, 16))
+    small, large = (
+        kernels._rasterize_triton((*scene, 0.01, 1e10, 0.3), "ieee", tile=tile) for tile in (8, 16)
+    )
     for a, b in zip(small, large):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -342,7 +379,7 @@ def test_forward_is_bitwise_repeatable(backend):
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_features(backend, dtype):
-    """On a GPU the products are of this type; in the interpreter they are float32, and only the ends are tested."""
+    """Products are of this type on a GPU, but float32 in the interpreter, which tests the ends."""
     scene = make_scene(10, N=23, C=5)
     scene[3] = scene[3].to(dtype).requires_grad_()
     out, _ = rasterize(*scene, backend=backend)
@@ -366,12 +403,14 @@ def mixture_for(scene, M, J=4):
     g = torch.Generator().manual_seed(N + M)
     weights = torch.rand(B, N, J, generator=g) * (torch.rand(B, N, J, generator=g) > 0.3)
     indices = torch.randint(0, M, (B, N, J), generator=g)
-    return Mixture(torch.randn(B, M, C, generator=g).to(device), indices.to(device), weights.to(device))
+    return Mixture(
+        torch.randn(B, M, C, generator=g).to(device), indices.to(device), weights.to(device)
+    )
 
 
 @both_backends
 def test_a_mixture_of_bfloat16_tokens(backend):
-    """What training on a GPU splats; there the products are of this type, in the interpreter float32."""
+    """What training on a GPU splats. In the interpreter the products are float32."""
     scene = make_scene(25, N=29, C=33)
     mixture = mixture_for(scene, M=7)
     tokens = mixture.tokens.bfloat16().requires_grad_()
@@ -379,8 +418,13 @@ def test_a_mixture_of_bfloat16_tokens(backend):
     wide = tokens.detach().double().requires_grad_()
     dense = (wide[0][mixture.indices[0]] * mixture.weights[0, ..., None]).sum(1)[None]
     expected, _, certain = rasterize_dense(*scene[:3], dense, *scene[4:])
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out) * certain[..., None]
-    gradients = [torch.autograd.grad((o * g).sum(), t)[0] for o, t in ((out, tokens), (expected, wide))]
+    g = (
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        * certain[..., None]
+    )
+    gradients = [
+        torch.autograd.grad((o * g).sum(), t)[0] for o, t in ((out, tokens), (expected, wide))
+    ]
     assert out.dtype == gradients[0].dtype == torch.bfloat16
     tolerance = 4 * torch.finfo(torch.bfloat16).eps
     close("features", out[certain], expected[certain], tolerance, tolerance)
@@ -389,10 +433,11 @@ def test_a_mixture_of_bfloat16_tokens(backend):
 
 @both_backends
 @pytest.mark.parametrize(
-    "B,V,N,M,C,J", [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4)]
+    "B,V,N,M,C,J",
+    [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4)],
 )
 def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J):
-    """Values, and the gradients of tokens, means, covars and opacities, against the float64 loop on dense features."""
+    """Values, and gradients of all four, against the float64 loop on dense features."""
     scene = make_scene(21, B, V, N, C, width=19, height=11)
     mixture = mixture_for(scene, M, J)
     tokens = mixture.tokens.requires_grad_()
@@ -404,7 +449,10 @@ def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J)
     expected, expected_alphas, certain = rasterize_dense(*wide[:3], dense, *scene[4:])
     close("features", out[certain], expected[certain], 1e-3, 2e-5)
     close("alphas", alphas[certain], expected_alphas[certain], 1e-3, 2e-5)
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out) * certain[..., None]
+    g = (
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        * certain[..., None]
+    )
     h = torch.randn(alphas.shape, generator=torch.Generator().manual_seed(1)).to(alphas) * certain
     got = torch.autograd.grad((out * g).sum() + (alphas * h).sum(), (*inputs, tokens))
     if N == 0:  # the loop has done nothing, and knows no gradient
@@ -422,20 +470,29 @@ def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J)
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("B,V,N", [(1, 1, 23), (2, 3, 17), (2, 1, 0)])
 def test_parts_of_images_are_those_of_the_whole(backend, mixed, B, V, N):
-    """Some rows and columns, and means over labels, one of which no pixel has: values and gradients by name."""
+    """Some rows and columns, and means over labels, one of which no pixel has."""
     scene = make_scene(26, B, V, N, C=5, width=19, height=11)
     if mixed:
         scene[3] = mixture_for(scene, M=7)
     g = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 4, (B, V, 11, 19), generator=g)
     labels[labels == 2] = 4
-    labels, at = labels.to(DEVICE), (torch.tensor([1, 2, 7], device=DEVICE), torch.tensor([0, 18], device=DEVICE))
-    inputs = [t.detach().requires_grad_() for t in (*scene[:3], scene[3].tokens if mixed else scene[3])]
+    labels, at = (
+        labels.to(DEVICE),
+        (torch.tensor([1, 2, 7], device=DEVICE), torch.tensor([0, 18], device=DEVICE)),
+    )
+    inputs = [
+        t.detach().requires_grad_() for t in (*scene[:3], scene[3].tokens if mixed else scene[3])
+    ]
     features = scene[3]._replace(tokens=inputs[3]) if mixed else inputs[3]
     out, alphas = rasterize(*inputs[:3], features, *scene[4:], backend=backend)
-    some, again, means = rasterize(*inputs[:3], features, *scene[4:], backend=backend, at=at, labels=labels)
+    some, again, means = rasterize(
+        *inputs[:3], features, *scene[4:], backend=backend, at=at, labels=labels
+    )
     inside = (labels[..., None] == torch.arange(5, device=DEVICE)).to(out)  # (B, V, H, W, L)
-    expected = torch.einsum("bvhwl,bvhwc->bvlc", inside, out) / inside.sum((2, 3)).clamp(min=1)[..., None]
+    expected = (
+        torch.einsum("bvhwl,bvhwc->bvlc", inside, out) / inside.sum((2, 3)).clamp(min=1)[..., None]
+    )
     wanted = out[:, :, [1, 2, 7]][:, :, :, [0, 18]], alphas, expected
     gradients = []
     for what, a, b in zip(("pixels", "alphas", "means"), (some, again, means), wanted):
@@ -453,17 +510,21 @@ def test_parts_of_images_are_those_of_the_whole(backend, mixed, B, V, N):
 
 @pytest.mark.parametrize("mixed,compiler", [(False, "inductor"), (True, "aot_eager")])
 def test_compiles_into_one_graph_without_a_break(mixed, compiler):
-    """Forward and backward, values and gradients as without the compiler; fullgraph raises at a break."""
+    """Values and gradients are those without the compiler; fullgraph raises at a break."""
     scene = make_scene(22, B=2, V=2, N=23, C=5)
     if mixed:
         scene[3] = mixture_for(scene, M=6)
 
     def loss(means, covars, opacities, tokens):
         features = scene[3]._replace(tokens=tokens) if mixed else tokens
-        out, alphas = rasterize(means * 1.01, covars, opacities, features, *scene[4:], backend="triton")
+        out, alphas = rasterize(
+            means * 1.01, covars, opacities, features, *scene[4:], backend="triton"
+        )
         return (out.sin().sum() + alphas.square().sum()) * 2
 
-    inputs = [t.detach().requires_grad_() for t in (*scene[:3], scene[3].tokens if mixed else scene[3])]
+    inputs = [
+        t.detach().requires_grad_() for t in (*scene[:3], scene[3].tokens if mixed else scene[3])
+    ]
     compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     a, b = loss(*inputs), compiled(*inputs)
     torch.testing.assert_close(a, b)
@@ -478,7 +539,9 @@ def test_operators_keep_torchs_rules(op):
     from kernels.projection import project
     from kernels.tiles import list_tiles
 
-    means, covars, opacities, features, viewmats, Ks, width, height = make_scene(23, B=1, V=2, N=9, C=3)
+    means, covars, opacities, features, viewmats, Ks, width, height = make_scene(
+        23, B=1, V=2, N=9, C=3
+    )
     arguments = (
         means.requires_grad_(),
         covars.requires_grad_(),
@@ -491,12 +554,19 @@ def test_operators_keep_torchs_rules(op):
         1e10,
         0.3,
     )
-    means2d, conics, depths, radii = (t.detach().flatten(0, 1).contiguous() for t in project(*arguments))
+    means2d, conics, depths, radii = (
+        t.detach().flatten(0, 1).contiguous() for t in project(*arguments)
+    )
     lists = (means2d, depths, radii, width, height, 8)
     gaussians, ranges = list_tiles(*lists)
-    blending = (*(t.requires_grad_() for t in (means2d.clone(), conics, opacities, features)), None, None, gaussians,
-                ranges, 2, width, height, 8, "ieee", not torch.cuda.is_available())  # fmt: skip
-    chosen = {"project": (project, arguments), "list_tiles": (list_tiles, lists), "blend": (blend, blending)}[op]
+    inputs = [t.requires_grad_() for t in (means2d.clone(), conics, opacities, features)]
+    options = 2, width, height, 8, "ieee", not torch.cuda.is_available()
+    blending = (*inputs, None, None, gaussians, ranges, *options)
+    chosen = {
+        "project": (project, arguments),
+        "list_tiles": (list_tiles, lists),
+        "blend": (blend, blending),
+    }[op]
     torch.library.opcheck(*chosen)
 
 
@@ -561,8 +631,8 @@ def test_autocast_changes_nothing(backend):
 
 
 def test_torch_backend_is_usable():
-    """100,000 pixel-sized Gaussians with 384 features at 224 x 224: meant for 2 s on two idle cores. As a test only a
-    guard, at twice that, since machines are shared; -s shows the time."""
+    """100,000 pixel-sized Gaussians, 384 features, 224 x 224: meant for 2 s on two idle cores.
+    As a test only a guard, at twice that, since machines are shared; -s shows the time."""
     g = torch.Generator().manual_seed(0)
     N, C, size, f = 100_000, 384, 224, 200.0
     z = 2 + 2 * torch.rand(N, 1, generator=g)
@@ -573,9 +643,13 @@ def test_torch_backend_is_usable():
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        _, alphas = rasterize(means, covars, torch.ones(1, N), features, torch.eye(4)[None, None], K, size, size)
+        _, alphas = rasterize(
+            means, covars, torch.ones(1, N), features, torch.eye(4)[None, None], K, size, size
+        )
         seconds.append(time.perf_counter() - start)
-    print(f"\ntorch backend, {N} Gaussians, C = {C}, {size} x {size}, forward: {min(seconds):.2f} s")
+    print(
+        f"\ntorch backend, {N} Gaussians, C = {C}, {size} x {size}, forward: {min(seconds):.2f} s"
+    )
     assert alphas.mean() > 0.9 and min(seconds) < 4
 
 
@@ -603,7 +677,9 @@ def _mixed(**changes):
 
 
 @both_backends
-@pytest.mark.parametrize("index,name", list(enumerate(("means", "covars", "opacities", "features", "viewmats", "Ks"))))
+@pytest.mark.parametrize(
+    "index,name", list(enumerate(("means", "covars", "opacities", "features", "viewmats", "Ks")))
+)
 def test_nan_is_named(backend, index, name):
     with pytest.raises(ValueError, match=f"^{name} has values that are NaN"):
         rasterize(*_with(index, _poison), backend=backend)
@@ -612,23 +688,31 @@ def test_nan_is_named(backend, index, name):
 @pytest.mark.parametrize(
     "scene,options,message",
     [
-        (_with(4, lambda t: t.requires_grad_()), {}, "viewmats requires gradients, but cameras are data"),
-        (_with(5, lambda t: t.requires_grad_()), {}, "Ks requires gradients, but cameras are data"),
+        (_with(4, lambda t: t.requires_grad_()), {}, "viewmats requires gradients, but is data"),
+        (_with(5, lambda t: t.requires_grad_()), {}, "Ks requires gradients, but is data"),
         (_with(1, lambda t: t[:, :-1]), {}, r"covars must be \[1, 20, 3, 3\]"),
         (_with(0, lambda t: t[0]), {}, r"means must be \[B, N, 3\]"),
         (_with(3, lambda t: t[..., :0]), {}, "at least one channel"),
-        (_with(2, lambda t: t.double()), {}, "opacities is torch.float64, means torch.float32"),
-        (_with(3, lambda t: t.int()), {}, "features must be of a float type"),
-        (make_scene(width=0), {}, "at least one channel and one whole pixel"),
-        (make_scene(width=4.5), {}, "at least one channel and one whole pixel"),
+        (_with(2, lambda t: t.double()), {}, "opacities must be torch.float32, not torch.float64"),
+        (_with(3, lambda t: t.int()), {}, "features must be .*torch.float16.*, not torch.int32"),
+        (make_scene(width=0), {}, "at least one channel, one token and one whole pixel"),
+        (make_scene(width=4.5), {}, "at least one channel, one token and one whole pixel"),
         (make_scene(), dict(near_plane=2.0, far_plane=1.0), "near_plane < far_plane must hold"),
         (make_scene(), dict(eps2d=-1.0), "eps2d is a variance"),
         (make_scene(), dict(backend="cuda"), "backend is 'cuda'"),
         (make_scene(), dict(precision="fp32"), "precision is 'fp32'"),
-        (_mixed(indices=lambda t: t + 1), {}, r"indices must lie in 0\.\.10, where its tokens are"),
+        (
+            _mixed(indices=lambda t: t + 1),
+            {},
+            r"indices must lie in 0\.\.10, where the mixture's tokens are",
+        ),
         (_mixed(indices=lambda t: t[:, :-1]), {}, r"indices must be \[1, 20, 4\]"),
-        (_mixed(indices=lambda t: t.float()), {}, "indices must be int32 or int64"),
-        (_mixed(weights=lambda t: t.requires_grad_()), {}, "weights data without gradient"),
+        (_mixed(indices=lambda t: t.float()), {}, "indices must be torch.int32 or torch.int64"),
+        (
+            _mixed(weights=lambda t: t.requires_grad_()),
+            {},
+            "weights requires gradients, but is data",
+        ),
         (_mixed(weights=_poison), {}, "weights has values that are NaN"),
         (make_scene(dtype=torch.float64), dict(backend="triton"), "takes float32 Gaussians"),
     ],
@@ -642,9 +726,14 @@ def test_bad_arguments_get_one_sentence(scene, options, message):
 def test_triton_on_cpu_tensors_needs_the_interpreter():
     code = (
         "import torch, kernels; t = torch.eye(4)[None, None]; one = torch.ones(1, 1, 3);"
-        "kernels.rasterize(one, t[..., :3, :3], one[..., 0], one, t, t[..., :3, :3], 4, 4, backend='triton')"
+        "R = t[..., :3, :3]; scene = one, R, one[..., 0], one, t, R;"
+        "kernels.rasterize(*scene, 4, 4, backend='triton')"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = os.path.dirname(os.path.dirname(kernels.__file__))
-    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
-    assert re.search('ValueError: backend "triton" needs CUDA tensors .* use backend="torch"', run.stderr)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert re.search(
+        'ValueError: backend "triton" needs CUDA tensors .* use backend="torch"', run.stderr
+    )

@@ -1,4 +1,4 @@
-"""The stages of the Triton rasteriser one at a time, down to the helpers: each against a few lines of torch."""
+"""The stages of the Triton rasteriser, down to the helpers: each against a few lines of torch."""
 
 import pytest
 import torch
@@ -19,21 +19,24 @@ LIMITS = dict(near_plane=0.01, far_plane=1e10, eps2d=0.3)
 def _quadratic(m_ptr, n_ptr, covar_ptr, out_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     valid = i < BLOCK
-    xx, xy, xz, yy, yz, zz = projection.load_covar(covar_ptr, i, valid)
-    m, n = m_ptr + 3 * i, n_ptr + 3 * i
-    out = projection.quadratic(
-        tl.load(m), tl.load(m + 1), tl.load(m + 2), tl.load(n), tl.load(n + 1), tl.load(n + 2), xx, xy, xz, yy, yz, zz
-    )
-    tl.store(out_ptr + i, out)
+    covar = projection.load_covar(covar_ptr + 9 * i, valid)
+    m, n = projection.load_vector(m_ptr + 3 * i), projection.load_vector(n_ptr + 3 * i)
+    tl.store(out_ptr + i, projection.dot(m, projection.transform(covar, n)))
 
 
 def test_quadratic_form_of_a_loaded_covariance():
     g = torch.Generator().manual_seed(0)
-    m, n, S = torch.randn(16, 3, generator=g), torch.randn(16, 3, generator=g), torch.randn(16, 3, 3, generator=g)
+    m, n, S = (
+        torch.randn(16, 3, generator=g),
+        torch.randn(16, 3, generator=g),
+        torch.randn(16, 3, 3, generator=g),
+    )
     out = torch.empty(16, device=DEVICE)
     _quadratic[(1,)](m.to(DEVICE), n.to(DEVICE), S.to(DEVICE), out, BLOCK=16)
     symmetric = 0.5 * (S + S.mT)  # what is stored need not be symmetric to the bit
-    torch.testing.assert_close(out.cpu(), torch.einsum("bi,bij,bj->b", m, symmetric, n), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out.cpu(), torch.einsum("bi,bij,bj->b", m, symmetric, n), rtol=1e-5, atol=1e-5
+    )
 
 
 @triton.jit
@@ -73,8 +76,8 @@ def _pair_alpha(p_ptr, g_ptr, alpha_ptr, P: tl.constexpr, K: tl.constexpr):
     i, k = tl.arange(0, P), tl.arange(0, K)
     px, py = tl.load(p_ptr + 2 * i), tl.load(p_ptr + 2 * i + 1)
     g = g_ptr + 6 * k
-    A, B, C = tl.load(g + 2), tl.load(g + 3), tl.load(g + 4)
-    _, _, _, alpha = blend.pair_alpha(px, py, tl.load(g), tl.load(g + 1), A, B, C, tl.load(g + 5))
+    mean, conic = (tl.load(g), tl.load(g + 1)), (tl.load(g + 2), tl.load(g + 3), tl.load(g + 4))
+    _, _, _, alpha = blend.pair_alpha((px, py), mean, conic, tl.load(g + 5))
     tl.store(alpha_ptr + i[:, None] * K + k[None, :], alpha)
 
 
@@ -100,11 +103,15 @@ def test_pair_alpha_is_cut_off_above_and_skipped_below():
 
 @pytest.mark.parametrize("B,V,N", [(1, 1, 1), (2, 3, 17), (1, 2, 131)])
 def test_projection_and_its_gradients(B, V, N):
-    means, covars, opacities, _, viewmats, Ks, width, height = make_scene(N, B, V, N, width=23, height=13, sigma=0.3)
+    means, covars, opacities, _, viewmats, Ks, width, height = make_scene(
+        N, B, V, N, width=23, height=13, sigma=0.3
+    )
 
     def gradients(project, dtype):
         inputs = [t.to(dtype).requires_grad_() for t in (means, covars)]
-        means2d, conics, visible = project(*inputs, opacities.to(dtype), viewmats.to(dtype), Ks.to(dtype))
+        means2d, conics, visible = project(
+            *inputs, opacities.to(dtype), viewmats.to(dtype), Ks.to(dtype)
+        )
         g = torch.Generator().manual_seed(0)
         loss = 0
         for t in (means2d, conics):
@@ -127,7 +134,9 @@ def test_projection_and_its_gradients(B, V, N):
     visible = expected[2]
     assert torch.equal(visible, got[2]) and (N == 1 or 0 < visible.float().mean() < 1)
     for name, a, b in zip(("means2d", "conics"), got, expected):
-        torch.testing.assert_close(a[visible].double(), b[visible], rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            a[visible].double(), b[visible], rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}"
+        )
     for name, a, b in zip(("means", "covars"), got[3:], expected[3:]):
         scale = float(b.abs().max())
         torch.testing.assert_close(
@@ -149,20 +158,24 @@ def test_tile_lists_are_complete_sorted_and_tight(seed, images, N, width, height
     radii = torch.exp(2 * torch.randn(images, N, 2, generator=g))
     radii[torch.rand(images, N, generator=g) < 0.2] = -1
     depths = 1 + torch.randint(0, 5, (images, N), generator=g).float()  # many ties
-    gaussians, ranges = tiles.list_tiles(means2d.to(DEVICE), depths.to(DEVICE), radii.to(DEVICE), width, height, tile)
+    gaussians, ranges = tiles.list_tiles(
+        means2d.to(DEVICE), depths.to(DEVICE), radii.to(DEVICE), width, height, tile
+    )
     tiles_x, tiles_y = -(-width // tile), -(-height // tile)
     assert ranges.shape == (images * tiles_x * tiles_y, 2)
     for t, (start, end) in enumerate(ranges.tolist()):
         image, ty, tx = t // (tiles_x * tiles_y), t // tiles_x % tiles_y, t % tiles_x
         listed = gaussians[start:end].tolist()
-        assert listed == sorted(listed, key=lambda n: (float(depths[image, n]), n)) and len(set(listed)) == len(listed)
+        assert listed == sorted(listed, key=lambda n: (float(depths[image, n]), n)) and len(
+            set(listed)
+        ) == len(listed)
         # Distance from each box to the nearest and pixel-centre rectangle of the tile, in x and y
         low = torch.tensor([tx, ty]) * tile + 0.5
         high = torch.minimum(low + tile - 1, torch.tensor([width, height]) - 0.5)
         gap = torch.maximum(low - means2d[image], means2d[image] - high) - radii[image]
         touches = (gap <= 0).all(1) & (radii[image, :, 0] >= 0)
         may_touch = (gap <= 0.02).all(1) & (radii[image, :, 0] >= 0)
-        # A tile holds integer pixel columns: a box between two of them touches neither, and may be left out
+        # A box between two columns of pixels touches neither, and may be left out
         holds_centre = (
             torch.floor(torch.minimum(high, means2d[image] + radii[image]) - 0.5)
             >= torch.ceil(torch.maximum(low, means2d[image] - radii[image]) - 0.5)
@@ -182,16 +195,24 @@ def _load_run(ranges_ptr, range_ptr, number_ptr, out_ptr, count, RUN: tl.constex
 
 def test_a_program_finds_its_run():
     ranges, owner, number = (
-        torch.tensor(t, device=DEVICE) for t in ([[0, 40], [40, 45]], [0, 0, 0, 1, 2], [0, 1, 2, 0, 0])
+        torch.tensor(t, device=DEVICE)
+        for t in ([[0, 40], [40, 45]], [0, 0, 0, 1, 2], [0, 1, 2, 0, 0])
     )
     out = torch.empty(5, 3, dtype=torch.int64, device=DEVICE)
     _load_run[(5,)](ranges, owner, number, out, 2, RUN=16)
-    assert out.tolist() == [[0, 40, 0], [0, 40, 16], [0, 40, 32], [40, 45, 40], [0, 0, 0]]  # the last has none
+    assert out.tolist() == [
+        [0, 40, 0],
+        [0, 40, 16],
+        [0, 40, 32],
+        [40, 45, 40],
+        [0, 0, 0],
+    ]  # the last has none
 
 
 @settings(max_examples=25)
 @given(
-    st.integers(0, 2**31), st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 33, 64, 100, 131]), min_size=1, max_size=5),
+    st.integers(0, 2**31),
+    st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 33, 64, 100, 131]), min_size=1, max_size=5),
     st.sampled_from([16, 32]),
 )  # fmt: skip
 def test_ranges_are_sorted_whatever_their_length(seed, lengths, run):
@@ -199,7 +220,9 @@ def test_ranges_are_sorted_whatever_their_length(seed, lengths, run):
     g = torch.Generator().manual_seed(seed)
     ends = torch.tensor(lengths).cumsum(0)
     ranges = torch.stack([ends - torch.tensor(lengths), ends], 1)
-    depth = torch.randint(0, 4, (sum(lengths),), generator=g)  # many ties, which the lower half decides
+    depth = torch.randint(
+        0, 4, (sum(lengths),), generator=g
+    )  # many ties, which the lower half decides
     keys = (depth << 32) | torch.randperm(sum(lengths), generator=g)
     before, tiles.RUN = tiles.RUN, run
     try:
@@ -212,8 +235,10 @@ def test_ranges_are_sorted_whatever_their_length(seed, lengths, run):
 
 
 def test_a_list_of_thousands_is_sorted():
-    """At the size that runs have on a GPU: 5,000 keys are ten runs, the last one short, and four merges."""
+    """With the runs of a GPU: 5,000 keys are twenty runs, the last one short, and five merges."""
     keys = torch.randperm(5003, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ranges = torch.tensor([[0, 5000], [5000, 5000], [5000, 5003]], device=DEVICE)
     got = tiles.sort_ranges(keys.clone(), ranges, 5000)
-    assert torch.equal(got[:5000], keys[:5000].sort().values) and torch.equal(got[5000:], keys[5000:].sort().values)
+    assert torch.equal(got[:5000], keys[:5000].sort().values) and torch.equal(
+        got[5000:], keys[5000:].sort().values
+    )
