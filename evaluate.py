@@ -779,7 +779,7 @@ LINEAR = SEEDS | {
     "epochs": Setting(6, 0, "over the training frames", 0),
     "steps": Setting(0, 38_400, "of the optimiser; 0: as many as --epochs says", 0),
     "batch_size": Setting(8, 16, "frames a step", 1),
-    "lr": Setting(1e-3, 1e-4, "of AdamW; higher on rooms, where steps are few", POSITIVE),
+    "lr": Setting(1e-2, 1e-4, "of AdamW; higher on rooms, where steps are few", POSITIVE),
     "weight_decay": Setting(0.01, 0.01, "of AdamW", 0),
     "schedule": Setting("quarter", "half", "of a cosine, or linear", choices=SCHEDULES),
     "warmup": Setting(0.25, 0.3333, "share of the steps in which the learning rate climbs", 0),
