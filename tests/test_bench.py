@@ -28,24 +28,17 @@ def report():
 
 def test_every_kernel_compiles(report):
     source = "".join(p.read_text() for p in (Path(__file__).parent.parent / "kernels").glob("*.py"))
-    defined = {
-        line.split("(")[0][4:]
-        for line in source.splitlines()
-        if line.startswith("def ") and "_kernel(" in line
-    }
-    assert {
-        name.split()[0] for name, _ in report
-    } == defined  # a new kernel must be added to kernels/aot.py
+    definitions = [line for line in source.splitlines() if line.startswith("def ")]
+    defined = {line.split("(")[0][4:] for line in definitions if "_kernel(" in line}
+    # A new kernel must be added to kernels/aot.py
+    assert {name.split()[0] for name, _ in report} == defined
     assert {target for _, target in report} == {80, 90}
 
 
 @pytest.mark.parametrize("target", [80, 90])
 def test_blending_forward_keeps_its_registers(report, target):
-    spilled = {
-        name: row["stack"]
-        for (name, t), row in report.items()
-        if t == target and "blend_forward" in name
-    }
+    rows = {name: row for (name, t), row in report.items() if t == target}
+    spilled = {name: row["stack"] for name, row in rows.items() if "blend_forward" in name}
     assert spilled == {name: 0 for name in spilled} and len(spilled) == 14
 
 
@@ -81,28 +74,22 @@ def test_what_a_gaussian_on_four_tiles_demands():
     values = 3 + 9 + 1 + C + 16 + 9 + size * size * (C + 1)
     assert bench.demand(scene, C, size, size) == (4 * values, 2 * 4 * 64 * C)
     memory, products = bench.RATES["H100"]
-    assert bench.floor((memory, 2 * products), "NVIDIA H100 80GB HBM3") == {
-        "bytes": 1,
-        "products": 2,
-    }
+    needed = bench.floor((memory, 2 * products), "NVIDIA H100 80GB HBM3")
+    assert needed == {"bytes": 1, "products": 2}
     assert bench.floor((1, 1), "a card not known") is None
 
 
 def test_errors_leave_out_pixels_where_rounding_decided():
     exact = torch.tensor([[[4.0, 1.0], [2.0, 2.0]]], dtype=torch.float64)
-    single = exact + torch.tensor(
-        [[[0.0, 1e-5], [1.0, 0.0]]]
-    )  # the second pixel was decided otherwise
-    assert bench.errors(
-        exact + torch.tensor([[[0.0, -0.02], [0.5, 0.0]]]), single, exact
-    ) == pytest.approx(0.005)
+    single = exact + torch.tensor([[[0.0, 1e-5], [1.0, 0.0]]])  # the second was decided otherwise
+    out = exact + torch.tensor([[[0.0, -0.02], [0.5, 0.0]]])
+    assert bench.errors(out, single, exact) == pytest.approx(0.005)
 
 
 def test_aims_are_ratios_of_what_was_measured():
     def row(way, forward, both, C=384, **rest):
-        return dict(
-            workload="paper", C=C, way=way, forward=(forward, 0.0), both=(both, 0.0), **rest
-        )
+        times = dict(forward=(forward, 0.0), both=(both, 0.0))
+        return dict(workload="paper", C=C, way=way, **times, **rest)
 
     rows = [
         row("ours", 2.0, 8.0, memory=30, inputs=100, output=50, error=1e-3),

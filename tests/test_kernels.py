@@ -44,12 +44,9 @@ def close(name, actual, expected, rtol, atol):
     """As assert_close, with atol in units of the largest expected value: gradients span a lot."""
     scale = max(1e-6, float(expected.detach().abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(
-        actual.double(),
-        expected.double(),
-        rtol=rtol,
-        atol=atol * scale,
+        actual.double(), expected.double(), rtol=rtol, atol=atol * scale,
         msg=lambda m: f"{name}: {m}",
-    )
+    )  # fmt: skip
 
 
 def check_against_dense(scene, *backends, rtol=1e-3, atol=2e-5, **options):
@@ -103,9 +100,7 @@ scenes = st.fixed_dictionaries(
         C=st.sampled_from([1, 3, 16, 17, 31]),
         width=st.integers(1, 20),
         height=st.integers(1, 20),
-        sigma=st.sampled_from(
-            [1e-4, 0.01, 0.1, 1.0]
-        ),  # from far below a pixel to larger than the image
+        sigma=st.sampled_from([1e-4, 0.01, 0.1, 1.0]),  # far below a pixel to beyond the image
         opacity=st.sampled_from([None, 0.0, 1 / 255, 0.5, 1.0]),
         flat=st.sampled_from([1.0, 0.01, 0.0]),
     )
@@ -174,9 +169,7 @@ def test_gradients_by_finite_differences():
         5, V=2, N=4, C=2, width=6, height=5, dtype=torch.float64
     )
 
-    def render(
-        means, factors, opacities, features
-    ):  # covars by a factor, so that they stay symmetric
+    def render(means, factors, opacities, features):  # covars by a factor, so they stay symmetric
         covars = factors @ factors.transpose(-1, -2)
         return rasterize(means, covars, opacities, features, *cameras, backend="torch")
 
@@ -276,16 +269,9 @@ def test_slope_is_clamped_outside_the_image(backend):
     K = torch.tensor([[[[4.0, 0, 4.0], [0, 4.0, 0.5], [0, 0, 1]]]], device=DEVICE)
     ones = torch.ones(1, 1, 1, device=DEVICE)
     _, alphas = rasterize(
-        means,
-        covars,
-        0.9 * ones[0],
-        ones,
-        torch.eye(4, device=DEVICE)[None, None],
-        K,
-        8,
-        1,
+        means, covars, 0.9 * ones[0], ones, torch.eye(4, device=DEVICE)[None, None], K, 8, 1,
         backend=backend,
-    )
+    )  # fmt: skip
     u = (8 - 4) / 4 + 0.3 * 0.5 * 8 / 4
     variance = (4 * sigma) ** 2 * (1 + u * u) + 0.3
     d = torch.arange(8) + 0.5 - (4 * x + 4)
@@ -302,12 +288,8 @@ def test_linear_in_features(backend):
     scene = make_scene(2, N=23, C=5)
     other = torch.randn_like(scene[3])
     render = lambda f: rasterize(*scene[:3], f, *scene[4:], backend=backend)[0]  # noqa: E731
-    torch.testing.assert_close(
-        render(2 * scene[3] - 3 * other),
-        2 * render(scene[3]) - 3 * render(other),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    expected = 2 * render(scene[3]) - 3 * render(other)
+    torch.testing.assert_close(render(2 * scene[3] - 3 * other), expected, rtol=1e-4, atol=1e-5)
 
 
 @both_backends
@@ -418,10 +400,8 @@ def test_a_mixture_of_bfloat16_tokens(backend):
     wide = tokens.detach().double().requires_grad_()
     dense = (wide[0][mixture.indices[0]] * mixture.weights[0, ..., None]).sum(1)[None]
     expected, _, certain = rasterize_dense(*scene[:3], dense, *scene[4:])
-    g = (
-        torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-        * certain[..., None]
-    )
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    g = g * certain[..., None]
     gradients = [
         torch.autograd.grad((o * g).sum(), t)[0] for o, t in ((out, tokens), (expected, wide))
     ]
@@ -449,10 +429,8 @@ def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J)
     expected, expected_alphas, certain = rasterize_dense(*wide[:3], dense, *scene[4:])
     close("features", out[certain], expected[certain], 1e-3, 2e-5)
     close("alphas", alphas[certain], expected_alphas[certain], 1e-3, 2e-5)
-    g = (
-        torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-        * certain[..., None]
-    )
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    g = g * certain[..., None]
     h = torch.randn(alphas.shape, generator=torch.Generator().manual_seed(1)).to(alphas) * certain
     got = torch.autograd.grad((out * g).sum() + (alphas * h).sum(), (*inputs, tokens))
     if N == 0:  # the loop has done nothing, and knows no gradient
@@ -477,10 +455,8 @@ def test_parts_of_images_are_those_of_the_whole(backend, mixed, B, V, N):
     g = torch.Generator().manual_seed(3)
     labels = torch.randint(0, 4, (B, V, 11, 19), generator=g)
     labels[labels == 2] = 4
-    labels, at = (
-        labels.to(DEVICE),
-        (torch.tensor([1, 2, 7], device=DEVICE), torch.tensor([0, 18], device=DEVICE)),
-    )
+    at = torch.tensor([1, 2, 7], device=DEVICE), torch.tensor([0, 18], device=DEVICE)
+    labels = labels.to(DEVICE)
     inputs = [
         t.detach().requires_grad_() for t in (*scene[:3], scene[3].tokens if mixed else scene[3])
     ]
@@ -490,9 +466,8 @@ def test_parts_of_images_are_those_of_the_whole(backend, mixed, B, V, N):
         *inputs[:3], features, *scene[4:], backend=backend, at=at, labels=labels
     )
     inside = (labels[..., None] == torch.arange(5, device=DEVICE)).to(out)  # (B, V, H, W, L)
-    expected = (
-        torch.einsum("bvhwl,bvhwc->bvlc", inside, out) / inside.sum((2, 3)).clamp(min=1)[..., None]
-    )
+    expected = torch.einsum("bvhwl,bvhwc->bvlc", inside, out)
+    expected = expected / inside.sum((2, 3)).clamp(min=1)[..., None]
     wanted = out[:, :, [1, 2, 7]][:, :, :, [0, 18]], alphas, expected
     gradients = []
     for what, a, b in zip(("pixels", "alphas", "means"), (some, again, means), wanted):
@@ -542,18 +517,8 @@ def test_operators_keep_torchs_rules(op):
     means, covars, opacities, features, viewmats, Ks, width, height = make_scene(
         23, B=1, V=2, N=9, C=3
     )
-    arguments = (
-        means.requires_grad_(),
-        covars.requires_grad_(),
-        opacities,
-        viewmats,
-        Ks,
-        width,
-        height,
-        0.01,
-        1e10,
-        0.3,
-    )
+    tensors = means.requires_grad_(), covars.requires_grad_(), opacities, viewmats, Ks
+    arguments = *tensors, width, height, 0.01, 1e10, 0.3
     means2d, conics, depths, radii = (
         t.detach().flatten(0, 1).contiguous() for t in project(*arguments)
     )
@@ -562,12 +527,8 @@ def test_operators_keep_torchs_rules(op):
     inputs = [t.requires_grad_() for t in (means2d.clone(), conics, opacities, features)]
     options = 2, width, height, 8, "ieee", not torch.cuda.is_available()
     blending = (*inputs, None, None, gaussians, ranges, *options)
-    chosen = {
-        "project": (project, arguments),
-        "list_tiles": (list_tiles, lists),
-        "blend": (blend, blending),
-    }[op]
-    torch.library.opcheck(*chosen)
+    calls = (project, arguments), (list_tiles, lists), (blend, blending)
+    torch.library.opcheck(*dict(zip(("project", "list_tiles", "blend"), calls))[op])
 
 
 # --------------------------------------------------------------------------- edges
@@ -701,18 +662,10 @@ def test_nan_is_named(backend, index, name):
         (make_scene(), dict(eps2d=-1.0), "eps2d is a variance"),
         (make_scene(), dict(backend="cuda"), "backend is 'cuda'"),
         (make_scene(), dict(precision="fp32"), "precision is 'fp32'"),
-        (
-            _mixed(indices=lambda t: t + 1),
-            {},
-            r"indices must lie in 0\.\.10, where the mixture's tokens are",
-        ),
+        (_mixed(indices=lambda t: t + 1), {}, r"indices must lie in 0\.\.10, where the mixture's"),
         (_mixed(indices=lambda t: t[:, :-1]), {}, r"indices must be \[1, 20, 4\]"),
         (_mixed(indices=lambda t: t.float()), {}, "indices must be torch.int32 or torch.int64"),
-        (
-            _mixed(weights=lambda t: t.requires_grad_()),
-            {},
-            "weights requires gradients, but is data",
-        ),
+        (_mixed(weights=lambda t: t.requires_grad_()), {}, "weights requires gradients, but is"),
         (_mixed(weights=_poison), {}, "weights has values that are NaN"),
         (make_scene(dtype=torch.float64), dict(backend="triton"), "takes float32 Gaussians"),
     ],

@@ -26,17 +26,13 @@ def _quadratic(m_ptr, n_ptr, covar_ptr, out_ptr, BLOCK: tl.constexpr):
 
 def test_quadratic_form_of_a_loaded_covariance():
     g = torch.Generator().manual_seed(0)
-    m, n, S = (
-        torch.randn(16, 3, generator=g),
-        torch.randn(16, 3, generator=g),
-        torch.randn(16, 3, 3, generator=g),
-    )
+    m, n = (torch.randn(16, 3, generator=g) for _ in range(2))
+    S = torch.randn(16, 3, 3, generator=g)
     out = torch.empty(16, device=DEVICE)
     _quadratic[(1,)](m.to(DEVICE), n.to(DEVICE), S.to(DEVICE), out, BLOCK=16)
     symmetric = 0.5 * (S + S.mT)  # what is stored need not be symmetric to the bit
-    torch.testing.assert_close(
-        out.cpu(), torch.einsum("bi,bij,bj->b", m, symmetric, n), rtol=1e-5, atol=1e-5
-    )
+    expected = torch.einsum("bi,bij,bj->b", m, symmetric, n)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 @triton.jit
@@ -166,9 +162,8 @@ def test_tile_lists_are_complete_sorted_and_tight(seed, images, N, width, height
     for t, (start, end) in enumerate(ranges.tolist()):
         image, ty, tx = t // (tiles_x * tiles_y), t // tiles_x % tiles_y, t % tiles_x
         listed = gaussians[start:end].tolist()
-        assert listed == sorted(listed, key=lambda n: (float(depths[image, n]), n)) and len(
-            set(listed)
-        ) == len(listed)
+        assert listed == sorted(listed, key=lambda n: (float(depths[image, n]), n))
+        assert len(set(listed)) == len(listed)
         # Distance from each box to the nearest and pixel-centre rectangle of the tile, in x and y
         low = torch.tensor([tx, ty]) * tile + 0.5
         high = torch.minimum(low + tile - 1, torch.tensor([width, height]) - 0.5)
@@ -200,13 +195,8 @@ def test_a_program_finds_its_run():
     )
     out = torch.empty(5, 3, dtype=torch.int64, device=DEVICE)
     _load_run[(5,)](ranges, owner, number, out, 2, RUN=16)
-    assert out.tolist() == [
-        [0, 40, 0],
-        [0, 40, 16],
-        [0, 40, 32],
-        [40, 45, 40],
-        [0, 0, 0],
-    ]  # the last has none
+    first, last = [[0, 40, 0], [0, 40, 16], [0, 40, 32]], [[40, 45, 40]]
+    assert out.tolist() == first + last + [[0, 0, 0]]  # the fifth has none
 
 
 @settings(max_examples=25)
@@ -220,9 +210,7 @@ def test_ranges_are_sorted_whatever_their_length(seed, lengths, run):
     g = torch.Generator().manual_seed(seed)
     ends = torch.tensor(lengths).cumsum(0)
     ranges = torch.stack([ends - torch.tensor(lengths), ends], 1)
-    depth = torch.randint(
-        0, 4, (sum(lengths),), generator=g
-    )  # many ties, which the lower half decides
+    depth = torch.randint(0, 4, (sum(lengths),), generator=g)  # ties: the lower half decides
     keys = (depth << 32) | torch.randperm(sum(lengths), generator=g)
     before, tiles.RUN = tiles.RUN, run
     try:
@@ -239,6 +227,5 @@ def test_a_list_of_thousands_is_sorted():
     keys = torch.randperm(5003, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ranges = torch.tensor([[0, 5000], [5000, 5000], [5000, 5003]], device=DEVICE)
     got = tiles.sort_ranges(keys.clone(), ranges, 5000)
-    assert torch.equal(got[:5000], keys[:5000].sort().values) and torch.equal(
-        got[5000:], keys[5000:].sort().values
-    )
+    assert torch.equal(got[:5000], keys[:5000].sort().values)
+    assert torch.equal(got[5000:], keys[5000:].sort().values)
