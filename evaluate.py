@@ -10,8 +10,9 @@
 The default compares the newest run's student with its teacher on procedural rooms that no training
 sees; --data FOLDER takes your data and the published settings. Tables, results.json and pictures
 go to RUN/evaluation/TASK-1/; without a run, to runs/evaluation/TASK-1/. Features are the patch
-tokens of the last block, as each probe's public code has them: with the final norm for
-segmentation alone. README, Probing, lists what differs from the published protocols.
+tokens of the last block (of four blocks in quick linear probes), as each probe's public code has
+them: with the final norm for segmentation alone. README, Probing, lists what differs from the
+published protocols.
 """
 
 import argparse
@@ -37,8 +38,8 @@ from data import BINS, rotation_angle
 from model import architecture_of, load_vit, normalise, read_state
 from reconstruct import FeedForward, SensorDepth, load_reconstructor, render, save_ply
 from train import (
-    POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, check_settings, depth_colours,
-    free_folder, load_teacher, move, plain_messages, replace_file, write_sheet,
+    POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
+    depth_colours, free_folder, load_teacher, move, plain_messages, replace_file, write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,6 +118,14 @@ def warning_of(models):
     return RANDOM if RANDOM in said else min(said, default=None)
 
 
+def layers_of(vit, settings):
+    """The blocks of a ViT, from 0, whose features are probed: --layers, or --blocks of them evenly
+    spaced up to the last (four are DINOv2's "lin. 4"), or the last."""
+    depth, count = len(vit.blocks), getattr(settings, "blocks", 1)
+    spaced = {math.ceil(depth * k / count) - 1 for k in range(1, count + 1)}
+    return settings.layers or sorted(spaced)
+
+
 @torch.no_grad()
 def extract(model, images, settings):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C'], half, on a CPU.
@@ -129,7 +138,7 @@ def extract(model, images, settings):
     for vit in model.vits:
         size = [s // vit.patch_size * vit.patch_size for s in images.shape[-2:]]
         x = normalise(F.interpolate(images, size, mode="bilinear", align_corners=False))
-        layers = settings.layers or [len(vit.blocks) - 1]
+        layers = layers_of(vit, settings)
         parts = vit.get_intermediate_layers(x, layers, True, True, settings.norm)
         patches += [p for p, _ in parts]  # each [B, C, h, w]
         classes = classes or [c for _, c in parts]  # each [B, C]
@@ -426,7 +435,8 @@ def linear(task, models, settings, folder):
     head, results, shown = TASKS[task].probe, {}, {}
     train, test, names = open_frames(task, settings)
     channels = max(sum(vit.embed_dim for vit in model.vits) for model in models)
-    need = [f.kept_bytes(channels * len(settings.layers or [-1])) for f in (train, test)]
+    channels *= len(settings.layers or range(settings.blocks))
+    need = [f.kept_bytes(channels) for f in (train, test)]
     with data.scratch(settings.cache, sum(need)) as place:
         for model in models:
             shelves = [shelve(place / f.part, head, model, f, settings) for f in (train, test)]
@@ -525,7 +535,8 @@ def fit(head, names, shelf, settings, seed):
     for step, batch in enumerate(batches, 1):
         features, classes, labels, _ = zip(*(shelf[i] for i in batch.tolist()))
         features, classes = torch.cat(features).to(DEVICE), torch.cat(classes).to(DEVICE)
-        label = torch.stack(labels).to(DEVICE)
+        stride = settings.stride
+        label = torch.stack(labels).to(DEVICE)[..., stride // 2 :: stride, stride // 2 :: stride]
         prediction = probe(features, classes, label.shape[-2:])
         known = (label != head.unknown).any()
         loss = probe.loss(prediction, label) if known else 0 * prediction.sum()
@@ -776,6 +787,8 @@ LINEAR = SEEDS | {
     "train_frames": Setting(128, 0, "frames to train the probe on; 0 is all", 0),
     "test_frames": Setting(40, 0, "frames to test it on; 0 is all", 0),
     "copies": Setting(1, 1, "random windows of each training frame, drawn once", 1),
+    "blocks": Setting(4, 1, "evenly spaced, whose features lie side by side; 1: the last", 1),
+    "stride": Setting(4, 1, "train on every n-th pixel of a label, each way", 1),
     "epochs": Setting(6, 0, "over the training frames", 0),
     "steps": Setting(0, 38_400, "of the optimiser; 0: as many as --epochs says", 0),
     "batch_size": Setting(8, 16, "frames a step", 1),
@@ -786,10 +799,6 @@ LINEAR = SEEDS | {
     "clip": Setting(0.0, 0.0, "largest norm of the gradients; 0: no clipping", 0),
     "checks": Setting(1, 1, "tests during training; the best counts, chosen by test frames", 1),
 }
-
-
-def published(**paper):  # LINEAR with other values for the paper's protocol
-    return LINEAR | {name: LINEAR[name]._replace(paper=value) for name, value in paper.items()}
 
 
 class Task(NamedTuple):
@@ -804,16 +813,18 @@ TASKS = {
         "pairs": Setting(80, 1500, "pairs of views for each seed", 1),
         "matches": Setting(1000, 1000, "matches of a pair, the best by the ratio test", 1),
     }, norm=False, multiple=4),
-    "depth": Task(published(clip=35.0, checks=6) | {
+    "depth": Task(changed(LINEAR, epochs=(6, 0), clip=(0.0, 35.0), checks=(1, 6)) | {
         "max_depth": Setting(0.0, 0.0, "metres, of bins and truth; 0: 10, or 20 on ScanNet++", 0),
         # The public code says 0.5, but slices the wrong axes: in effect it is 0
         "gradient_weight": Setting(0.5, 0.0, "of the gradient loss", 0),
     }, DepthProbe, norm=False),
-    "normals": Task(published(
-        lr=5e-4, epochs=10, steps=0, batch_size=8, schedule="quarter", warmup=0.15,
+    "normals": Task(changed(
+        LINEAR, lr=(1e-2, 5e-4), epochs=(60, 10), steps=(0, 0), batch_size=(8, 8),
+        schedule=("quarter", "quarter"), warmup=(0.25, 0.15),
     ), NormalsProbe, norm=False),
-    "segmentation": Task(published(
-        lr=1e-3, steps=40_000, weight_decay=1e-4, schedule="linear", warmup=0.0375,
+    "segmentation": Task(changed(
+        LINEAR, lr=(1e-2, 1e-3), epochs=(20, 0), steps=(0, 40_000), weight_decay=(0.01, 1e-4),
+        schedule=("quarter", "linear"), warmup=(0.25, 0.0375),
     ), SegmentationProbe, norm=True),
     "all": Task(SEEDS, multiple=4),
     "reconstruction": Task({
@@ -837,7 +848,7 @@ def parser_of(task, **about):
         add("--run", help="folder of the run to compare with its teacher; default: the newest")
         add("--teacher", help=f"a model alone, without a run: {TEACHERS}")
         add("--teacher-weights", help='a file, or "random"; default: the public weights')
-        add("--layers", nargs="+", type=int, help="blocks side by side, from 0; default: the last")
+        add("--layers", nargs="+", type=int, help="the blocks to probe, from 0, side by side")
         add("--norm", action=argparse.BooleanOptionalAction, help="default: for segmentation alone")
         concat = "put the first model's features, and its cls token alone, before others'"
         add("--concat", action="store_true", help=concat)

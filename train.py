@@ -128,8 +128,8 @@ METHOD = {  # what SplatAndDistill takes
     "student_temperature": Setting(0.1, 1.0, "of the student's logits", POSITIVE),
 }  # fmt: skip
 DISTILL = METHOD | changed(
-    VIEWS, height=(224, 576), width=(224, 880), steps=(250, 300_000), warmup=(0.1, 0.01),
-    lr=(2e-4, 2e-5),  # the demo takes 1,000 times fewer steps
+    VIEWS, height=(224, 576), width=(224, 880), steps=(220, 300_000), warmup=(0.1, 0.01),
+    lr=(1.5e-4, 2e-5),  # the demo takes 1,000 times fewer steps
     min_gap=(32, 8), max_gap=(64, 12),  # rooms' depth is exact: views far apart teach more
 ) | {
     "teacher": Setting("dinov2_vits14", "dinov2_vits14", TEACHERS),
