@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -436,7 +437,9 @@ def test_the_papers_protocol_is_for_data_and_the_quick_one_for_rooms(task):
     for name, value in PUBLISHED[task].items():
         right = value if isinstance(value, str) else pytest.approx(value, rel=1e-3)
         assert getattr(paper, name) == right, name
-    assert paper.train_frames == 0 and (quick.epochs, quick.steps, quick.lr) == (6, 0, 1e-2)
+    assert (paper.train_frames, paper.blocks, paper.stride) == (0, 1, 1)
+    epochs = {"depth": 6, "normals": 60, "segmentation": 20}
+    assert (quick.epochs, quick.steps, quick.lr) == (epochs[task], 0, 1e-2)
     assert settings_of(f"--task {task} --protocol paper").lr == paper.lr
     few = settings_of(f"--task {task} --data x --epochs 3")  # who gives epochs means them
     assert (few.epochs, few.steps) == (3, 0)
@@ -976,6 +979,30 @@ def test_weights_are_compared_whatever_their_size(monkeypatch, capsys):
         evaluate(f"--task depth {both} --layers 0 2")
 
 
+def test_quick_linear_probes_take_four_evenly_spaced_blocks():
+    quick, paper = (settings_of(f"--task normals --protocol {p}") for p in ("quick", "paper"))
+    for depth, four in ((6, [1, 2, 4, 5]), (12, [2, 5, 8, 11]), (2, [0, 1])):  # 12: DINOv2's lin. 4
+        vit = SimpleNamespace(blocks=range(depth))
+        assert E.layers_of(vit, quick) == four and E.layers_of(vit, paper) == [depth - 1]
+        assert E.layers_of(vit, settings_of("--task correspondence")) == [depth - 1]
+        assert E.layers_of(vit, settings_of("--task normals --layers 1 0")) == [1, 0]
+
+
+def test_a_probe_trains_on_every_nth_pixel_alone(tmp_path):
+    """What labels say elsewhere changes nothing; what they say there does."""
+    found = []
+    for row, column in ((0, 0), (1, 2), (1, 1)):
+        torch.manual_seed(0)
+        features, cls, label = torch.randn(1, 3, 2, 2), torch.randn(1, 3), 1 + torch.rand(28, 28)
+        label[row::3, column::3] = 9.0
+        shelf = data.Shelf(tmp_path / f"{row}{column}")
+        shelf.append(features, cls, label, torch.zeros(1, 7))
+        settings = settings_of("--task depth --stride 3 --epochs 3 --max-depth 10")
+        (probe,) = E.fit(E.DepthProbe, None, shelf, settings, 0)
+        found.append(probe.conv.weight.detach().clone())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_features_are_of_the_layers_asked_for_and_concatenated():
     vits = [M.load_vit("dinov2_vits14", "random", seed) for seed in (1, 2)]
     images = torch.rand(2, 3, 30, 45)
@@ -991,7 +1018,8 @@ def test_features_are_of_the_layers_asked_for_and_concatenated():
     probe = E.DepthProbe(features.shape[1], classes.shape[1])
     assert probe(features.float(), classes.float(), (30, 45)).isfinite().all()
     assert probe.conv.in_channels == 6 * 24
-    last = E.extract(E.Model("one", vits[:1], None), images, settings_of("--task depth"))[0]
+    one, settings = E.Model("one", vits[:1], None), settings_of("--task depth --blocks 1")
+    last = E.extract(one, images, settings)[0]
     expected = vits[0].get_intermediate_layers(x, 1, True, norm=False)[0]
     torch.testing.assert_close(last, expected.half())
 
