@@ -17,6 +17,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
@@ -105,9 +106,11 @@ class SplatAndDistill(nn.Module):
             # What is above the teacher's entropy is the distance to the teacher
             metrics["above_entropy"] = cross_entropy.detach() - entropy
         if self.loss != "prototypes":
-            contrast, metrics["matched"] = contrastive_loss(learnt, taught, self.temperature)
+            options = self.temperature, self.training
+            contrast, metrics["matched"] = contrastive_loss(learnt, taught, *options)
             loss = loss + contrast
-        metrics |= {"loss": loss.detach(), "holes": drawn["holes"].float().mean()}
+        holes = drawn["holes"].sum(), drawn["holes"].numel()
+        metrics |= {"loss": loss.detach(), "holes": mean_of(*holes, self.training)}
         return loss, metrics, dict(drawn, student=student.detach())
 
     @torch.no_grad()
@@ -164,11 +167,11 @@ class SplatAndDistill(nn.Module):
         with torch.no_grad():
             teacher_logits = self.teacher_head(teacher).float()  # [locations, prototypes]
             centred = teacher_logits - self.centre
-            if self.training and len(teacher):
-                self.centre.lerp_(teacher_logits.mean(0), 1 - self.centring)
-        student_logits = self.student_head(student).float()
-        teacher_logits = centred / self.teacher_temperature
-        return distillation_loss(teacher_logits, student_logits / self.student_temperature)
+            if self.training and self.centring < 1:
+                mean = mean_of(teacher_logits.sum(0), len(teacher), True, none=self.centre)
+                self.centre.lerp_(mean, 1 - self.centring)
+        student_logits = self.student_head(student).float() / self.student_temperature
+        return distillation_loss(centred / self.teacher_temperature, student_logits, self.training)
 
     @torch.no_grad()
     def update_teacher(self, momentum):
@@ -202,18 +205,54 @@ def without_masked(gaussians, context):
 # ---------------------------------------------------------------------------- its parts
 
 
-def distillation_loss(teacher_logits, student_logits):
+def mean_of(total, count, together, none=0.0):
+    """The mean of `count` numbers here whose sum is `total`; `none` where there are none.
+
+    Under torchrun and `together`, the mean over all processes. Its gradient is then this process's
+    part times the number of processes, because DistributedDataParallel takes the mean of the
+    processes' gradients: that is the gradient of the whole.
+    """
+    whole, counts = total.detach().clone(), torch.as_tensor(count, device=total.device).float()
+    processes = dist.get_world_size() if together and dist.is_initialized() else 1
+    if processes > 1:
+        dist.all_reduce(whole)
+        counts = counts.clone()
+        dist.all_reduce(counts)
+    part = processes * total / counts.clamp(min=1)
+    mean = part + (whole / counts.clamp(min=1) - part).detach()
+    return torch.where(counts > 0, mean, none)
+
+
+def rows_of_all(x, together):
+    """Rows [M, C] of all processes, in their order, and where this process's begin.
+
+    Their gradient is the sum of what all processes' losses say. Not under torchrun, or not
+    `together`, they are x itself.
+    """
+    if not (together and dist.is_initialized()):
+        return x, 0
+    here = torch.tensor([len(x)], device=x.device)
+    counts = [torch.zeros_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, here)
+    counts = [int(n) for n in counts]
+    padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))  # all_gather wants equal shapes
+    parts = dist.nn.functional.all_gather(padded)
+    return torch.cat([p[:n] for p, n in zip(parts, counts)]), sum(counts[: dist.get_rank()])
+
+
+def distillation_loss(teacher_logits, student_logits, together=False):
     """Cross-entropy of softmax(student) under softmax(teacher), and the teacher's entropy.
 
     Logits [locations, prototypes], divided by their temperatures. Both are means over the
-    locations, and 0 without any.
+    locations (`together`: of all processes), and 0 without any.
     """
     teacher_log, student_log = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
-    p, locations = teacher_log.exp(), max(1, len(teacher_log))
-    return -(p * student_log).sum() / locations, -(p * teacher_log).sum() / locations
+    p, locations = teacher_log.exp(), len(teacher_log)
+    cross_entropy = mean_of(-(p * student_log).sum(), locations, together)
+    return cross_entropy, mean_of(-(p * teacher_log).sum(), locations, together)
 
 
-def contrastive_loss(queries, keys, temperature):
+def contrastive_loss(queries, keys, temperature, together=False):
     """InfoNCE (CPC, arXiv 1807.03748), both ways as in CLIP (2103.00020), between [locations, C].
 
     Row i of the queries belongs to row i of the keys. With unit vectors and temperature t
@@ -221,14 +260,18 @@ def contrastive_loss(queries, keys, temperature):
         s_ij = q_i . k_j / t        L = - mean_i log( exp s_ii / sum_j exp s_ij )
 
     Returns the mean of L and of L with i and j swapped, and the share of queries whose nearest
-    key is their own. Both are 0 without locations.
+    key is their own. Both are 0 without locations. `together`, i and j run over the locations of
+    all processes: each takes its own rows of both.
     """
-    scores = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
-    own = torch.arange(len(scores), device=scores.device)  # scores: [locations, locations]
-    both = sum(F.cross_entropy(s, own, reduction="sum") for s in (scores, scores.T))
+    queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
+    (all_queries, first), (all_keys, _) = (rows_of_all(x, together) for x in (queries, keys))
+    own = first + torch.arange(len(queries), device=queries.device)
+    scores = queries @ all_keys.T / temperature  # [locations, locations of all]
+    swapped = keys @ all_queries.T / temperature
+    both = sum(F.cross_entropy(s, own, reduction="sum") for s in (scores, swapped))
     nearest = scores.detach().argmax(1) if len(scores) else own
-    locations = max(1, len(scores))
-    return both / (2 * locations), (nearest == own).sum() / locations
+    found = mean_of((nearest == own).sum(), len(own), together)
+    return mean_of(both / 2, len(own), together), found
 
 
 class DINOHead(nn.Module):
@@ -448,14 +491,15 @@ class Pretraining(nn.Module):
         inside = places.abs().amax(-1) < 1 - 1 / (2 * w)  # features start half a patch inside
         keys = F.grid_sample(keys, places[:, None], align_corners=False)[:, :, 0].mT  # [B, h*w, C]
         queries, keys = queries[inside].float(), keys[inside].float()
-        loss, matched = contrastive_loss(queries, keys, self.temperature)
+        loss, matched = contrastive_loss(queries, keys, self.temperature, self.training)
         metrics = {"matched": matched}
         if self.place_weight:
             in_photo = moved(centres, batch["windows"])  # [B, 2, h*w, 2]
             # A mirrored crop looks like one of a mirrored photo, and counts as that
             mirrored = torch.linalg.det(batch["windows"][..., :2]).sign()[..., None]  # [B, 2, 1]
             in_photo = torch.stack([in_photo[..., 0] * mirrored, in_photo[..., 1]], -1)
-            error = F.mse_loss(self.place(tokens.flatten(3).mT).float(), in_photo)
+            error = (self.place(tokens.flatten(3).mT).float() - in_photo).square()
+            error = mean_of(error.sum(), error.numel(), self.training)
             metrics["place"], loss = error.detach(), loss + self.place_weight * error
         return loss, {"loss": loss.detach(), **metrics}, {}
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from kernels import rasterize
-from model import NEAR_PLANE, load_strictly, normalise, read_state, without_masked
+from model import NEAR_PLANE, load_strictly, mean_of, normalise, read_state, without_masked
 
 SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
 SHIPPED = Path(__file__).parent / "weights" / "reconstructor.safetensors"
@@ -722,29 +722,27 @@ class Reconstruction(nn.Module):
         V, _, H, W = context["images"].shape[1:]
         if coarse:
             known = F.interpolate(context["depths"], (H // 4, W // 4), mode="nearest")
-            error = log_depth_error(self.reconstruct(context, coarse=True), known)
+            error = log_depth_error(self.reconstruct(context, coarse=True), known, self.training)
             loss = self.depth_weight * error
             return loss, {"loss": loss.detach(), "log_depth": error.detach()}, {}
         gaussians = without_masked(self.reconstruct(context), context)
         photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
-        loss = F.mse_loss(photo, target["images"])
-        if "valid" in target:
-            valid = target["valid"][:, None].expand_as(photo)
-            squares = torch.where(valid, photo - target["images"], 0.0) ** 2
-            loss = squares.sum() / valid.sum().clamp(min=1)
+        valid = target.get("valid", alphas >= 0)[:, None].expand_as(photo)
+        squares = torch.where(valid, photo - target["images"], 0.0) ** 2
+        loss = mean_of(squares.sum(), valid.sum(), self.training)
         metrics = {"mse": loss.detach()}
         if "depths" in context:
             forwards = torch.linalg.inv(context["extrinsics"])[:, :, 2]  # [B, V, 4] world to z
             points = F.pad(gaussians.means, (0, 1), value=1.0).unflatten(1, (V, H, W))
             z = (points * forwards[:, :, None, None]).sum(-1)
-            error = log_depth_error(z, context["depths"])
+            error = log_depth_error(z, context["depths"], self.training)
             metrics["log_depth"], loss = error.detach(), loss + self.depth_weight * error
         drawn = dict(photo=photo, depth=depth, alphas=alphas, gaussians=gaussians)
         return loss, {"loss": loss.detach(), **metrics}, drawn
 
 
-def log_depth_error(depths, truth):
-    """Mean of |log(depths / truth)| where the truth is known, that is not 0."""
+def log_depth_error(depths, truth, together=False):
+    """Mean of |log(depths / truth)| where the truth is known, that is not 0: see `mean_of`."""
     known = truth > 0
     error = depths.clamp(min=1e-6).log() - truth.clamp(min=1e-6).log()
-    return torch.where(known, error, 0.0).abs().sum() / known.sum().clamp(min=1)
+    return mean_of(torch.where(known, error, 0.0).abs().sum(), known.sum(), together)
