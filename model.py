@@ -223,21 +223,32 @@ def mean_of(total, count, together, none=0.0):
     return torch.where(counts > 0, mean, none)
 
 
-def rows_of_all(x, together):
-    """Rows [M, C] of all processes, in their order, and where this process's begin.
+class RowsOfAll(torch.autograd.Function):
+    """Rows [M, C] of all processes, M different in each -> [sum of M, C], in the processes' order.
+    The gradient is the sum of what the losses of all processes say of this one's rows."""
 
-    Their gradient is the sum of what all processes' losses say. Not under torchrun, or not
-    `together`, they are x itself.
-    """
+    @staticmethod
+    def forward(ctx, x, counts):
+        padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))  # all_gather wants equal shapes
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        ctx.counts = counts
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        dist.all_reduce(grad := grad.contiguous().clone())
+        return grad.split(ctx.counts)[dist.get_rank()], None
+
+
+def rows_of_all(x, together):
+    """`RowsOfAll` and where this process's rows begin, if `together` and under torchrun; else x."""
     if not (together and dist.is_initialized()):
         return x, 0
     here = torch.tensor([len(x)], device=x.device)
-    counts = [torch.zeros_like(here) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, here)
-    counts = [int(n) for n in counts]
-    padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))  # all_gather wants equal shapes
-    parts = dist.nn.functional.all_gather(padded)
-    return torch.cat([p[:n] for p, n in zip(parts, counts)]), sum(counts[: dist.get_rank()])
+    dist.all_gather(counts := [torch.zeros_like(here) for _ in range(dist.get_world_size())], here)
+    counts = [int(count) for count in counts]
+    return RowsOfAll.apply(x, counts), sum(counts[: dist.get_rank()])
 
 
 def distillation_loss(teacher_logits, student_logits, together=False):

@@ -6,6 +6,9 @@ By default on procedural rooms, sized for a CPU; with --data on photos, as the p
 runs/NAME/ student.safetensors (reconstructor.safetensors, teacher.safetensors), metrics.jsonl with
 one line a step, preview_*.png of views that training does not see, and checkpoint.pt, with which
 python train.py --resume runs/NAME goes on. Ctrl-C finishes the step, saves, and stops.
+
+On many GPUs: torchrun --nproc-per-node 8 train.py [...]. Then --batch-size is a process's, and n
+processes train as one with n times its batch.
 """
 
 import argparse
@@ -25,12 +28,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, default_collate
 
 import data
 from model import (
@@ -67,7 +72,7 @@ TRAINING = {
     "name": Setting(None, None, "of the run; default: its kind and the next free number"),
     "height": Setting(288, 288, "of the images, pixels; a reconstructor takes multiples of 16"),
     "width": Setting(288, 288, "likewise"),
-    "batch_size": Setting(4, 64, "scenes or photos a step", 1),
+    "batch_size": Setting(4, 64, "scenes or photos a step, of each process", 1),
     "steps": Setting(5000, 100_000, "of the optimiser", 1),
     "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE),
     "warmup": Setting(0.05, 0.01, "share of the steps in which lr climbs, before a cosine", 0, 1),
@@ -269,7 +274,7 @@ def load_teacher(settings):
 
 
 def load_views(settings, num_shown):
-    """Views to train on, one for every scene of every step, and a batch to show in previews.
+    """Views to train on, and a batch to show in previews.
 
     The batch is of rooms that training does not see; of captures nothing is held out. Points of
     captures set near and far, unless a flag does.
@@ -278,8 +283,7 @@ def load_views(settings, num_shown):
     options["num_context"] = settings["context_views"]
     path, split, seed = (settings[k] for k in ("data", "split", "seed"))
     scenes = data.open_scenes(path, split) if path else data.Rooms("train")
-    length = settings["steps"] * settings["batch_size"]
-    views = data.Views(scenes, **options, seed=seed, length=length)
+    views = data.Views(scenes, **options, seed=seed, length=0)  # `Run.batches` sets the length
     from_points = settings.pop("points", False) and settings.get("geometry") != "depth"
     if from_points and (found := views.point_range()):
         near, far = (float(f"{depth:.3g}") for depth in found)
@@ -326,10 +330,10 @@ class Distill:
             reconstruct = FeedForward(load_reconstructor(path), settings["near"], settings["far"])
         self.model = SplatAndDistill(vit, reconstruct, **{k: settings[k] for k in METHOD})
 
-    def step(self, batch, number, descend):
-        """A step of training. Returns {metric: scalar tensor}."""
+    def step(self, model, batch, number, descend):
+        """A step of training, of self.model by way of `model`. Returns {metric: scalar tensor}."""
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
-            loss, metrics, _ = self.model(batch)
+            loss, metrics, _ = model(batch)
         descend(loss)
         if number % self.settings["ema_every"] == 0:
             self.model.update_teacher(self.settings["momentum"])
@@ -380,9 +384,9 @@ class Reconstruct:
         options = (settings[k] for k in ("near", "far", "depth_weight"))
         self.model = Reconstruction(network.requires_grad_(True), *options)
 
-    def step(self, batch, number, descend):
+    def step(self, model, batch, number, descend):
         coarse = number % (self.settings["coarse"] + 1) != 0
-        loss, metrics, _ = self.model(batch, coarse=coarse)  # in float32, which positions need
+        loss, metrics, _ = model(batch, coarse=coarse)  # in float32, which positions need
         descend(loss)
         return metrics
 
@@ -434,8 +438,7 @@ class Pretrain:
         held_out = photos if folder else data.Photos(None, height, width, 8, "val")
         scales = settings["least_scale"], settings["most_scale"]
         crop = settings["crop"], scales, settings["warp"]
-        length = settings["steps"] * settings["batch_size"]
-        self.views = data.Crops(photos, *crop, seed, length=length)
+        self.views = data.Crops(photos, *crop, seed, length=0)
         shown = data.Crops(held_out, *crop, seed + 1, length=8)
         self.shown = default_collate([shown[i] for i in range(8)])
         self.shown["photos"] = torch.stack([held_out[i % len(held_out)] for i in range(4)])
@@ -444,9 +447,9 @@ class Pretrain:
         options = settings["temperature"], settings["place_weight"], settings["start"] == "random"
         self.model = Pretraining(vit, *options)
 
-    def step(self, batch, number, descend):
+    def step(self, model, batch, number, descend):
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
-            loss, metrics, _ = self.model(batch)
+            loss, metrics, _ = model(batch)
         descend(loss)
         return metrics
 
@@ -543,22 +546,33 @@ def trained(model):
     return names + emas + [name for name, _ in model.named_buffers() if name == "centre"]
 
 
-def ignore_ctrl_c(_worker):
-    """Ctrl-C reaches the loader's processes too; they have to live until the step is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_worker):
+    """They reach the loader's processes too, which have to live until the step is done."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def kind(settings):  # names the run's folder
+    return settings["preset"] if settings["stage"] == "distill" else settings["stage"]
 
 
 class Run:
     """A stage with its optimiser and schedule, how far it has come, and its folder.
 
-    step is the last finished one; measured is what the last preview measured {name: number};
-    seconds were spent up to step `first`, where this process began.
+    step is the last finished one, after so many samples of all processes; measured is what the last
+    preview measured {name: number}; seconds were spent up to step `first`, where this process
+    began. Of many processes the first one alone writes.
     """
 
     def __init__(self, settings):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.settings, self.stage = settings, STAGES[settings["stage"]](settings)
-        self.model = self.stage.model.to(self.device).train()
+        self.model = self.parallel = self.stage.model.to(self.device).train()
+        self.rank, self.processes = 0, 1
+        if dist.is_initialized():
+            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+            # Cheap steps of a reconstructor use a part of it alone
+            self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         lr, decay, total = settings["lr"], settings["weight_decay"], settings["steps"] + 1
         # OneCycleLR divides by zero if the climb takes one step
@@ -567,20 +581,22 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, lr, total, pct_start=warmup, cycle_momentum=False
         )
-        self.step, self.first, self.seconds, self.measured = 0, 0, 0.0, {}
+        self.step, self.samples, self.first, self.seconds, self.measured = 0, 0, 0, 0.0, {}
         self.started, self.asked_to_stop = time.time(), False
 
     @classmethod
     def new(cls, settings):
         """A run in a folder of its own. SystemExit: its name is taken."""
         run = cls(settings)
-        kind = settings["preset"] if settings["stage"] == "distill" else settings["stage"]
         parent, name = Path("runs"), settings["name"]
-        folder = run.folder = parent / name if name else free_folder(parent, kind)
+        folder = run.folder = parent / name if name else free_folder(parent, kind(settings))
         if (folder / "checkpoint.pt").exists():
             raise SystemExit(f"{folder}: there is a run of that name; --resume goes on with it")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").write_text("")
+        if run.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.jsonl").write_text("")
+        else:  # dropout differs by process
+            torch.manual_seed(settings["seed"] + run.rank)
         return run
 
     @classmethod
@@ -589,7 +605,7 @@ class Run:
         path = folder / "checkpoint.pt"
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            settings, step = saved["settings"], saved["step"]
+            settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
             lines = (folder / "metrics.jsonl").read_bytes()[: saved["written"]]
             if settings.keys() != parse_settings(["--stage", settings["stage"]]).keys():
                 raise ValueError("its settings are those of another version")
@@ -604,8 +620,11 @@ class Run:
         run.model.load_state_dict(saved["model"], strict=False)
         run.optimizer.load_state_dict(saved["optimizer"])
         run.schedule.load_state_dict(saved["schedule"])
-        run.folder, run.step, run.first = folder, step, step
+        run.folder, run.step, run.first, run.samples = folder, step, step, samples
         run.seconds, run.measured = saved["seconds"], saved["measured"]
+        if run.rank:  # dropout differs by process
+            torch.manual_seed(settings["seed"] + run.rank + step)
+            return run
         # Steps after the checkpoint are taken again
         replace_file(folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
         torch.set_rng_state(saved["rng"])
@@ -614,10 +633,13 @@ class Run:
 
     def save(self):
         """Write the weights, and a checkpoint to go on from."""
+        if self.rank:
+            return
         state, settings = self.model.state_dict(), self.settings
         seconds = self.seconds + time.time() - self.started
         checkpoint = dict(
-            step=self.step, seconds=seconds, measured=self.measured, settings=settings,
+            step=self.step, samples=self.samples, seconds=seconds, measured=self.measured,
+            settings=settings,
             model={name: state[name] for name in trained(self.model)}, **self.stage.notes,
             optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
             rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
@@ -627,6 +649,7 @@ class Run:
         weights, about = self.stage.export()
         about |= {
             "command": command(settings), "settings": json.dumps(settings), "step": str(self.step),
+            "processes": str(self.processes),
             "hours": f"{seconds / 3600:.2f}", "measured": json.dumps(self.measured),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         }  # fmt: skip
@@ -641,11 +664,15 @@ class Run:
         replace_file(path, lambda path: save_file(weights, path, about))
 
     def batches(self):
-        """The batches that are left. A photo that cannot be read ends the run, after a save."""
+        """This process's batches that are left: of the samples of a step it takes its share in a
+        row. A photo that cannot be read ends the run, after a save."""
         views, size = self.stage.views, self.settings["batch_size"]
+        of_all = size * self.processes  # samples of a step
+        views.length = self.samples + (self.settings["steps"] - self.step) * of_all
+        starts = range(self.samples + self.rank * size, views.length, of_all)
         loader = DataLoader(
-            Subset(views, range(self.step * size, len(views))), size,
-            num_workers=self.settings["workers"], worker_init_fn=ignore_ctrl_c,
+            views, batch_sampler=[range(i, i + size) for i in starts],
+            num_workers=self.settings["workers"], worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # a draw from torch's own would shift a resumed dropout
         )  # fmt: skip
         try:
@@ -664,8 +691,9 @@ class Run:
 
     def train_step(self, batch):
         """The next step. Returns {metric: number}. SystemExit: the loss is not finite."""
-        metrics = self.stage.step(batch, self.step + 1, self.descend)
+        metrics = self.stage.step(self.parallel, batch, self.step + 1, self.descend)
         self.step += 1
+        self.samples += self.settings["batch_size"] * self.processes
         metrics = {"step": self.step} | {k: float(v) for k, v in metrics.items()}
         if not math.isfinite(metrics["loss"]):
             raise SystemExit(f"{self.folder}: the loss of step {self.step} is {metrics['loss']}")
@@ -674,6 +702,8 @@ class Run:
     @torch.no_grad()
     def preview(self):
         """Draw and measure what training does not see. Returns {name: number}."""
+        if self.rank:
+            return {}
         self.model.eval()
         panels, measured = self.stage.draw(move(self.stage.shown, self.device))
         self.model.train()
@@ -690,9 +720,28 @@ class Run:
         signal.signal(signum, signal.SIG_DFL)
 
 
+def left_by_restart(settings):
+    """The folder to go on in after torchrun has restarted its processes: the run of that name or
+    the newest of its kind, where it has a checkpoint; else None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return None
+    found = list(Path("runs").glob(f"{settings['name'] or kind(settings) + '-*'}/checkpoint.pt"))
+    return max(found, key=os.path.getmtime).parent if found else None
+
+
+def any_process(flag):
+    """Whether it is true in any process: they stop after the same step."""
+    if dist.is_initialized():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dist.all_reduce(said := torch.tensor(int(flag), device=device), dist.ReduceOp.MAX)
+        return bool(said)
+    return flag
+
+
 def train(settings):
     """Train until the last step or until Ctrl-C."""
-    run = Run.load(Path(settings["resume"])) if "resume" in settings else Run.new(settings)
+    folder = settings.get("resume") or left_by_restart(settings)
+    run = Run.load(Path(folder)) if folder else Run.new(settings)
     settings, recent = run.settings, []
     if run.stage.warning:
         banner(run.stage.warning)
@@ -704,7 +753,7 @@ def train(settings):
         signal.signal(signum, run.ask_to_stop)
     if run.step == 0:
         run.preview()
-    with open(run.folder / "metrics.jsonl", "a") as log:
+    with open(os.devnull if run.rank else run.folder / "metrics.jsonl", "a") as log:
         for batch in run.batches():
             line = run.train_step(batch)
             recent.append(line)
@@ -716,12 +765,14 @@ def train(settings):
             if last or run.step % 10 == 0:
                 progress(run, recent)
                 recent.clear()
-            if last or run.asked_to_stop or run.step % settings["checkpoint_every"] == 0:
+            stop = any_process(run.asked_to_stop)
+            if last or stop or run.step % settings["checkpoint_every"] == 0:
                 run.save()
-            if run.asked_to_stop and not last:
+            if stop and not last:
                 go_on = f"To go on: python train.py --resume {run.folder}"
                 return print(f"Stopped after step {run.step}. {go_on}")
-    report(run)
+    if run.rank == 0:
+        report(run)
 
 
 # ------------------------------------------------------------------------------ what is printed
@@ -767,17 +818,51 @@ def report(run):
 
 
 @contextlib.contextmanager
+def many_processes():
+    """Under torchrun: join the others. The first one prints; an error is said once."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, count = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it restarts processes: addresses of dead ones are in it
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+        dist.barrier()
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if isinstance(error, RuntimeError) and "Connection" in str(error):
+            raise SystemExit(1) from None  # another process has ended, and says why
+        if rank:  # where all fail alike, torchrun ends this one before it says so too
+            time.sleep(5)
+        raise
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def plain_messages():
     """Bad input (ValueError) ends the program with its one sentence; warnings print as notes."""
     warnings.showwarning = lambda message, *_: print(f"Note: {message}")
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # costs DDP a copy, no more
     try:
         yield
     except ValueError as error:  # a data worker puts its traceback before the sentence
         raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        killed = "a process that loads data was killed, as for want of memory"
+        raise SystemExit(f"{killed} (--workers); --resume goes on from the checkpoint") from None
 
 
 def main(arguments=None):
-    with plain_messages():
+    with many_processes(), plain_messages():
         train(parse_settings(arguments))
 
 

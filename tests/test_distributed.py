@@ -1,0 +1,134 @@
+"""train.py under torchrun, two processes on a CPU: as one with twice the batch, and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+from test_train import capture
+
+SCRIPT = str(Path(train.__file__))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STAGES = {
+    "distill": "--teacher vit_tiny14 --loss both --centring 0.9 --prototypes 32 --head-dim 32 "
+               "--bottleneck-dim 16 --height 56 --width 70 --lr 1e-3",
+    "reconstruct": "--stage reconstruct --coarse 1 --height 48 --width 64",
+    "pretrain": "--stage pretrain --height 96 --width 96 --crop 56 --photos 4",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # exact on a CPU
+
+
+def start(launcher, *options):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*launcher, SCRIPT, *options], **pipes, start_new_session=True)
+
+
+def finished(process):  # -> what it printed
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    return out
+
+
+def metrics(name):
+    return [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().split("\n")
+            if line]  # fmt: skip
+
+
+def wait_for_steps(process, name, steps):
+    path = Path("runs", name, "metrics.jsonl")
+    for _ in range(1000):
+        if path.exists() and path.read_text().count("\n") >= steps:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never had {steps} steps")
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_two_processes_train_as_one_with_twice_the_batch(stage):
+    options = f"{STAGES[stage]} --steps 3 --preview-every 2".split()
+    out = finished(start(TORCHRUN, *options, "--batch-size", "1", "--name", "two"))
+    finished(start([sys.executable], *options, "--batch-size", "2", "--name", "one"))
+    assert out.count("step 3/3") == 1  # the first process alone prints
+    one, two = metrics("one"), metrics("two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and "loss" in a
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
+    one, two = (torch.load(f"runs/{name}/checkpoint.pt", weights_only=True)
+                for name in ("one", "two"))  # fmt: skip
+    # Adam's mean of the gradients. The step itself is a sign where a gradient is rounding alone
+    one_means, two_means = (
+        torch.cat([state["exp_avg"].flatten() for state in run["optimizer"]["state"].values()])
+        for run in (one, two)
+    )
+    assert (one_means - two_means).norm() < 1e-4 * one_means.norm()
+    if stage == "distill":  # in the others some gradients are rounding alone
+        for name, weight in one["model"].items():
+            torch.testing.assert_close(weight, two["model"][name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_one_process_goes_on_with_the_samples_that_two_had_not_seen(monkeypatch):
+    process = start(TORCHRUN, *STAGES["distill"].split(), "--steps", "40", "--name", "run")
+    wait_for_steps(process, "run", 3)
+    os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
+    process.communicate(timeout=120)
+    saved = torch.load("runs/run/checkpoint.pt", weights_only=True)
+    step = saved["step"]
+    assert 3 <= step < 40 and saved["samples"] == 2 * step and len(metrics("run")) == step
+    saved["settings"]["steps"] = step + 3  # enough to see
+    torch.save(saved, "runs/run/checkpoint.pt")
+    seen, views = [], data.Views.__getitem__
+    monkeypatch.setattr(data.Views, "__getitem__", lambda v, i: seen.append(i) or views(v, i))
+    monkeypatch.setattr(train, "load_views", in_this_process(train.load_views))
+    train.main(["--resume", "runs/run"])
+    assert seen[1:] == [2 * step, 2 * step + 1, 2 * step + 2]  # the first is the preview's
+    assert [m["step"] for m in metrics("run")] == list(range(1, step + 4))
+
+
+def in_this_process(load_views):  # the loader's process would keep what it saw to itself
+    def patched(settings, *rest):
+        settings["workers"] = 0
+        return load_views(settings, *rest)
+
+    return patched
+
+
+def test_torchrun_restarts_a_killed_process_from_the_checkpoint():
+    options = f"{STAGES['distill']} --steps 12 --checkpoint-every 2 --name".split()
+    finished(start(TORCHRUN, *options, "whole"))
+    process = start([*TORCHRUN, "--max-restarts", "1"], *options, "killed")
+    wait_for_steps(process, "killed", 5)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    finished(process)
+    assert metrics("killed") == metrics("whole")
+    whole, killed = (load_file(f"runs/{name}/student.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_what_all_processes_find_wrong_is_said_once(tmp_path):
+    capture(tmp_path / "photos")
+    for photo in (tmp_path / "photos/images").iterdir():
+        photo.write_bytes(photo.read_bytes()[:200])
+    process = start(TORCHRUN, *STAGES["pretrain"].split(), "--data", str(tmp_path / "photos/images"))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    said = [line for line in out.splitlines() if str(tmp_path) in line and "photo" in line]
+    assert len(said) == 1, out
