@@ -14,9 +14,12 @@ processes train as one with n times its batch.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,7 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 
@@ -206,7 +209,7 @@ def parse_settings(arguments=None):
     add("-h", "--help", action="help", help="show this and exit")
     add_settings(parser, rows)
     given = vars(parser.parse_args(arguments))
-    if folder := given.pop("resume"):
+    if (folder := given.pop("resume")) is not None:
         if any(not a.startswith("--resume") for a in arguments if a.startswith("--")):
             raise SystemExit("--resume takes the run's own settings: no other flag goes with it")
         return {"resume": folder}
@@ -239,6 +242,8 @@ def check(settings):
         if value < least or value % unit:
             multiple = f"a multiple of {unit}, " if unit > 1 else ""
             raise SystemExit(f"{flag(name)} must be {multiple}at least {least}, not {value}")
+    if (name := settings["name"]) is not None and (Path(name).name != name or name == ".."):
+        raise SystemExit(f"--name is a folder's in runs/, without / or dots alone, not {name!r}")
     if stage != "pretrain" and not settings["far"] > settings["near"]:
         raise SystemExit("--far must be more than --near")
     if stage == "pretrain" and settings["least_scale"] > settings["most_scale"]:
@@ -473,10 +478,17 @@ STAGES = {"distill": Distill, "reconstruct": Reconstruct, "pretrain": Pretrain}
 
 # ------------------------------------------------------------------------------ what is written
 def replace_file(path, write):
-    """Write a file beside its place and rename it there, so that there is always a whole one."""
+    """Write a file beside its place, flush it to disk and rename it: there is always a whole one.
+    ValueError: it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    with data.naming(path, "cannot be written"):
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def free_folder(parent, kind):
@@ -546,10 +558,10 @@ def trained(model):
     return names + emas + [name for name, _ in model.named_buffers() if name == "centre"]
 
 
-def ignore_signals(_worker):
-    """They reach the loader's processes too, which have to live until the step is done."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def outlive_signals(done, _worker):
+    """Signals reach the loader's processes too, which have to live until the run is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: done.is_set() and os._exit(0))
 
 
 def kind(settings):  # names the run's folder
@@ -592,8 +604,11 @@ class Run:
         folder = run.folder = parent / name if name else free_folder(parent, kind(settings))
         if (folder / "checkpoint.pt").exists():
             raise SystemExit(f"{folder}: there is a run of that name; --resume goes on with it")
+        if (folder / run.stage.filename).exists():
+            raise SystemExit(f"{folder}: there are weights of a run without its checkpoint")
         if run.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            run.lock()
             (folder / "metrics.jsonl").write_text("")
         else:  # dropout differs by process
             torch.manual_seed(settings["seed"] + run.rank)
@@ -615,13 +630,17 @@ class Run:
         run = cls(settings)
         if saved["model"].keys() != set(trained(run.model)):
             raise SystemExit(f"{path}: its parameters are not those that its settings train")
-        if step >= settings["steps"]:
-            raise SystemExit(f"{folder}: has all its {step} steps already")
         run.model.load_state_dict(saved["model"], strict=False)
         run.optimizer.load_state_dict(saved["optimizer"])
         run.schedule.load_state_dict(saved["schedule"])
         run.folder, run.step, run.first, run.samples = folder, step, step, samples
         run.seconds, run.measured = saved["seconds"], saved["measured"]
+        if run.rank == 0:
+            run.lock()
+        if step >= settings["steps"]:
+            if not (folder / run.stage.filename).exists():  # it was killed before it wrote them
+                run.save()
+            raise SystemExit(f"{folder}: has all its {step} steps already")
         if run.rank:  # dropout differs by process
             torch.manual_seed(settings["seed"] + run.rank + step)
             return run
@@ -630,6 +649,14 @@ class Run:
         torch.set_rng_state(saved["rng"])
         torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
         return run
+
+    def lock(self):
+        """Keep others out of the folder while this process lives. SystemExit: one is in it."""
+        self.locked = open(self.folder / ".lock", "w")
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{self.folder}: another process is training there") from None
 
     def save(self):
         """Write the weights, and a checkpoint to go on from."""
@@ -661,7 +688,7 @@ class Run:
         weights = {k: v.cpu().contiguous() for k, v in weights.items()}
         replace_file(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
         path = self.folder / self.stage.filename
-        replace_file(path, lambda path: save_file(weights, path, about))
+        replace_file(path, lambda path: path.write_bytes(save(weights, about)))
 
     def batches(self):
         """This process's batches that are left: of the samples of a step it takes its share in a
@@ -672,7 +699,8 @@ class Run:
         starts = range(self.samples + self.rank * size, views.length, of_all)
         loader = DataLoader(
             views, batch_sampler=[range(i, i + size) for i in starts],
-            num_workers=self.settings["workers"], worker_init_fn=ignore_signals,
+            num_workers=self.settings["workers"],
+            worker_init_fn=functools.partial(outlive_signals, done := multiprocessing.Event()),
             generator=torch.Generator(),  # a draw from torch's own would shift a resumed dropout
         )  # fmt: skip
         try:
@@ -681,6 +709,8 @@ class Run:
         except ValueError:
             self.save()
             raise
+        finally:
+            done.set()
 
     def descend(self, loss):
         self.optimizer.zero_grad(set_to_none=True)
@@ -740,8 +770,8 @@ def any_process(flag):
 
 def train(settings):
     """Train until the last step or until Ctrl-C."""
-    folder = settings.get("resume") or left_by_restart(settings)
-    run = Run.load(Path(folder)) if folder else Run.new(settings)
+    folder = settings["resume"] if "resume" in settings else left_by_restart(settings)
+    run = Run.new(settings) if folder is None else Run.load(Path(folder))
     settings, recent = run.settings, []
     if run.stage.warning:
         banner(run.stage.warning)
@@ -760,8 +790,9 @@ def train(settings):
             last = run.step == settings["steps"]
             if last or run.step % settings["preview_every"] == 0:
                 line = line | run.preview()
-            log.write(json.dumps(line | run.stage.notes) + "\n")
-            log.flush()
+            with data.naming(log.name, "cannot be written"):
+                log.write(json.dumps(line | run.stage.notes) + "\n")
+                log.flush()
             if last or run.step % 10 == 0:
                 progress(run, recent)
                 recent.clear()
@@ -847,18 +878,27 @@ def many_processes():
 
 @contextlib.contextmanager
 def plain_messages():
-    """Bad input (ValueError) ends the program with its one sentence; warnings print as notes."""
+    """Bad input ends the program with one sentence; warnings print as notes."""
     warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     warnings.filterwarnings("ignore", "Grad strides do not match")  # costs DDP a copy, no more
     try:
         yield
-    except ValueError as error:  # a data worker puts its traceback before the sentence
-        raise SystemExit(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        killed = "a process that loads data was killed, as for want of memory"
-        raise SystemExit(f"{killed} (--workers); --resume goes on from the checkpoint") from None
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(sentence(error)) from None
+
+
+def sentence(error):
+    """What to say of bad input, a file or a killed loader. Raises an error of any other kind."""
+    signs = "is killed by signal", "exited unexpectedly", "shared memory"
+    if any(sign in str(error) for sign in signs):  # at any moment, so that it may be wrapped
+        killed = "a process that loads data was killed, as for want of memory or of /dev/shm"
+        return f"{killed} (--workers); --resume goes on from the checkpoint"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if isinstance(error, RuntimeError):
+        raise error
+    # A data worker puts its traceback before the sentence
+    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
 
 
 def main(arguments=None):

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def test_a_run_writes_what_it_says(capsys):
     train.main(SMALL)
     folder = Path("runs/demo-1")
     names = {p.name for p in folder.iterdir()}
-    assert names == {"student.safetensors", "checkpoint.pt", "metrics.jsonl",
+    assert names == {"student.safetensors", "checkpoint.pt", "metrics.jsonl", ".lock",
                      "preview_000000.png", "preview_000004.png", "preview_000006.png"}  # fmt: skip
     assert [m["step"] for m in metrics("demo-1")] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(m["loss"]) and m["above_entropy"] > -1e-6 for m in metrics("demo-1"))
@@ -306,9 +307,9 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         temporary.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="checkpoint.pt: cannot be written .disk full"):
         train.replace_file(path, fails)
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def no_network(monkeypatch):
@@ -532,22 +533,92 @@ def test_a_run_that_sees_only_holes_ends_and_says_so(tmp_path, capsys):
     assert metrics("demo-1")[-1]["cosine_splatted"] is None
 
 
-def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
-    """A real process, real ViT-S; the signal goes to all of its group, as a terminal's does."""
-    flags = "--teacher-weights random --geometry depth --steps 50 --workers 1 --name run"
-    sizes = ["--height", "56", "--width", "56"]
-    command = [sys.executable, str(Path(train.__file__)), *flags.split(), *sizes]
-    about = dict(stdout=subprocess.PIPE, text=True, start_new_session=True)
-    process = subprocess.Popen(command, cwd=tmp_path, **about)
-    lines = tmp_path / "runs/run/metrics.jsonl"
-    deadline = time.time() + 120
-    while not (lines.exists() and lines.read_text().count("\n") >= 2) and time.time() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+TINY = "--teacher vit_tiny14 --height 56 --width 56 --steps 30 --checkpoint-every 2"
+
+
+def begun(*arguments, steps=2, **limits):
+    """A real process that trains runs/run with a process that loads data, after some steps."""
+    command = [sys.executable, str(Path(train.__file__)), *arguments]
+    about = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, start_new_session=True, **about, **limits)
+    lines, deadline = Path("runs/run/metrics.jsonl"), time.time() + 120
+    while not (lines.exists() and lines.read_text().count("\n") >= steps):
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(signum):
+    """As Ctrl-C in a terminal or the end of a job: it reaches the loader's process too."""
+    process = begun(*TINY.split(), "--name", "run")
+    os.killpg(process.pid, signum)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "To go on: python train.py --resume runs/run" in out
-    step = torch.load(tmp_path / "runs/run/checkpoint.pt")["step"]
-    assert step == lines.read_text().count("\n") >= 2
+    assert torch.load("runs/run/checkpoint.pt")["step"] == len(metrics("run")) >= 2
+
+
+def test_after_a_kill_of_the_loader_or_of_all_a_resumed_run_is_the_same():
+    train.main([*TINY.split(), "--name", "whole", "--steps", "10"])
+    process = begun(*TINY.split(), "--name", "run", "--steps", "10", steps=4)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in out
+    assert "a process that loads data was killed" in out.splitlines()[-1]
+    process = begun("--resume", "runs/run", steps=6)
+    with pytest.raises(SystemExit, match="runs/run: another process is training there"):
+        train.main(["--resume", "runs/run"])
+    process.kill()  # a dead one holds no lock
+    process.communicate()
+    train.main(["--resume", "runs/run"])
+    assert metrics("run") == metrics("whole")
+    whole, run = (load_file(f"runs/{name}/student.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], run[name]) for name in whole)
+
+
+def few_bytes():  # as if the disk were full: files end at 1 MB
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_files():
+    process = begun(*TINY.split(), "--name", "run")
+    process.terminate()
+    process.communicate()
+    step = len(metrics("run"))
+    before = {path.name: path.read_bytes() for path in Path("runs/run").iterdir()}
+    process = begun("--resume", "runs/run", preexec_fn=few_bytes, steps=0)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in out
+    assert out.splitlines()[-1].startswith("runs/run/checkpoint.pt: cannot be written (")
+    after = {path.name: path.read_bytes() for path in Path("runs/run").iterdir()}
+    assert after.keys() == before.keys() and len(metrics("run")) in (step + 1, step + 2)
+    same = [name for name in before if name != "metrics.jsonl"]
+    assert all(after[name] == before[name] for name in same)
+
+
+def test_a_run_killed_before_its_weights_were_written_writes_them_when_resumed():
+    train.main([*SMALL, "--name", "x"])
+    before = load_file("runs/x/student.safetensors")
+    Path("runs/x/student.safetensors").unlink()
+    with pytest.raises(SystemExit, match="runs/x: has all its 6 steps already"):
+        train.main(["--resume", "runs/x"])
+    after = load_file("runs/x/student.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_weights_without_their_checkpoint_are_not_written_over():
+    train.main([*SMALL, "--name", "x", "--steps", "1"])
+    Path("runs/x/checkpoint.pt").unlink()
+    with pytest.raises(SystemExit, match="runs/x: there are weights of a run without its checkpo"):
+        train.main([*SMALL, "--name", "x"])
+
+
+def test_a_file_where_the_folder_belongs_is_named():
+    Path("runs").write_text("not a folder")
+    with pytest.raises(SystemExit, match="^runs.*: (File exists|Not a directory)"):
+        train.main([*SMALL, "--name", "x"])
 
 
 @pytest.mark.parametrize(
@@ -575,6 +646,9 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too(tmp_path):
         (["--geometry", "shipped", "--height", "32", "--width", "15"], "--width must be .*not 15"),
         (["--data", "nowhere"], "nowhere"),
         (["--split", "scenes.txt"], "--split is not read without --data: it lists the scenes of"),
+        (["--name", "../x"], "--name is a folder's in runs/, .* not '../x'"),
+        (["--name", ".."], "--name is a folder's in runs/"),
+        (["--resume", ""], "checkpoint.pt: not a checkpoint"),
         (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .* No such file"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
     ],
