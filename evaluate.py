@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import resource
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +35,10 @@ from torch import nn
 import data
 from data import BINS, rotation_angle
 from model import architecture_of, load_vit, normalise, read_state
-from reconstruct import FeedForward, SensorDepth, load_reconstructor, render, save_ply
+from reconstruct import mean, reconstruction
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
-    depth_colours, free_folder, load_teacher, move, plain_messages, replace_file, write_sheet,
+    depth_colours, free_folder, load_teacher, plain_messages, replace_file, write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -577,108 +576,16 @@ def from_labels(probe, labels):
     return said.nan_to_num(float(said.nanmedian()))
 
 
-# ----------------------------------------------------------------------------- reconstruction
-
-NEAREST, CONSTANT, SENSOR = "nearest context photo", "one constant depth", "sensor depth"
-
-
-@torch.no_grad()
-def reconstruction(settings, folder):
-    """How well a target view is shown: {way: [{metric: mean over the scenes}]}.
-
-    The ways are the nearest context photo, Gaussians from photos alone (for each of --weights) and,
-    with depth, Gaussians at its median and at sensor depth. "closed" is the share of the way from
-    the median to sensor depth, in PSNR; "seconds" the median time to Gaussians.
-    """
-    H, W = settings.image_size
-    scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
-    options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
-    views = data.Views(scenes, H, W, **options, length=settings.scenes)
-    ways = {f"photos alone, {name}": from_photos(name, settings) for name in settings.weights}
-    seconds = {name: [] for name in ways}
-    if not settings.data or all(scene.has_depth for scene in scenes):
-        ways = {CONSTANT: constant_depth} | ways | {SENSOR: SensorDepth()}
-    rows = {name: [] for name in (NEAREST, *ways)}
-    for i in counted(range(settings.scenes), settings.scenes, "scene"):
-        sample = move(views[i], DEVICE)
-        target, context = sample["target"], {k: v[None] for k, v in sample["context"].items()}
-        drawn = {NEAREST: nearest_photo(sample)}
-        for name, way in ways.items():
-            started = time.time()
-            gaussians = way(context)
-            if name in seconds:
-                float(gaussians.means.sum())  # waits for a GPU
-                seconds[name].append(time.time() - started)
-                if not (folder / "scene.ply").exists():
-                    save_ply(folder / "scene.ply", gaussians)
-            camera = target["extrinsics"][None], target["Ks"][None]
-            photo, depth, alphas = render(gaussians, *camera, W, H)
-            drawn[name] = photo[0], depth[0], alphas[0] > 0.5
-        panels = {"target photo": target["images"].permute(1, 2, 0)}
-        for name, (photo, depth, seen) in drawn.items():
-            rows[name].append(view_errors(photo, depth, seen, target))
-            panels[name] = photo.permute(1, 2, 0)
-            panels[f"depth: {name}"] = depth_colours(depth.cpu(), (seen & (depth > 0)).cpu())
-        if i < 4:
-            write_sheet(folder / f"scene_{i}.png", panels)
-    table = {name: {k: mean(row[k] for row in of) for k in of[0]} for name, of in rows.items()}
-    for name, times in seconds.items():
-        if SENSOR in table and table[SENSOR]["psnr"] > (low := table[CONSTANT]["psnr"]):
-            table[name]["closed"] = (table[name]["psnr"] - low) / (table[SENSOR]["psnr"] - low)
-        table[name]["seconds"] = float(np.median(times))
-        print(f"{name}: photos of {H} x {W} to Gaussians in {table[name]['seconds']:.2f} s")
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 2**10 * kilobytes
-    print(f"Peak memory on {DEVICE}: {peak / 2**30:.2f} GiB")
-    return {name: [row] for name, row in table.items()}
-
-
-def from_photos(name, settings):
-    network = load_reconstructor(None if name == "shipped" else name).to(DEVICE)
-    return FeedForward(network, settings.near, settings.far)
-
-
-def constant_depth(context):
-    """Sensor depth's Gaussians with all depth at its median, the best that one number can do."""
-    depths = context["depths"]
-    median = float(depths[depths > 0].median())
-    return SensorDepth()(context | {"depths": torch.full_like(depths, median)})
-
-
-def nearest_photo(sample):
-    """Of the context view nearest to the target photo, depth, and the pixels that it shows: all."""
-    context, target = sample["context"], sample["target"]
-    away = (context["extrinsics"][:, :3, 3] - target["extrinsics"][:3, 3]).norm(dim=-1)  # [V]
-    nearest = {k: v[away.argmin()] for k, v in context.items()}
-    unknown = torch.zeros_like(nearest["images"][0])
-    return nearest["images"], nearest.get("depths", unknown), unknown == 0
-
-
-def view_errors(photo, depth, seen, target):
-    """PSNR of a photo [3, H, W], in dB, share of pixels [H, W] not seen, and `depth_errors`."""
-    mse = (photo - target["images"]).square().mean().clamp(min=1e-10)
-    truth = target.get("depths", torch.zeros_like(depth))
-    row = {"psnr": float(-10 * mse.log10()), "holes": float((~seen).float().mean())}
-    return row | depth_errors(depth, truth, seen)
-
-
-def depth_errors(depth, truth, seen):
-    """The mean of |depth / truth - 1| where seen, and the same with depth scaled by the median of
-    truth / depth. All [H, W]; truth 0 = none. None where nothing is known."""
-    known = (truth > 0) & seen & (depth > 0)
-    if not known.any():
-        return {"abs_rel": None, "abs_rel_scaled": None}
-    ratio = depth[known] / truth[known]
-    errors = {"abs_rel": ratio, "abs_rel_scaled": ratio * (1 / ratio).median()}
-    return {name: float((r - 1).abs().mean()) for name, r in errors.items()}
-
-
 # ----------------------------------------------------------------------------- tables and files
 
 
-def mean(values):  # of those that are not None
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
+def draw_views(path, target, shown):
+    """`reconstruction`'s target photo, and each way's photo and depth, side by side."""
+    panels = {"target photo": target["images"][0].permute(1, 2, 0)}
+    for name, (photo, depth, seen) in shown.items():
+        panels[name] = photo[0].permute(1, 2, 0)
+        panels[f"depth: {name}"] = depth_colours(depth[0].cpu(), (seen & (depth > 0))[0].cpu())
+    write_sheet(path, panels)
 
 
 def loaded(dataset):  # its items, prepared one ahead by another process
@@ -743,7 +650,7 @@ def measure(task, settings, models, home):
     names, by_pair = [model.name for model in models], {}
     try:
         if task == "reconstruction":
-            results = reconstruction(settings, folder)
+            results = reconstruction(settings, folder, counted, draw_views)
         elif task == "correspondence":
             results, by_pair = correspondence(models, settings, folder)
         else:

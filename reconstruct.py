@@ -8,6 +8,9 @@ and height.
 import functools
 import json
 import math
+import resource
+import statistics
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
+import data
 from kernels import rasterize
 from model import NEAR_PLANE, load_strictly, normalise, read_state, without_masked
 
@@ -748,3 +752,105 @@ def log_depth_error(depths, truth):
     known = truth > 0
     error = depths.clamp(min=1e-6).log() - truth.clamp(min=1e-6).log()
     return torch.where(known, error, 0.0).abs().sum() / known.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------- how good it is
+
+NEAREST, CONSTANT, SENSOR = "nearest context photo", "one constant depth", "sensor depth"
+
+
+@torch.no_grad()
+def reconstruction(settings, folder, counted, draw):
+    """evaluate.py's task: how well is a target view shown? {way: [{metric: mean of the scenes}]}
+
+    The ways are the nearest context photo, Gaussians from photos alone (for each of --weights) and,
+    with depth, Gaussians at its median and at sensor depth. counted(items, total, what) prints how
+    far it is; draw(path, target, {way: (photo, depth, seen)}) draws a scene.
+    """
+    (H, W), device = settings.image_size, "cuda" if torch.cuda.is_available() else "cpu"
+    scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
+    options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
+    views = data.Views(scenes, H, W, **options, length=settings.scenes)
+    networks = {}
+    for name in settings.weights:
+        network = load_reconstructor(None if name == "shipped" else name).to(device)
+        networks[f"photos alone, {name}"] = FeedForward(network, settings.near, settings.far)
+    ways, seconds = networks, {name: [] for name in networks}
+    if not settings.data or all(scene.has_depth for scene in scenes):
+        ways = {CONSTANT: constant_depth} | networks | {SENSOR: SensorDepth()}
+    rows = {name: [] for name in (NEAREST, *ways)}
+    for i in counted(range(settings.scenes), settings.scenes, "scene"):
+        sample = views[i]
+        context, target = ({k: v[None].to(device) for k, v in sample[part].items()}
+                           for part in ("context", "target"))  # fmt: skip
+        shown = {NEAREST: nearest_photo(context, target)}
+        for name, way in ways.items():
+            started = time.time()
+            gaussians = way(context)
+            if name in networks:
+                float(gaussians.means.sum())  # waits for a GPU
+                seconds[name].append(time.time() - started)
+                if not (folder / "scene.ply").exists():
+                    save_ply(folder / "scene.ply", gaussians)
+            photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
+            shown[name] = photo, depth, alphas > 0.5
+        for name, view in shown.items():
+            rows[name].append(view_errors(*view, target))
+        if i < 4:
+            draw(folder / f"scene_{i}.png", target, shown)
+    return over_scenes(rows, seconds, f"{H} x {W}")
+
+
+def over_scenes(rows, seconds, size):
+    """Rows {way: [metrics of a scene]} as their means; networks also get "closed", the share of the
+    way from the median depth to sensor depth, in PSNR, and "seconds", the median to Gaussians."""
+    table = {name: {k: mean(row[k] for row in of) for k in of[0]} for name, of in rows.items()}
+    for name, times in seconds.items():
+        if SENSOR in table and table[SENSOR]["psnr"] > (low := table[CONSTANT]["psnr"]):
+            table[name]["closed"] = (table[name]["psnr"] - low) / (table[SENSOR]["psnr"] - low)
+        table[name]["seconds"] = statistics.median(times)
+        print(f"{name}: photos of {size} to Gaussians in {table[name]['seconds']:.2f} s")
+    peak, device = 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "cpu"
+    if torch.cuda.is_available():
+        peak, device = torch.cuda.max_memory_allocated(), "cuda"
+    print(f"Peak memory on {device}: {peak / 2**30:.2f} GiB")
+    return {name: [row] for name, row in table.items()}
+
+
+def mean(values):  # of those that are not None
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def constant_depth(context):
+    """Sensor depth's Gaussians with all depth at its median, the best that one number can do."""
+    depths = context["depths"]
+    median = float(depths[depths > 0].median())
+    return SensorDepth()(context | {"depths": torch.full_like(depths, median)})
+
+
+def nearest_photo(context, target):
+    """Of the context view nearest to the target: photo, depth, and the pixels that it shows: all."""
+    away = (context["extrinsics"] - target["extrinsics"][:, None])[0, :, :3, 3].norm(dim=-1)  # [V]
+    nearest = {k: v[:, away.argmin()] for k, v in context.items()}
+    unknown = torch.zeros_like(nearest["images"][:, 0])
+    return nearest["images"], nearest.get("depths", unknown), unknown == 0
+
+
+def view_errors(photo, depth, seen, target):
+    """PSNR of a photo [1, 3, H, W], in dB, share of pixels [1, H, W] not seen, `depth_errors`."""
+    mse = (photo - target["images"]).square().mean().clamp(min=1e-10)
+    truth = target.get("depths", torch.zeros_like(depth))
+    row = {"psnr": float(-10 * mse.log10()), "holes": float((~seen).float().mean())}
+    return row | depth_errors(depth, truth, seen)
+
+
+def depth_errors(depth, truth, seen):
+    """The mean of |depth / truth - 1| where seen, and the same with depth scaled by the median of
+    truth / depth. All of one shape; truth 0 = none. None where nothing is known."""
+    known = (truth > 0) & seen & (depth > 0)
+    if not known.any():
+        return {"abs_rel": None, "abs_rel_scaled": None}
+    ratio = depth[known] / truth[known]
+    errors = {"abs_rel": ratio, "abs_rel_scaled": ratio * (1 / ratio).median()}
+    return {name: float((r - 1).abs().mean()) for name, r in errors.items()}

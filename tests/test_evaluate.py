@@ -1192,15 +1192,6 @@ def test_a_single_frame_makes_no_pair(tmp_path):
         data.pairs(capture(tmp_path / "scan", frames=1), 10, 28, 56, 0)
 
 
-def test_depth_errors_by_hand():
-    depth, truth = torch.tensor([[2.0, 4.0, 6.0, 1.0]]), torch.tensor([[1.0, 2.0, 4.0, 0.0]])
-    errors = E.depth_errors(depth, truth, torch.tensor([[True, True, True, True]]))
-    assert errors["abs_rel"] == pytest.approx((1 + 1 + 0.5) / 3)
-    assert errors["abs_rel_scaled"] == pytest.approx((0 + 0 + 0.25) / 3)
-    unseen = E.depth_errors(depth, truth, torch.zeros(1, 4, dtype=torch.bool))
-    assert unseen == {"abs_rel": None, "abs_rel_scaled": None}
-
-
 NO_STUDENT = "runs/none/student.safetensors: no such file; --run takes"
 SMALL = "--image-size must be at least 14, a patch of dinov2_vits14, not 13 56"
 

@@ -503,6 +503,18 @@ def test_quaternions_of_half_turns_too():
     torch.testing.assert_close(turned, R @ v, rtol=1e-4, atol=1e-5)
 
 
+# --------------------------------------------------------------------------- how good it is
+
+
+def test_depth_errors_by_hand():
+    depth, truth = torch.tensor([[2.0, 4.0, 6.0, 1.0]]), torch.tensor([[1.0, 2.0, 4.0, 0.0]])
+    errors = reconstruct.depth_errors(depth, truth, torch.tensor([[True, True, True, True]]))
+    assert errors["abs_rel"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert errors["abs_rel_scaled"] == pytest.approx((0 + 0 + 0.25) / 3)
+    unseen = reconstruct.depth_errors(depth, truth, torch.zeros(1, 4, dtype=torch.bool))
+    assert unseen == {"abs_rel": None, "abs_rel_scaled": None}
+
+
 # --------------------------------------------------------------------------- bad input
 
 
