@@ -145,7 +145,7 @@ def test_the_task_hands_poses_and_sizes_on_rightly(monkeypatch):
     settings = settings_of(f"--task correspondence {few}")
     model = E.Model("place", [], None)
     (row,) = E.correspondence([model], settings, Path("."))[0]["place"]
-    names = [f"recall_10px_{a}_{b}deg" for a, b in zip(E.BINS, E.BINS[1:])]
+    names = [f"recall_10px_{a}_{b}deg" for a, b in zip(data.BINS, data.BINS[1:])]
     assert row["recall_5px"] > 0.9 and all(row[name] > 0.9 for name in names)
     shift = torch.zeros(4, 4)
     shift[0, 3] = 1.0
@@ -192,14 +192,14 @@ def test_views_without_depth_have_no_matches():
 def test_rotation_angle(degrees):
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     Rt = torch.tensor([[c, 0, s, 1], [0, 1, 0, 1], [-s, 0, c, 1]], dtype=torch.float64)
-    assert float(E.rotation_angle(Rt)) == pytest.approx(degrees, abs=0.01)
+    assert float(data.rotation_angle(Rt)) == pytest.approx(degrees, abs=0.01)
 
 
 def test_pairs_of_rooms_fill_every_range_of_viewpoints():
     pairs = data.pairs(None, 8, 28, 28, seed=3)
     for n, (a, b) in enumerate(pairs[i] for i in range(8)):
         to_b = torch.linalg.inv(b["extrinsics"]) @ a["extrinsics"]
-        assert E.BINS[n % 4] <= float(E.rotation_angle(to_b)) < E.BINS[n % 4 + 1]
+        assert data.BINS[n % 4] <= float(data.rotation_angle(to_b)) < data.BINS[n % 4 + 1]
         assert data.overlap(a, b, to_b) > 0.2
     again, other = data.pairs(None, 8, 28, 28, seed=3), data.pairs(None, 8, 28, 28, seed=4)
     key = lambda p: [(room.name, i, j) for room, i, j in p.entries]  # noqa: E731
