@@ -254,20 +254,20 @@ class MVSplat(nn.Module):
 def check_views(images, extrinsics, near, far):
     """ValueError for the first requirement of MVSplat that its inputs do not meet."""
     V, _, H, W = images.shape[1:]
-    fits = " x ".join(str(max(1, round(size / 16)) * 16) for size in (H, W))
-    R, last = extrinsics[..., :3, :3], extrinsics[..., 3, :]
-    off = (R @ R.mT - torch.eye(3, device=R.device)).abs().max()
-    off = torch.maximum(off, (last - last.new_tensor([0, 0, 0, 1])).abs().max())
-    size = f"images must be multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}"
-    rigid = "a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
-    for holds, message in (
-        (V >= 2, f"reconstruction compares views and needs at least 2, not {V}"),
-        (H % 16 == W % 16 == 0, size),
-        (((0 < near) & (near < far)).all(), "0 < near < far must hold for every view"),
-        (off <= 1e-3 and (torch.linalg.det(R) > 0).all(), f"extrinsics must be rigid: {rigid}"),
-    ):
-        if not holds:
-            raise ValueError(message)
+    if V < 2:
+        raise ValueError(f"reconstruction compares views and needs at least 2, not {V}")
+    if H % 16 or W % 16:
+        fits = " x ".join(str(max(1, round(size / 16)) * 16) for size in (H, W))
+        size = f"multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}"
+        raise ValueError(f"images must be {size}")
+    if not ((0 < near) & (near < far)).all():
+        raise ValueError("0 < near < far must hold for every view")
+    R, identity = extrinsics[..., :3, :3], torch.eye(4, device=extrinsics.device)
+    close = dict(rtol=0, atol=1e-3)
+    rotates = torch.allclose(R @ R.mT, identity[:3, :3], **close) and (torch.det(R) > 0).all()
+    if not (rotates and torch.allclose(extrinsics[..., 3, :], identity[3], **close)):
+        rigid = "a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
+        raise ValueError(f"extrinsics must be rigid: {rigid}")
 
 
 def conv(inside, outside, size=3, stride=1, bias=True):
@@ -303,28 +303,31 @@ def stem(config):
     ))  # fmt: skip
 
 
-def to_windows(x):
-    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]."""
+def to_windows(x, shifted=False):
+    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]; windows that are
+    shifted start a quarter of the size further on, and wrap around."""
+    if shifted:
+        x = torch.roll(x, (-(x.shape[-3] // 4), -(x.shape[-2] // 4)), (-3, -2))
     x = x.unflatten(-2, (2, -1)).unflatten(-4, (2, -1))  # [..., 2, h/2, 2, w/2, D]
     return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
 
 
-def from_windows(x, h, w):
+def from_windows(x, h, w, shifted=False):
     """The inverse of `to_windows`."""
     x = x.unflatten(-2, (h // 2, w // 2)).unflatten(-4, (2, 2))  # [..., 2, 2, h/2, w/2, D]
-    return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+    x = x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+    return torch.roll(x, (h // 4, w // 4), (-3, -2)) if shifted else x
 
 
 def sine_positions(h, w, dim, device=None):
     """DETR's sine embedding of a grid, coordinates from 1, normalised to 2 pi. [h, w, dim]"""
     frequency = 10000 ** (-2 * (torch.arange(dim // 2, device=device) // 2) / (dim // 2))
-
-    def along(size):
+    axes = []
+    for size in (h, w):
         x = 2 * math.pi * torch.arange(1, size + 1, device=device) / (size + 1e-6)
         x = x[:, None] * frequency
-        return torch.stack([x[:, 0::2].sin(), x[:, 1::2].cos()], -1).flatten(1)
-
-    return torch.cat([along(h)[:, None].expand(h, w, -1), along(w).expand(h, w, -1)], -1)
+        axes.append(torch.stack([x[:, 0::2].sin(), x[:, 1::2].cos()], -1).flatten(1))
+    return torch.cat([axes[0][:, None].expand(h, w, -1), axes[1].expand(h, w, -1)], -1)
 
 
 @functools.lru_cache(maxsize=1)  # 0.93 GiB at 576 x 880
@@ -357,21 +360,17 @@ class AttentionLayer(nn.Module):
     def forward(self, x, keys, mask):
         """x [B, V, h, w, D], keys [B, V, S, h, w, D] of the S views that each sees, and the mask
         of shifted windows or None."""
-        (h, w), S = x.shape[2:4], keys.shape[2]
-
-        def roll(t, sign):
-            shift = (sign * (h // 4), sign * (w // 4))
-            return t if mask is None else torch.roll(t, shift, (-3, -2))
-
-        q = to_windows(roll(self.q_proj(x), -1))  # [B, V, 4, tokens, D]
-        k, v = (to_windows(roll(proj(keys), -1)) for proj in (self.k_proj, self.v_proj))
+        (h, w), S, shifted = x.shape[2:4], keys.shape[2], mask is not None
+        q = to_windows(self.q_proj(x), shifted)  # [B, V, 4, tokens, D]
+        k, v = (to_windows(proj(keys), shifted) for proj in (self.k_proj, self.v_proj))
         k, v = (t.transpose(2, 3).flatten(3, 4) for t in (k, v))  # [B, V, 4, S * tokens, D]
         # Windows in the place of heads, and a mask of 4 dimensions too: otherwise PyTorch takes an
         # attention that holds tokens x tokens
         q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
-        bias = None if mask is None else (mask.repeat(1, 1, S) if S > 1 else mask)[None]
+        # [1, 4, tokens, S * tokens]; a copy only where S > 1
+        bias = mask[None, :, :, None].expand(-1, -1, -1, S, -1).flatten(3) if shifted else None
         attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias).view_as(q)
-        message = self.norm1(self.merge(roll(from_windows(attended, h, w), 1)))
+        message = self.norm1(self.merge(from_windows(attended, h, w, shifted)))
         if self.mlp is not None:
             message = self.norm2(self.mlp(torch.cat([x, message], -1)))
         return x + message
@@ -411,10 +410,6 @@ class Chain(nn.Sequential):
 
 def group_norm(channels):
     return nn.GroupNorm(8 if channels % 8 == 0 else 4, channels)
-
-
-def upsample(c):
-    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(c, c)))
 
 
 class UNetResidual(nn.Module):
@@ -462,8 +457,11 @@ class UNet(nn.Module):
         self.middle_block = Chain(UNetResidual(c, c), nn.Identity(), UNetResidual(c, c))
         for level in reversed(range(levels)):
             for second in (False, True):
+                # Parts that do not join are made too: the random draws of a seed depend on it
                 parts = [UNetResidual(2 * c, c)] + [UNetAttention(c)] * (level == last)
-                up.append(Chain(*parts, *[upsample(c)] * (second and level > 0)))
+                larger = OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(c, c))
+                parts += [nn.Sequential(larger)] * (second and level > 0)
+                up.append(Chain(*parts))
         self.output_blocks = nn.ModuleList(up)
         self.out = nn.Sequential(conv(c, c), group_norm(c), nn.SiLU())
 
@@ -537,8 +535,8 @@ class DepthPredictor(nn.Module):
 def cost_volume(features, intrinsics, extrinsics, depths, others):
     """How well depth candidates [B, V, n], along z, explain the other views. [B, V, n, h, w]
 
-    The scaled dot product of features [B, V, D, h, w] with what the others [V, V - 1] show there,
-    averaged.
+    The mean scaled dot product of features [B, V, D, h, w] with those that the other views
+    [V, V - 1] show there.
     """
     B, V, D, h, w = features.shape
     K = intrinsics * features.new_tensor([w, h, 1])[:, None]
@@ -573,9 +571,8 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
     offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
     # Mean: at the depth on the ray through the pixel's centre, moved by half a pixel at most
     size = raw.new_tensor([1 / W, 1 / H])
-    sides = (torch.arange(s, device=raw.device) + 0.5 for s in (H, W))
-    y, x = torch.meshgrid(*sides, indexing="ij")
-    xy = torch.stack([x, y], -1).to(raw) * size + (offset.sigmoid() - 0.5) * size
+    y, x = torch.meshgrid(*(torch.arange(s).to(raw) + 0.5 for s in (H, W)), indexing="ij")
+    xy = torch.stack([x, y], -1) * size + (offset.sigmoid() - 0.5) * size
     inverse = torch.linalg.inv(intrinsics)[:, :, None, None]
     rays = (inverse @ F.pad(xy, (0, 1), value=1.0)[..., None])[..., 0]  # z = 1
     if ray_depth:
@@ -731,11 +728,9 @@ class Reconstruction(nn.Module):
             return loss, {"loss": loss.detach(), "log_depth": error.detach()}, {}
         gaussians = without_masked(self.reconstruct(context), context)
         photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
-        loss = F.mse_loss(photo, target["images"])
-        if "valid" in target:
-            valid = target["valid"][:, None].expand_as(photo)
-            squares = torch.where(valid, photo - target["images"], 0.0) ** 2
-            loss = squares.sum() / valid.sum().clamp(min=1)
+        valid = target.get("valid", torch.ones_like(alphas, dtype=torch.bool))  # [B, H, W]
+        squares = torch.where(valid[:, None], photo - target["images"], 0.0) ** 2
+        loss = squares.sum() / (3 * valid.sum()).clamp(min=1)
         metrics = {"mse": loss.detach()}
         if "depths" in context:
             forwards = torch.linalg.inv(context["extrinsics"])[:, :, 2]  # [B, V, 4] world to z
@@ -830,7 +825,7 @@ def constant_depth(context):
 
 
 def nearest_photo(context, target):
-    """Of the context view nearest to the target: photo, depth, and the pixels that it shows: all."""
+    """Of the context view nearest to the target: photo, depth, and which pixels it shows: all."""
     away = (context["extrinsics"] - target["extrinsics"][:, None])[0, :, :3, 3].norm(dim=-1)  # [V]
     nearest = {k: v[:, away.argmin()] for k, v in context.items()}
     unknown = torch.zeros_like(nearest["images"][:, 0])
