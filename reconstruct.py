@@ -71,11 +71,7 @@ def real_harmonics(degree, directions):
     Up to a factor that the degree shares; e3nn's (x, y, z) are the textbook's (y, z, x).
     """
     y, z, x = directions.unbind(-1)
-    cosines, sines = [torch.ones_like(x)], [torch.zeros_like(x)]  # r^m cos(m phi), r^m sin(m phi)
-    for _ in range(degree):
-        c, s = cosines[-1], sines[-1]
-        cosines.append(c * x - s * y)
-        sines.append(s * x + c * y)
+    cosine, sine = torch.ones_like(x), torch.zeros_like(x)  # r^m cos(m phi), r^m sin(m phi)
     out = [None] * (2 * degree + 1)
     for m in range(degree + 1):
         # The associated Legendre function of order m over r^m, by its recurrence in n
@@ -83,7 +79,8 @@ def real_harmonics(degree, directions):
         for n in range(m + 1, degree + 1):
             p, before = ((2 * n - 1) * z * p - (n + m - 1) * before) / (n - m), p
         p = p * math.sqrt((2 if m else 1) * math.factorial(degree - m) / math.factorial(degree + m))
-        out[degree - m], out[degree + m] = p * sines[m], p * cosines[m]
+        out[degree - m], out[degree + m] = p * sine, p * cosine
+        cosine, sine = cosine * x - sine * y, sine * x + cosine * y
     return torch.stack(out, -1)
 
 
@@ -262,12 +259,15 @@ def check_views(images, extrinsics, near, far):
         raise ValueError(f"images must be {size}")
     if not ((0 < near) & (near < far)).all():
         raise ValueError("0 < near < far must hold for every view")
-    R, identity = extrinsics[..., :3, :3], torch.eye(4, device=extrinsics.device)
+    R, identity = extrinsics[..., :3, :3], torch.eye(4).to(extrinsics)
     close = dict(rtol=0, atol=1e-3)
     rotates = torch.allclose(R @ R.mT, identity[:3, :3], **close) and (torch.det(R) > 0).all()
     if not (rotates and torch.allclose(extrinsics[..., 3, :], identity[3], **close)):
         rigid = "a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
         raise ValueError(f"extrinsics must be rigid: {rigid}")
+
+
+# ---------------------------------------------------------------------------- its parts
 
 
 def conv(inside, outside, size=3, stride=1, bias=True):
@@ -600,9 +600,12 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
     return Gaussians(*(part.flatten(1, 3) for part in parts))
 
 
+# ---------------------------------------------------------------------------- its weights
+
+
 def pass_on(first, second, inputs, hidden, outputs, kernel, gain=1.0):
-    """Add to two convolutions with a GELU between them what passes channels on, through two hidden
-    ones each and filtered by the kernel twice: gelu(x) - gelu(-x) = x."""
+    """Add to two convolutions, with a GELU between, what passes channels on through two hidden ones
+    each, filtered by the kernel twice: gelu(x) - gelu(-x) = x."""
     for sign, channels in zip((1, -1), hidden):
         first.weight[channels, inputs] += sign * kernel
         second.weight[outputs, channels] += sign * gain * kernel
@@ -610,11 +613,11 @@ def pass_on(first, second, inputs, hidden, outputs, kernel, gain=1.0):
 
 @torch.no_grad()
 def new_reconstructor(config=SMALL):
-    """An MVSplat to train, random but where something is known without learning: plain stereo.
+    """An MVSplat to train, random but for what is known without learning: plain stereo.
 
-    Views are matched by the CNN's features, depth is where 5 x 5 of them match best, and a
-    Gaussian is opaque, half a pixel wide and of its pixel's colour. (MVSplat itself starts from
-    the weights of a trained matching network.)
+    The CNN's features match views, depth is where 5 x 5 of them match best, and a Gaussian is
+    opaque, half a pixel wide and of its pixel's colour. (The public code starts from a trained
+    matching network.)
     """
     reconstructor = MVSplat(config)
     predictor, n = reconstructor.depth_predictor, config.candidates
@@ -653,9 +656,7 @@ def new_reconstructor(config=SMALL):
 def load_reconstructor(path=None):
     """An MVSplat in eval mode, frozen: the one in weights/, the published `re10k.ckpt`, or a
     safetensors file whose metadata has a "config", JSON of `ReconstructorConfig`'s fields.
-
-    ValueError: the file is missing, is no such file or does not fit.
-    """
+    ValueError: the file is missing, is no such file or does not fit."""
     path = Path(path or SHIPPED)
     state, config = read_state(path), ReconstructorConfig()
     try:
@@ -673,11 +674,14 @@ def load_reconstructor(path=None):
     return reconstructor.eval().requires_grad_(False)
 
 
+# ---------------------------------------------------------------------------- to use, to train
+
+
 class FeedForward(nn.Module):
     """Gaussians from photos alone: context views {"images" [B, V, 3, H, W], "Ks", "extrinsics"}.
 
-    near and far are in baselines, the distance between a scene's first and last camera: photos
-    alone tell no other unit. The network sees scenes scaled to a baseline of 1.
+    near and far are in units of the baseline, from a scene's first camera to its last: photos alone
+    tell no other. The network sees scenes scaled to a baseline of 1.
     """
 
     def __init__(self, reconstructor, near, far):
@@ -703,8 +707,7 @@ class Reconstruction(nn.Module):
     """One training step of a reconstructor (MVSplat, section 3.3).
 
     The loss is the mean squared error of the rendered target photo, plus depth_weight times the
-    mean absolute error of the logarithm of depth of every context pixel whose depth is known
-    (MVSplat has no depth term, and LPIPS instead).
+    mean absolute error of log depth, of context pixels whose depth is known (MVSplat: plus LPIPS).
     """
 
     def __init__(self, reconstructor, near, far, depth_weight):
@@ -716,8 +719,8 @@ class Reconstruction(nn.Module):
         """A batch as `SplatAndDistill`'s. Returns the loss, metrics {name: scalar tensor} and what
         to draw: "photo" [B, 3, H, W], "depth" and "alphas" [B, H, W], and "gaussians".
 
-        With coarse=True the loss is that of the depth where views are matched, at a quarter of
-        the size. It needs depth, and draws nothing.
+        With coarse=True the loss is of depth alone, at the quarter of the size where views are
+        matched. It needs depth, and draws nothing.
         """
         context, target = batch["context"], batch["target"]
         V, _, H, W = context["images"].shape[1:]
