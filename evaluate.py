@@ -41,6 +41,8 @@ from train import (
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
+NO_IMAGE = "no image"  # the row of what the training labels alone tell
 
 
 # ----------------------------------------------------------------------------- what is compared
@@ -208,13 +210,13 @@ def correspondence(models, settings, folder):
             Rt = torch.linalg.inv(pair[1]["extrinsics"]) @ pair[0]["extrinsics"]
             if pairs.least_overlap and data.overlap(*pair, Rt) < pairs.least_overlap:
                 continue
-            images = torch.stack([view["images"] for view in pair])
-            depths = torch.stack([view["depths"][::4, ::4] for view in pair]).to(DEVICE)
-            Ks = torch.stack([view["Ks"] for view in pair]) / torch.tensor([[4.0], [4.0], [1.0]])
+            images, depths, Ks = (torch.stack([view[k] for view in pair])
+                                  for k in ("images", "depths", "Ks"))  # fmt: skip
+            Ks = Ks / torch.tensor([[4.0], [4.0], [1.0]])
+            geometry = [t.to(DEVICE) for t in (depths[:, ::4, ::4], Ks, Rt)]
             panels = {}
             for model in models:
-                features = extract(model, images, settings)[0].to(DEVICE)
-                views = features, depths, Ks.to(DEVICE), Rt.to(DEVICE)
+                views = extract(model, images, settings)[0].to(DEVICE), *geometry
                 errors = match(*views, settings.matches)[0]
                 recalls[model.name].append(recall(errors, float(data.rotation_angle(Rt))))
                 if seed == settings.seed and n < 4:
@@ -426,9 +428,6 @@ class SegmentationProbe(nn.Module):
         return torch.stack([(labels == c).sum(0).float() for c in range(len(self.names))])
 
 
-NO_IMAGE = "no image"  # the row of what the training labels alone tell
-
-
 def linear(task, models, settings, folder):
     """{model: [{metric: value} per seed]} of a linear probe on features that are made once, and
     NO_IMAGE's. Seeds differ in the probe's first weights and in the order of frames."""
@@ -500,9 +499,6 @@ def new_probe(head, names, shelf, settings):  # for the channels of the shelf's 
     (_, channels, *_), (_, classes) = shelf.shapes(0)[:2]
     options = {k: getattr(settings, k) for k in ("max_depth", "gradient_weight") if k in settings}
     return head(channels, classes=classes, names=names, **options)
-
-
-SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
 
 
 def learning_rate(i, steps, settings):

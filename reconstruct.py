@@ -1,4 +1,7 @@
-"""Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627), its training step and .ply.
+"""Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627).
+
+`load_reconstructor` and `FeedForward` use it, `Reconstruction` trains it and `reconstruction`
+measures it. `render` draws Gaussians; `save_ply` writes them for viewers.
 
 Shapes and cameras as in model.py: B scenes, V views, H x W pixels, h x w a quarter of them,
 N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics normalised by width
@@ -166,7 +169,7 @@ def unproject(depths, Ks, extrinsics):
 
 class SensorDepth:
     """One Gaussian per pixel: round, of the pixel's colour, opaque; transparent where depth is 0
-    (unknown). Its standard deviation is half a pixel: half of depth / focal length.
+    (unknown). Its standard deviation is half a pixel, that is half of depth / focal length.
 
     Takes context views {"images" [B, V, 3, H, W], "depths" [B, V, H, W], "Ks" [B, V, 3, 3],
     "extrinsics" [B, V, 4, 4]}. ValueError: there are no depths.
@@ -533,11 +536,8 @@ class DepthPredictor(nn.Module):
 
 
 def cost_volume(features, intrinsics, extrinsics, depths, others):
-    """How well depth candidates [B, V, n], along z, explain the other views. [B, V, n, h, w]
-
-    The mean scaled dot product of features [B, V, D, h, w] with those that the other views
-    [V, V - 1] show there.
-    """
+    """How well depth candidates [B, V, n], along z, explain the other views [V, V - 1]: the mean
+    scaled dot product of features [B, V, D, h, w] with those seen there. [B, V, n, h, w]"""
     B, V, D, h, w = features.shape
     K = intrinsics * features.new_tensor([w, h, 1])[:, None]
     y, x = torch.meshgrid(*(torch.arange(s, device=K.device) for s in (h, w)), indexing="ij")
@@ -562,10 +562,8 @@ def cost_volume(features, intrinsics, extrinsics, depths, others):
 
 
 def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True):
-    """Depths and opacities [B, V, H, W], raw numbers [B, V, raw, H, W], cameras -> Gaussians.
-
-    The raw numbers are 2 of an offset, 3 of a scale, a quaternion x, y, z, w and harmonics.
-    """
+    """Depths and opacities [B, V, H, W], raw numbers [B, V, raw, H, W] and cameras -> Gaussians.
+    The raw numbers are 2 of an offset, 3 of a scale, a quaternion x, y, z, w and harmonics."""
     B, V, H, W = depths.shape
     raw = raw.permute(0, 1, 3, 4, 2)
     offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
@@ -759,11 +757,11 @@ NEAREST, CONSTANT, SENSOR = "nearest context photo", "one constant depth", "sens
 
 @torch.no_grad()
 def reconstruction(settings, folder, counted, draw):
-    """evaluate.py's task: how well is a target view shown? {way: [{metric: mean of the scenes}]}
+    """How well is a target view shown? {way: [{metric: mean of the scenes}]} (evaluate.py's task)
 
     The ways are the nearest context photo, Gaussians from photos alone (for each of --weights) and,
-    with depth, Gaussians at its median and at sensor depth. counted(items, total, what) prints how
-    far it is; draw(path, target, {way: (photo, depth, seen)}) draws a scene.
+    with depth, Gaussians at its median and at sensor depth. counted(items, total, what) passes on
+    items and prints progress; draw(path, target, {way: (photo, depth, seen)}) draws a scene.
     """
     (H, W), device = settings.image_size, "cuda" if torch.cuda.is_available() else "cpu"
     scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
