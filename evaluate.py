@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import resource
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,15 +33,16 @@ from safetensors import safe_open
 from torch import nn
 
 import data
-from data import BINS, rotation_angle
 from model import architecture_of, load_vit, normalise, read_state
-from reconstruct import FeedForward, SensorDepth, load_reconstructor, render, save_ply
+from reconstruct import mean, reconstruction
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
-    depth_colours, free_folder, load_teacher, move, plain_messages, replace_file, write_sheet,
+    depth_colours, free_folder, load_teacher, plain_messages, replace_file, write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
+NO_IMAGE = "no image"  # the row of what the training labels alone tell
 
 
 # ----------------------------------------------------------------------------- what is compared
@@ -55,8 +55,10 @@ class Model(NamedTuple):
 
 
 def load_models(settings):
-    """The models to compare, the reference first, and the folder that results go to: the files of
-    --weights, or --teacher alone, or the teacher and the student of a run."""
+    """The models to compare, the reference first, and the folder that results go to.
+
+    They are the files of --weights, or --teacher alone, or the teacher and the student of a run.
+    """
     students = sorted(Path("runs").glob("*/student.safetensors"), key=os.path.getmtime)
     run, home = settings.run or (students and students[-1].parent), Path("runs")
     if settings.weights:
@@ -72,21 +74,21 @@ def load_models(settings):
         first, *others = models
         if not others:
             raise ValueError(f"--concat needs a second model: there is only {first.name}")
-        models[1:] = [Model(f"{m.name} + first", first.vits + m.vits, m.warning or first.warning)
-                      for m in others]  # fmt: skip
-    layers, size = settings.layers or (), settings.image_size
+        for i, (name, vits, warning) in enumerate(others, 1):
+            models[i] = Model(f"{name} + first", first.vits + vits, warning or first.warning)
     for name, vit in ((model.name, vit) for model in models for vit in model.vits):
-        if not all(0 <= i < len(vit.blocks) for i in layers):
-            raise ValueError(f"--layers {layers}: {name} has blocks 0 to {len(vit.blocks) - 1}")
-        if size and min(size) < vit.patch_size:
-            least = f"at least {vit.patch_size}, a patch of {name}"
+        depth, least, size = len(vit.blocks), vit.patch_size, settings.image_size
+        if not all(0 <= i < depth for i in settings.layers or ()):
+            raise ValueError(f"--layers {settings.layers}: {name} has blocks 0 to {depth - 1}")
+        if size and min(size) < least:
+            least = f"at least {least}, a patch of {name}"
             raise ValueError(f"--image-size must be {least}, not {size[0]} {size[1]}")
         vit.to(DEVICE)
     return models, home
 
 
 def load_file(path):
-    """The `Model` of a weights file, and the file's metadata: {} where its format has none."""
+    """The `Model` of a weights file, and the file's metadata ({} if its format has none)."""
     vit, about = load_vit(architecture_of(read_state(path), path), path), {}
     if Path(path).suffix == ".safetensors":
         with safe_open(path, "pt") as file:
@@ -130,9 +132,9 @@ def layers_of(vit, settings):
 def extract(model, images, settings):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C'], half, on a CPU.
 
-    Each ViT sees them at the multiple of its patch size at or below H x W. Features of a second ViT
-    are resampled to the first one's grid; the cls tokens are the first one's alone, as in FiT3D's
-    code. Raises ValueError for features that are not finite.
+    Each ViT sees them at the multiple of its patch size at or below H x W. A second ViT's features
+    are resized to the first one's grid; cls tokens are the first one's (FiT3D's code). ValueError:
+    features are not finite.
     """
     images, patches, classes = images.to(DEVICE), [], []
     for vit in model.vits:
@@ -194,9 +196,9 @@ def match(feats, depths, Ks, Rt, num_matches):
 def correspondence(models, settings, folder):
     """{model: [the mean `recall` of a seed's pairs]} and {model: [the `recall` of each pair]}, in
     pixels of the depths: a quarter of --image-size, as Probe3D's 120 x 160."""
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    size = settings.image_size
-    chosen = {seed: data.pairs(settings.data, settings.pairs, *size, seed) for seed in seeds}
+    chosen, asked = {}, (settings.data, settings.pairs, *settings.image_size)
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        chosen[seed] = data.pairs(*asked, seed)
     names = [[(scene.name, i, j) for scene, i, j in pairs.entries] for pairs in chosen.values()]
     if len(names) > 1 and all(n == names[0] for n in names):
         print("Every seed has the same pairs, all that there are: there is no spread.")
@@ -208,15 +210,15 @@ def correspondence(models, settings, folder):
             Rt = torch.linalg.inv(pair[1]["extrinsics"]) @ pair[0]["extrinsics"]
             if pairs.least_overlap and data.overlap(*pair, Rt) < pairs.least_overlap:
                 continue
-            images = torch.stack([view["images"] for view in pair])
-            depths = torch.stack([view["depths"][::4, ::4] for view in pair]).to(DEVICE)
-            Ks = torch.stack([view["Ks"] for view in pair]) / torch.tensor([[4.0], [4.0], [1.0]])
+            images, depths, Ks = (torch.stack([view[k] for view in pair])
+                                  for k in ("images", "depths", "Ks"))  # fmt: skip
+            Ks = Ks / torch.tensor([[4.0], [4.0], [1.0]])
+            geometry = [t.to(DEVICE) for t in (depths[:, ::4, ::4], Ks, Rt)]
             panels = {}
             for model in models:
-                features = extract(model, images, settings)[0].to(DEVICE)
-                views = features, depths, Ks.to(DEVICE), Rt.to(DEVICE)
+                views = extract(model, images, settings)[0].to(DEVICE), *geometry
                 errors = match(*views, settings.matches)[0]
-                recalls[model.name].append(recall(errors, float(rotation_angle(Rt))))
+                recalls[model.name].append(recall(errors, float(data.rotation_angle(Rt))))
                 if seed == settings.seed and n < 4:
                     panels[model.name] = draw_matches(images, *match(*views, 30))
             if panels:
@@ -235,8 +237,8 @@ def recall(errors, angle):
     of a range of viewpoint change are None where the pair's angle, in degrees, is outside."""
     shares = {f"recall_{r}px": (errors < r).float().mean() for r in (2, 5, 10, 20)}
     row = {name: float(share) if len(errors) else None for name, share in shares.items()}
-    for r, (low, high) in itertools.product((2, 5, 10), zip(BINS, BINS[1:])):
-        inside = low <= angle < high or angle == high == BINS[-1]
+    for r, (low, high) in itertools.product((2, 5, 10), zip(data.BINS, data.BINS[1:])):
+        inside = low <= angle < high or angle == high == data.BINS[-1]
         row[f"recall_{r}px_{low}_{high}deg"] = row[f"recall_{r}px"] if inside else None
     return row
 
@@ -288,8 +290,8 @@ def frame_means(x, known):  # both [B, H, W] -> [B'], of the known pixels of fra
 
 
 def depth_metrics(pred, gt):
-    """Probe3D's and DINOv2's, of depths [B, H, W], gt 0 = none: d1, d2, d3, the shares of pixels
-    within a factor of 1.25, 1.25^2, 1.25^3; rmse; abs_rel. Each [B'], without frames without gt."""
+    """Probe3D's and DINOv2's, of depths [B, H, W], gt 0 = none: {name: [B'] frames that have gt}.
+    d1, d2 and d3 are the shares of pixels within a factor of 1.25, 1.25^2 and 1.25^3."""
     known = gt > 0
     ratio = torch.maximum(gt / pred.clamp(min=1e-9), pred / gt.clamp(min=1e-9))
     metrics = {f"d{k}": frame_means(ratio < 1.25**k, known) for k in (1, 2, 3)}
@@ -352,8 +354,8 @@ def angular_loss(pred, gt):
 
 
 def normal_metrics(pred, gt):
-    """Probe3D's, of directions [B, 3 or more, H, W] and normals gt [B, 3, H, W], 0 = none: d1, d2,
-    d3, the shares of pixels within 11.25, 22.5, 30 degrees; rmse in degrees. Each [B'] as there."""
+    """Probe3D's, of directions [B, 3 or more, H, W] and gt [B, 3, H, W], 0 = none: d1, d2, d3, the
+    shares of pixels within 11.25, 22.5 and 30 degrees, and rmse in degrees; [B'] as for depth."""
     known = known_normals(gt)
     error = torch.rad2deg(F.cosine_similarity(pred[:, :3], gt, dim=1).clamp(-1, 1).acos())
     limits = {"d1": 11.25, "d2": 22.5, "d3": 30}
@@ -426,9 +428,6 @@ class SegmentationProbe(nn.Module):
         return torch.stack([(labels == c).sum(0).float() for c in range(len(self.names))])
 
 
-NO_IMAGE = "no image"  # the row of what the training labels alone tell
-
-
 def linear(task, models, settings, folder):
     """{model: [{metric: value} per seed]} of a linear probe on features that are made once, and
     NO_IMAGE's. Seeds differ in the probe's first weights and in the order of frames."""
@@ -436,8 +435,8 @@ def linear(task, models, settings, folder):
     train, test, names = open_frames(task, settings)
     channels = max(sum(vit.embed_dim for vit in model.vits) for model in models)
     channels *= len(settings.layers or range(settings.blocks))
-    need = [f.kept_bytes(channels) for f in (train, test)]
-    with data.scratch(settings.cache, sum(need)) as place:
+    need = train.kept_bytes(channels) + test.kept_bytes(channels)
+    with data.scratch(settings.cache, need) as place:
         for model in models:
             shelves = [shelve(place / f.part, head, model, f, settings) for f in (train, test)]
             found = probe_features(model.name, head, names, *shelves, settings)
@@ -465,9 +464,8 @@ def open_frames(task, settings):
         framing = framing._replace(size=tuple(settings.image_size))
     if task == "depth":
         settings.max_depth = settings.max_depth or data.farthest(settings.data)
-    options = {"classes": getattr(settings, "classes", None), "copies": settings.copies}
-    counts = settings.train_frames, settings.test_frames
-    return data.labelled(task, settings.data, framing, *counts, **options)
+    counts, classes = (settings.train_frames, settings.test_frames), vars(settings).get("classes")
+    return data.labelled(task, settings.data, framing, *counts, classes, settings.copies)
 
 
 def shelve(path, head, model, frames, settings):
@@ -501,9 +499,6 @@ def new_probe(head, names, shelf, settings):  # for the channels of the shelf's 
     (_, channels, *_), (_, classes) = shelf.shapes(0)[:2]
     options = {k: getattr(settings, k) for k in ("max_depth", "gradient_weight") if k in settings}
     return head(channels, classes=classes, names=names, **options)
-
-
-SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
 
 
 def learning_rate(i, steps, settings):
@@ -577,108 +572,16 @@ def from_labels(probe, labels):
     return said.nan_to_num(float(said.nanmedian()))
 
 
-# ----------------------------------------------------------------------------- reconstruction
-
-NEAREST, CONSTANT, SENSOR = "nearest context photo", "one constant depth", "sensor depth"
-
-
-@torch.no_grad()
-def reconstruction(settings, folder):
-    """How well a target view is shown: {way: [{metric: mean over the scenes}]}.
-
-    The ways are the nearest context photo, Gaussians from photos alone (for each of --weights) and,
-    with depth, Gaussians at its median and at sensor depth. "closed" is the share of the way from
-    the median to sensor depth, in PSNR; "seconds" the median time to Gaussians.
-    """
-    H, W = settings.image_size
-    scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
-    options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
-    views = data.Views(scenes, H, W, **options, length=settings.scenes)
-    ways = {f"photos alone, {name}": from_photos(name, settings) for name in settings.weights}
-    seconds = {name: [] for name in ways}
-    if not settings.data or all(scene.has_depth for scene in scenes):
-        ways = {CONSTANT: constant_depth} | ways | {SENSOR: SensorDepth()}
-    rows = {name: [] for name in (NEAREST, *ways)}
-    for i in counted(range(settings.scenes), settings.scenes, "scene"):
-        sample = move(views[i], DEVICE)
-        target, context = sample["target"], {k: v[None] for k, v in sample["context"].items()}
-        drawn = {NEAREST: nearest_photo(sample)}
-        for name, way in ways.items():
-            started = time.time()
-            gaussians = way(context)
-            if name in seconds:
-                float(gaussians.means.sum())  # waits for a GPU
-                seconds[name].append(time.time() - started)
-                if not (folder / "scene.ply").exists():
-                    save_ply(folder / "scene.ply", gaussians)
-            camera = target["extrinsics"][None], target["Ks"][None]
-            photo, depth, alphas = render(gaussians, *camera, W, H)
-            drawn[name] = photo[0], depth[0], alphas[0] > 0.5
-        panels = {"target photo": target["images"].permute(1, 2, 0)}
-        for name, (photo, depth, seen) in drawn.items():
-            rows[name].append(view_errors(photo, depth, seen, target))
-            panels[name] = photo.permute(1, 2, 0)
-            panels[f"depth: {name}"] = depth_colours(depth.cpu(), (seen & (depth > 0)).cpu())
-        if i < 4:
-            write_sheet(folder / f"scene_{i}.png", panels)
-    table = {name: {k: mean(row[k] for row in of) for k in of[0]} for name, of in rows.items()}
-    for name, times in seconds.items():
-        if SENSOR in table and table[SENSOR]["psnr"] > (low := table[CONSTANT]["psnr"]):
-            table[name]["closed"] = (table[name]["psnr"] - low) / (table[SENSOR]["psnr"] - low)
-        table[name]["seconds"] = float(np.median(times))
-        print(f"{name}: photos of {H} x {W} to Gaussians in {table[name]['seconds']:.2f} s")
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 2**10 * kilobytes
-    print(f"Peak memory on {DEVICE}: {peak / 2**30:.2f} GiB")
-    return {name: [row] for name, row in table.items()}
-
-
-def from_photos(name, settings):
-    network = load_reconstructor(None if name == "shipped" else name).to(DEVICE)
-    return FeedForward(network, settings.near, settings.far)
-
-
-def constant_depth(context):
-    """Sensor depth's Gaussians with all depth at its median, the best that one number can do."""
-    depths = context["depths"]
-    median = float(depths[depths > 0].median())
-    return SensorDepth()(context | {"depths": torch.full_like(depths, median)})
-
-
-def nearest_photo(sample):
-    """Of the context view nearest to the target photo, depth, and the pixels that it shows: all."""
-    context, target = sample["context"], sample["target"]
-    away = (context["extrinsics"][:, :3, 3] - target["extrinsics"][:3, 3]).norm(dim=-1)  # [V]
-    nearest = {k: v[away.argmin()] for k, v in context.items()}
-    unknown = torch.zeros_like(nearest["images"][0])
-    return nearest["images"], nearest.get("depths", unknown), unknown == 0
-
-
-def view_errors(photo, depth, seen, target):
-    """PSNR of a photo [3, H, W], in dB, share of pixels [H, W] not seen, and `depth_errors`."""
-    mse = (photo - target["images"]).square().mean().clamp(min=1e-10)
-    truth = target.get("depths", torch.zeros_like(depth))
-    row = {"psnr": float(-10 * mse.log10()), "holes": float((~seen).float().mean())}
-    return row | depth_errors(depth, truth, seen)
-
-
-def depth_errors(depth, truth, seen):
-    """The mean of |depth / truth - 1| where seen, and the same with depth scaled by the median of
-    truth / depth. All [H, W]; truth 0 = none. None where nothing is known."""
-    known = (truth > 0) & seen & (depth > 0)
-    if not known.any():
-        return {"abs_rel": None, "abs_rel_scaled": None}
-    ratio = depth[known] / truth[known]
-    errors = {"abs_rel": ratio, "abs_rel_scaled": ratio * (1 / ratio).median()}
-    return {name: float((r - 1).abs().mean()) for name, r in errors.items()}
-
-
 # ----------------------------------------------------------------------------- tables and files
 
 
-def mean(values):  # of those that are not None
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else None
+def draw_views(path, target, shown):
+    """`reconstruction`'s target photo, and each way's photo and depth, side by side."""
+    panels = {"target photo": target["images"][0].permute(1, 2, 0)}
+    for name, (photo, depth, seen) in shown.items():
+        panels[name] = photo[0].permute(1, 2, 0)
+        panels[f"depth: {name}"] = depth_colours(depth[0].cpu(), (seen & (depth > 0))[0].cpu())
+    write_sheet(path, panels)
 
 
 def loaded(dataset):  # its items, prepared one ahead by another process
@@ -699,10 +602,9 @@ def counted(items, total, what):
 def summarise(results, spread="spread"):
     """{model: [{metric: value} a time]} -> {model: {metric: {"mean", "spread"}}}: the spread is the
     standard deviation, or the standard error if it has that name; None of a single value."""
-    summary = {}
+    summary = {name: {} for name in results}
     for name, rows in results.items():
-        summary[name] = {}
-        for key in {key: None for row in rows for key in row}:  # in order
+        for key in dict.fromkeys(key for row in rows for key in row):  # in order
             values = [row[key] for row in rows if row.get(key) is not None]
             count = len(values) if spread == "standard_error" else 1
             apart = float(np.std(values, ddof=1)) / math.sqrt(count) if len(values) > 1 else None
@@ -712,11 +614,12 @@ def summarise(results, spread="spread"):
 
 def differences(results, pairs):
     """{"B - A": [{metric: B minus A} a time]} of models (A, B): what both saw alike cancels."""
-    rows = {f"{b} - {a}": [] for a, b in pairs}
+    rows = {}
     for a, b in pairs:
-        for x, y in zip(results[a], results[b]):
-            known = {k for k in x if x[k] is not None and y.get(k) is not None}
-            rows[f"{b} - {a}"].append({k: y[k] - x[k] if k in known else None for k in x})
+        both = zip(results[a], results[b])
+        rows[f"{b} - {a}"] = [
+            {k: None if None in (x[k], y.get(k)) else y[k] - x[k] for k in x} for x, y in both
+        ]
     return rows
 
 
@@ -728,7 +631,7 @@ def cell(value, spread=None):
 def print_table(summary):
     """Of `summarise`: a column for each model, a line for each metric but the IoU of classes."""
     models, unknown = summary.values(), {"mean": None}
-    keys = list({k: None for row in models for k in row if not k.startswith("iou_")})
+    keys = dict.fromkeys(k for row in models for k in row if not k.startswith("iou_"))
     lines = [[k, *(cell(*row.get(k, unknown).values()) for row in models)] for k in keys]
     widths = [max(map(len, column)) for column in zip(["", *summary], *lines)]
     print()
@@ -743,7 +646,7 @@ def measure(task, settings, models, home):
     names, by_pair = [model.name for model in models], {}
     try:
         if task == "reconstruction":
-            results = reconstruction(settings, folder)
+            results = reconstruction(settings, folder, counted, draw_views)
         elif task == "correspondence":
             results, by_pair = correspondence(models, settings, folder)
         else:
@@ -779,11 +682,18 @@ def measure(task, settings, models, home):
 
 # Setting(quick, paper, help, low, high). Paper's values are from the probes' public code: DINOv2's
 # for depth and segmentation, as FiT3D and the paper run them, and Probe3D's for the rest.
-SEEDS = {
+DATA = {"data": Setting(None, None, "folder of your data (README); default: procedural rooms")}
+FEATURES = DATA | {
+    "protocol": Setting(None, None, "default: paper with --data, else quick",
+                        choices=("quick", "paper")),
+    "run": Setting(None, None, "folder of the run to compare with its teacher; default: newest"),
+    "teacher": Setting(None, None, f"a model alone, without a run: {TEACHERS}"),
+    "teacher_weights": Setting(None, None, 'a file, or "random"; default: the public weights'),
     "seeds": Setting(3, 3, "repetitions; a difference within their spread means nothing", 1),
     "seed": Setting(0, 0, "of the first repetition", 0),
-}
-LINEAR = SEEDS | {
+}  # fmt: skip
+CACHE = {"cache": Setting(None, None, "folder for features during a task; default: /tmp")}
+LINEAR = FEATURES | CACHE | {
     "train_frames": Setting(128, 0, "frames to train the probe on; 0 is all", 0),
     "test_frames": Setting(40, 0, "frames to test it on; 0 is all", 0),
     "copies": Setting(1, 1, "random windows of each training frame, drawn once", 1),
@@ -809,7 +719,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "correspondence": Task(SEEDS | {
+    "correspondence": Task(FEATURES | {
         "pairs": Setting(80, 1500, "pairs of views for each seed", 1),
         "matches": Setting(1000, 1000, "matches of a pair, the best by the ratio test", 1),
     }, norm=False, multiple=4),
@@ -825,93 +735,79 @@ TASKS = {
     "segmentation": Task(changed(
         LINEAR, lr=(1e-2, 1e-3), epochs=(20, 0), steps=(0, 40_000), weight_decay=(0.01, 1e-4),
         schedule=("quarter", "linear"), warmup=(0.25, 0.0375),
-    ), SegmentationProbe, norm=True),
-    "all": Task(SEEDS, multiple=4),
-    "reconstruction": Task({
+    ) | {
+        "classes": Setting(None, None, "file of the classes' names, one a line (ScanNet++)"),
+    }, SegmentationProbe, norm=True),
+    "all": Task(FEATURES | CACHE, multiple=4),
+    "reconstruction": Task(DATA | {
         "scenes": Setting(50, 50, "pairs of context views, with a target between them", 1),
     } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=16),
 }  # fmt: skip
 
 
-def parser_of(task, **about):
-    """The flags of a task: its settings, and those that no protocol sets."""
-    parser = argparse.ArgumentParser(description=__doc__, **about)
-    add, many = parser.add_argument, {"nargs": "+", "metavar": "FILE"}
-    add("--data", help="folder of your data (README); default: procedural rooms")
+def parse_settings(arguments=None):
+    """The command line as a namespace with a value for every setting of the task."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, add_help=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--task", choices=list(TASKS), help="each has its settings: --task X --help")
+    task = parser.parse_known_args(arguments)[0].task
+    row = TASKS[task or "all"]
+    add("-h", "--help", action="help", help="show this and exit")
     size = "default: 224 224 on rooms, else 480 640 or the protocol's own"
     add("--image-size", nargs=2, type=int, metavar=("H", "W"), help=size)
     if task == "reconstruction":
-        add("--weights", **many, default=["shipped"], help="reconstructors; default: in weights/")
+        add("--weights", nargs="+", default=["shipped"], help="reconstructors; default: shipped")
     else:
-        add("--protocol", choices=["quick", "paper"], help="default: paper with --data, else quick")
-        add("--weights", **many, help="DINOv2 or DINOv3 weights to compare, instead of a run's")
-        add("--run", help="folder of the run to compare with its teacher; default: the newest")
-        add("--teacher", help=f"a model alone, without a run: {TEACHERS}")
-        add("--teacher-weights", help='a file, or "random"; default: the public weights')
+        add("--weights", nargs="+", help="DINOv2 or DINOv3 files to compare, instead of a run's")
         add("--layers", nargs="+", type=int, help="the blocks to probe, from 0, side by side")
         add("--norm", action=argparse.BooleanOptionalAction, help="default: for segmentation alone")
         concat = "put the first model's features, and its cls token alone, before others'"
         add("--concat", action="store_true", help=concat)
-    if task == "all" or TASKS[task].probe:
-        add("--cache", metavar="FOLDER", help="for features during a task; default: /tmp")
-    if task == "segmentation":
-        add("--classes", metavar="FILE", help="names of the classes, one a line (ScanNet++)")
-    add_settings(parser, TASKS[task].settings, ("quick", "paper"))
-    return parser
-
-
-def parse_settings(arguments=None):
-    """The command line as a namespace with a value for every setting of the task."""
-    about = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = argparse.ArgumentParser(**about, add_help=False)
-    first.add_argument("--task", choices=list(TASKS), help="each has its settings: --task X --help")
-    task = first.parse_known_args(arguments)[0].task
-    parser = parser_of(task or "all", parents=[first], **about)
+    add_settings(parser, row.settings, ("quick", "paper"))
     given = parser.parse_args(arguments)
     if not task:
         parser.error(f"--task is missing: one of {', '.join(TASKS)}")
-    if task != "reconstruction":
-        given.protocol = given.protocol or ("paper" if given.data else "quick")
-    if given.image_size is None and not (TASKS[task].probe and given.protocol == "paper"):
-        given.image_size = [480, 640] if given.data else [224, 224]
+    if "protocol" in row.settings and "protocol" not in given:
+        given.protocol = "paper" if "data" in given else "quick"
+    if given.image_size is None and not (row.probe and given.protocol == "paper"):
+        given.image_size = [480, 640] if "data" in given else [224, 224]
     if "epochs" in given and "steps" not in given:
         given.steps = 0
     settings = settings_of(task, given)
-    check_settings(TASKS[task].settings, vars(settings))
+    check_settings(row.settings, vars(settings))
     check(task, settings)
     return settings
 
 
 def settings_of(task, given):
     """The namespace, with the protocol's values for the settings of a task that it lacks."""
-    paper = getattr(given, "protocol", "quick") == "paper"
-    rows = TASKS[task].settings.items()
-    usual = {name: row.paper if paper else row.demo for name, row in rows}
+    paper, rows = getattr(given, "protocol", None) == "paper", TASKS[task].settings
+    usual = {name: row.paper if paper else row.demo for name, row in rows.items()}
     settings = argparse.Namespace(**usual | vars(given))
-    if task != "reconstruction" and settings.norm is None:
+    if "norm" in settings and settings.norm is None:
         settings.norm = TASKS[task].norm
     return settings
 
 
 def check(task, settings):
     """SystemExit for settings that do not go together."""
-    multiple, size = TASKS[task].multiple, settings.image_size or ()
-    if any(side < 1 or side % multiple for side in size):
-        wanted = f"multiples of {multiple}" if multiple > 1 else "more than 0"
+    row, size, given = TASKS[task], settings.image_size or (), vars(settings).get
+    if any(side < 1 or side % row.multiple for side in size):
+        wanted = f"multiples of {row.multiple}" if row.multiple > 1 else "more than 0"
         raise SystemExit(f"--image-size must be {wanted}, not {size[0]} {size[1]}")
     for name, what in (("weights", "file"), ("layers", "block")):
-        values = getattr(settings, name, None) or ()
-        if len(set(values)) < len(values):
+        if given(name) and len(set(given(name))) < len(given(name)):
             raise SystemExit(f"--{name} names a {what} twice")
-    if TASKS[task].probe and not settings.epochs and not settings.steps:
+    if row.probe and not settings.epochs and not settings.steps:
         raise SystemExit("--epochs cannot be 0 where --steps is")
     if task == "all" and settings.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
-    if task == "reconstruction":
-        return
-    if sum(map(bool, (settings.weights, settings.run, settings.teacher))) > 1:
+    if sum(map(bool, map(given, ("weights", "run", "teacher")))) > 1:
         raise SystemExit("--weights, --run and --teacher each say what to compare: choose one")
-    if settings.teacher_weights and not settings.teacher:
+    if given("teacher_weights") and not given("teacher"):
         raise SystemExit("--teacher-weights goes with --teacher")
 
 

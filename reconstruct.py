@@ -1,4 +1,7 @@
-"""Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627), its training step and .ply.
+"""Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627).
+
+`load_reconstructor` and `FeedForward` use it, `Reconstruction` trains it and `reconstruction`
+measures it. `render` draws Gaussians; `save_ply` writes them for viewers.
 
 Shapes and cameras as in model.py: B scenes, V views, H x W pixels, h x w a quarter of them,
 N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics normalised by width
@@ -8,6 +11,9 @@ and height.
 import functools
 import json
 import math
+import resource
+import statistics
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
+import data
 from kernels import rasterize
 from model import NEAR_PLANE, load_strictly, mean_of, normalise, read_state, without_masked
 
@@ -67,11 +74,7 @@ def real_harmonics(degree, directions):
     Up to a factor that the degree shares; e3nn's (x, y, z) are the textbook's (y, z, x).
     """
     y, z, x = directions.unbind(-1)
-    cosines, sines = [torch.ones_like(x)], [torch.zeros_like(x)]  # r^m cos(m phi), r^m sin(m phi)
-    for _ in range(degree):
-        c, s = cosines[-1], sines[-1]
-        cosines.append(c * x - s * y)
-        sines.append(s * x + c * y)
+    cosine, sine = torch.ones_like(x), torch.zeros_like(x)  # r^m cos(m phi), r^m sin(m phi)
     out = [None] * (2 * degree + 1)
     for m in range(degree + 1):
         # The associated Legendre function of order m over r^m, by its recurrence in n
@@ -79,7 +82,8 @@ def real_harmonics(degree, directions):
         for n in range(m + 1, degree + 1):
             p, before = ((2 * n - 1) * z * p - (n + m - 1) * before) / (n - m), p
         p = p * math.sqrt((2 if m else 1) * math.factorial(degree - m) / math.factorial(degree + m))
-        out[degree - m], out[degree + m] = p * sines[m], p * cosines[m]
+        out[degree - m], out[degree + m] = p * sine, p * cosine
+        cosine, sine = cosine * x - sine * y, sine * x + cosine * y
     return torch.stack(out, -1)
 
 
@@ -165,7 +169,7 @@ def unproject(depths, Ks, extrinsics):
 
 class SensorDepth:
     """One Gaussian per pixel: round, of the pixel's colour, opaque; transparent where depth is 0
-    (unknown). Its standard deviation is half a pixel: half of depth / focal length.
+    (unknown). Its standard deviation is half a pixel, that is half of depth / focal length.
 
     Takes context views {"images" [B, V, 3, H, W], "depths" [B, V, H, W], "Ks" [B, V, 3, 3],
     "extrinsics" [B, V, 4, 4]}. ValueError: there are no depths.
@@ -250,20 +254,23 @@ class MVSplat(nn.Module):
 def check_views(images, extrinsics, near, far):
     """ValueError for the first requirement of MVSplat that its inputs do not meet."""
     V, _, H, W = images.shape[1:]
-    fits = " x ".join(str(max(1, round(size / 16)) * 16) for size in (H, W))
-    R, last = extrinsics[..., :3, :3], extrinsics[..., 3, :]
-    off = (R @ R.mT - torch.eye(3, device=R.device)).abs().max()
-    off = torch.maximum(off, (last - last.new_tensor([0, 0, 0, 1])).abs().max())
-    size = f"images must be multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}"
-    rigid = "a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
-    for holds, message in (
-        (V >= 2, f"reconstruction compares views and needs at least 2, not {V}"),
-        (H % 16 == W % 16 == 0, size),
-        (((0 < near) & (near < far)).all(), "0 < near < far must hold for every view"),
-        (off <= 1e-3 and (torch.linalg.det(R) > 0).all(), f"extrinsics must be rigid: {rigid}"),
-    ):
-        if not holds:
-            raise ValueError(message)
+    if V < 2:
+        raise ValueError(f"reconstruction compares views and needs at least 2, not {V}")
+    if H % 16 or W % 16:
+        fits = " x ".join(str(max(1, round(size / 16)) * 16) for size in (H, W))
+        size = f"multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}"
+        raise ValueError(f"images must be {size}")
+    if not ((0 < near) & (near < far)).all():
+        raise ValueError("0 < near < far must hold for every view")
+    R, identity = extrinsics[..., :3, :3], torch.eye(4).to(extrinsics)
+    close = dict(rtol=0, atol=1e-3)
+    rotates = torch.allclose(R @ R.mT, identity[:3, :3], **close) and (torch.det(R) > 0).all()
+    if not (rotates and torch.allclose(extrinsics[..., 3, :], identity[3], **close)):
+        rigid = "a rotation in the upper left 3 x 3, and 0 0 0 1 in the last row, of each"
+        raise ValueError(f"extrinsics must be rigid: {rigid}")
+
+
+# ---------------------------------------------------------------------------- its parts
 
 
 def conv(inside, outside, size=3, stride=1, bias=True):
@@ -299,28 +306,31 @@ def stem(config):
     ))  # fmt: skip
 
 
-def to_windows(x):
-    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]."""
+def to_windows(x, shifted=False):
+    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]; windows that are
+    shifted start a quarter of the size further on, and wrap around."""
+    if shifted:
+        x = torch.roll(x, (-(x.shape[-3] // 4), -(x.shape[-2] // 4)), (-3, -2))
     x = x.unflatten(-2, (2, -1)).unflatten(-4, (2, -1))  # [..., 2, h/2, 2, w/2, D]
     return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
 
 
-def from_windows(x, h, w):
+def from_windows(x, h, w, shifted=False):
     """The inverse of `to_windows`."""
     x = x.unflatten(-2, (h // 2, w // 2)).unflatten(-4, (2, 2))  # [..., 2, 2, h/2, w/2, D]
-    return x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+    x = x.transpose(-4, -3).flatten(-3, -2).flatten(-4, -3)
+    return torch.roll(x, (h // 4, w // 4), (-3, -2)) if shifted else x
 
 
 def sine_positions(h, w, dim, device=None):
     """DETR's sine embedding of a grid, coordinates from 1, normalised to 2 pi. [h, w, dim]"""
     frequency = 10000 ** (-2 * (torch.arange(dim // 2, device=device) // 2) / (dim // 2))
-
-    def along(size):
+    axes = []
+    for size in (h, w):
         x = 2 * math.pi * torch.arange(1, size + 1, device=device) / (size + 1e-6)
         x = x[:, None] * frequency
-        return torch.stack([x[:, 0::2].sin(), x[:, 1::2].cos()], -1).flatten(1)
-
-    return torch.cat([along(h)[:, None].expand(h, w, -1), along(w).expand(h, w, -1)], -1)
+        axes.append(torch.stack([x[:, 0::2].sin(), x[:, 1::2].cos()], -1).flatten(1))
+    return torch.cat([axes[0][:, None].expand(h, w, -1), axes[1].expand(h, w, -1)], -1)
 
 
 @functools.lru_cache(maxsize=1)  # 0.93 GiB at 576 x 880
@@ -353,21 +363,17 @@ class AttentionLayer(nn.Module):
     def forward(self, x, keys, mask):
         """x [B, V, h, w, D], keys [B, V, S, h, w, D] of the S views that each sees, and the mask
         of shifted windows or None."""
-        (h, w), S = x.shape[2:4], keys.shape[2]
-
-        def roll(t, sign):
-            shift = (sign * (h // 4), sign * (w // 4))
-            return t if mask is None else torch.roll(t, shift, (-3, -2))
-
-        q = to_windows(roll(self.q_proj(x), -1))  # [B, V, 4, tokens, D]
-        k, v = (to_windows(roll(proj(keys), -1)) for proj in (self.k_proj, self.v_proj))
+        (h, w), S, shifted = x.shape[2:4], keys.shape[2], mask is not None
+        q = to_windows(self.q_proj(x), shifted)  # [B, V, 4, tokens, D]
+        k, v = (to_windows(proj(keys), shifted) for proj in (self.k_proj, self.v_proj))
         k, v = (t.transpose(2, 3).flatten(3, 4) for t in (k, v))  # [B, V, 4, S * tokens, D]
         # Windows in the place of heads, and a mask of 4 dimensions too: otherwise PyTorch takes an
         # attention that holds tokens x tokens
         q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
-        bias = None if mask is None else (mask.repeat(1, 1, S) if S > 1 else mask)[None]
+        # [1, 4, tokens, S * tokens]; a copy only where S > 1
+        bias = mask[None, :, :, None].expand(-1, -1, -1, S, -1).flatten(3) if shifted else None
         attended = F.scaled_dot_product_attention(q4, k4, v4, attn_mask=bias).view_as(q)
-        message = self.norm1(self.merge(roll(from_windows(attended, h, w), 1)))
+        message = self.norm1(self.merge(from_windows(attended, h, w, shifted)))
         if self.mlp is not None:
             message = self.norm2(self.mlp(torch.cat([x, message], -1)))
         return x + message
@@ -407,10 +413,6 @@ class Chain(nn.Sequential):
 
 def group_norm(channels):
     return nn.GroupNorm(8 if channels % 8 == 0 else 4, channels)
-
-
-def upsample(c):
-    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(c, c)))
 
 
 class UNetResidual(nn.Module):
@@ -458,8 +460,11 @@ class UNet(nn.Module):
         self.middle_block = Chain(UNetResidual(c, c), nn.Identity(), UNetResidual(c, c))
         for level in reversed(range(levels)):
             for second in (False, True):
+                # Parts that do not join are made too: the random draws of a seed depend on it
                 parts = [UNetResidual(2 * c, c)] + [UNetAttention(c)] * (level == last)
-                up.append(Chain(*parts, *[upsample(c)] * (second and level > 0)))
+                larger = OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(c, c))
+                parts += [nn.Sequential(larger)] * (second and level > 0)
+                up.append(Chain(*parts))
         self.output_blocks = nn.ModuleList(up)
         self.out = nn.Sequential(conv(c, c), group_norm(c), nn.SiLU())
 
@@ -531,11 +536,8 @@ class DepthPredictor(nn.Module):
 
 
 def cost_volume(features, intrinsics, extrinsics, depths, others):
-    """How well depth candidates [B, V, n], along z, explain the other views. [B, V, n, h, w]
-
-    The scaled dot product of features [B, V, D, h, w] with what the others [V, V - 1] show there,
-    averaged.
-    """
+    """How well depth candidates [B, V, n], along z, explain the other views [V, V - 1]: the mean
+    scaled dot product of features [B, V, D, h, w] with those seen there. [B, V, n, h, w]"""
     B, V, D, h, w = features.shape
     K = intrinsics * features.new_tensor([w, h, 1])[:, None]
     y, x = torch.meshgrid(*(torch.arange(s, device=K.device) for s in (h, w)), indexing="ij")
@@ -560,18 +562,15 @@ def cost_volume(features, intrinsics, extrinsics, depths, others):
 
 
 def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True):
-    """Depths and opacities [B, V, H, W], raw numbers [B, V, raw, H, W], cameras -> Gaussians.
-
-    The raw numbers are 2 of an offset, 3 of a scale, a quaternion x, y, z, w and harmonics.
-    """
+    """Depths and opacities [B, V, H, W], raw numbers [B, V, raw, H, W] and cameras -> Gaussians.
+    The raw numbers are 2 of an offset, 3 of a scale, a quaternion x, y, z, w and harmonics."""
     B, V, H, W = depths.shape
     raw = raw.permute(0, 1, 3, 4, 2)
     offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
     # Mean: at the depth on the ray through the pixel's centre, moved by half a pixel at most
     size = raw.new_tensor([1 / W, 1 / H])
-    sides = (torch.arange(s, device=raw.device) + 0.5 for s in (H, W))
-    y, x = torch.meshgrid(*sides, indexing="ij")
-    xy = torch.stack([x, y], -1).to(raw) * size + (offset.sigmoid() - 0.5) * size
+    y, x = torch.meshgrid(*(torch.arange(s).to(raw) + 0.5 for s in (H, W)), indexing="ij")
+    xy = torch.stack([x, y], -1) * size + (offset.sigmoid() - 0.5) * size
     inverse = torch.linalg.inv(intrinsics)[:, :, None, None]
     rays = (inverse @ F.pad(xy, (0, 1), value=1.0)[..., None])[..., 0]  # z = 1
     if ray_depth:
@@ -599,9 +598,12 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
     return Gaussians(*(part.flatten(1, 3) for part in parts))
 
 
+# ---------------------------------------------------------------------------- its weights
+
+
 def pass_on(first, second, inputs, hidden, outputs, kernel, gain=1.0):
-    """Add to two convolutions with a GELU between them what passes channels on, through two hidden
-    ones each and filtered by the kernel twice: gelu(x) - gelu(-x) = x."""
+    """Add to two convolutions, with a GELU between, what passes channels on through two hidden ones
+    each, filtered by the kernel twice: gelu(x) - gelu(-x) = x."""
     for sign, channels in zip((1, -1), hidden):
         first.weight[channels, inputs] += sign * kernel
         second.weight[outputs, channels] += sign * gain * kernel
@@ -609,11 +611,11 @@ def pass_on(first, second, inputs, hidden, outputs, kernel, gain=1.0):
 
 @torch.no_grad()
 def new_reconstructor(config=SMALL):
-    """An MVSplat to train, random but where something is known without learning: plain stereo.
+    """An MVSplat to train, random but for what is known without learning: plain stereo.
 
-    Views are matched by the CNN's features, depth is where 5 x 5 of them match best, and a
-    Gaussian is opaque, half a pixel wide and of its pixel's colour. (MVSplat itself starts from
-    the weights of a trained matching network.)
+    The CNN's features match views, depth is where 5 x 5 of them match best, and a Gaussian is
+    opaque, half a pixel wide and of its pixel's colour. (The public code starts from a trained
+    matching network.)
     """
     reconstructor = MVSplat(config)
     predictor, n = reconstructor.depth_predictor, config.candidates
@@ -652,9 +654,7 @@ def new_reconstructor(config=SMALL):
 def load_reconstructor(path=None):
     """An MVSplat in eval mode, frozen: the one in weights/, the published `re10k.ckpt`, or a
     safetensors file whose metadata has a "config", JSON of `ReconstructorConfig`'s fields.
-
-    ValueError: the file is missing, is no such file or does not fit.
-    """
+    ValueError: the file is missing, is no such file or does not fit."""
     path = Path(path or SHIPPED)
     state, config = read_state(path), ReconstructorConfig()
     try:
@@ -672,11 +672,14 @@ def load_reconstructor(path=None):
     return reconstructor.eval().requires_grad_(False)
 
 
+# ---------------------------------------------------------------------------- to use, to train
+
+
 class FeedForward(nn.Module):
     """Gaussians from photos alone: context views {"images" [B, V, 3, H, W], "Ks", "extrinsics"}.
 
-    near and far are in baselines, the distance between a scene's first and last camera: photos
-    alone tell no other unit. The network sees scenes scaled to a baseline of 1.
+    near and far are in units of the baseline, from a scene's first camera to its last: photos alone
+    tell no other. The network sees scenes scaled to a baseline of 1.
     """
 
     def __init__(self, reconstructor, near, far):
@@ -702,8 +705,7 @@ class Reconstruction(nn.Module):
     """One training step of a reconstructor (MVSplat, section 3.3).
 
     The loss is the mean squared error of the rendered target photo, plus depth_weight times the
-    mean absolute error of the logarithm of depth of every context pixel whose depth is known
-    (MVSplat has no depth term, and LPIPS instead).
+    mean absolute error of log depth, of context pixels whose depth is known (MVSplat: plus LPIPS).
     """
 
     def __init__(self, reconstructor, near, far, depth_weight):
@@ -715,8 +717,8 @@ class Reconstruction(nn.Module):
         """A batch as `SplatAndDistill`'s. Returns the loss, metrics {name: scalar tensor} and what
         to draw: "photo" [B, 3, H, W], "depth" and "alphas" [B, H, W], and "gaussians".
 
-        With coarse=True the loss is that of the depth where views are matched, at a quarter of
-        the size. It needs depth, and draws nothing.
+        With coarse=True the loss is of depth alone, at the quarter of the size where views are
+        matched. It needs depth, and draws nothing.
         """
         context, target = batch["context"], batch["target"]
         V, _, H, W = context["images"].shape[1:]
@@ -727,9 +729,9 @@ class Reconstruction(nn.Module):
             return loss, {"loss": loss.detach(), "log_depth": error.detach()}, {}
         gaussians = without_masked(self.reconstruct(context), context)
         photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
-        valid = target.get("valid", alphas >= 0)[:, None].expand_as(photo)
-        squares = torch.where(valid, photo - target["images"], 0.0) ** 2
-        loss = mean_of(squares.sum(), valid.sum(), self.training)
+        valid = target.get("valid", torch.ones_like(alphas, dtype=torch.bool))  # [B, H, W]
+        squares = torch.where(valid[:, None], photo - target["images"], 0.0) ** 2
+        loss = mean_of(squares.sum(), 3 * valid.sum(), self.training)
         metrics = {"mse": loss.detach()}
         if "depths" in context:
             forwards = torch.linalg.inv(context["extrinsics"])[:, :, 2]  # [B, V, 4] world to z
@@ -746,3 +748,105 @@ def log_depth_error(depths, truth, together=False):
     known = truth > 0
     error = depths.clamp(min=1e-6).log() - truth.clamp(min=1e-6).log()
     return mean_of(torch.where(known, error, 0.0).abs().sum(), known.sum(), together)
+
+
+# ---------------------------------------------------------------------------- how good it is
+
+NEAREST, CONSTANT, SENSOR = "nearest context photo", "one constant depth", "sensor depth"
+
+
+@torch.no_grad()
+def reconstruction(settings, folder, counted, draw):
+    """How well is a target view shown? {way: [{metric: mean of the scenes}]} (evaluate.py's task)
+
+    The ways are the nearest context photo, Gaussians from photos alone (for each of --weights) and,
+    with depth, Gaussians at its median and at sensor depth. counted(items, total, what) passes on
+    items and prints progress; draw(path, target, {way: (photo, depth, seen)}) draws a scene.
+    """
+    (H, W), device = settings.image_size, "cuda" if torch.cuda.is_available() else "cpu"
+    scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
+    options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
+    views = data.Views(scenes, H, W, **options, length=settings.scenes)
+    networks = {}
+    for name in settings.weights:
+        network = load_reconstructor(None if name == "shipped" else name).to(device)
+        networks[f"photos alone, {name}"] = FeedForward(network, settings.near, settings.far)
+    ways, seconds = networks, {name: [] for name in networks}
+    if not settings.data or all(scene.has_depth for scene in scenes):
+        ways = {CONSTANT: constant_depth} | networks | {SENSOR: SensorDepth()}
+    rows = {name: [] for name in (NEAREST, *ways)}
+    for i in counted(range(settings.scenes), settings.scenes, "scene"):
+        sample = views[i]
+        context, target = ({k: v[None].to(device) for k, v in sample[part].items()}
+                           for part in ("context", "target"))  # fmt: skip
+        shown = {NEAREST: nearest_photo(context, target)}
+        for name, way in ways.items():
+            started = time.time()
+            gaussians = way(context)
+            if name in networks:
+                float(gaussians.means.sum())  # waits for a GPU
+                seconds[name].append(time.time() - started)
+                if not (folder / "scene.ply").exists():
+                    save_ply(folder / "scene.ply", gaussians)
+            photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
+            shown[name] = photo, depth, alphas > 0.5
+        for name, view in shown.items():
+            rows[name].append(view_errors(*view, target))
+        if i < 4:
+            draw(folder / f"scene_{i}.png", target, shown)
+    return over_scenes(rows, seconds, f"{H} x {W}")
+
+
+def over_scenes(rows, seconds, size):
+    """Rows {way: [metrics of a scene]} as their means; networks also get "closed", the share of the
+    way from the median depth to sensor depth, in PSNR, and "seconds", the median to Gaussians."""
+    table = {name: {k: mean(row[k] for row in of) for k in of[0]} for name, of in rows.items()}
+    for name, times in seconds.items():
+        if SENSOR in table and table[SENSOR]["psnr"] > (low := table[CONSTANT]["psnr"]):
+            table[name]["closed"] = (table[name]["psnr"] - low) / (table[SENSOR]["psnr"] - low)
+        table[name]["seconds"] = statistics.median(times)
+        print(f"{name}: photos of {size} to Gaussians in {table[name]['seconds']:.2f} s")
+    peak, device = 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "cpu"
+    if torch.cuda.is_available():
+        peak, device = torch.cuda.max_memory_allocated(), "cuda"
+    print(f"Peak memory on {device}: {peak / 2**30:.2f} GiB")
+    return {name: [row] for name, row in table.items()}
+
+
+def mean(values):  # of those that are not None
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+def constant_depth(context):
+    """Sensor depth's Gaussians with all depth at its median, the best that one number can do."""
+    depths = context["depths"]
+    median = float(depths[depths > 0].median())
+    return SensorDepth()(context | {"depths": torch.full_like(depths, median)})
+
+
+def nearest_photo(context, target):
+    """Of the context view nearest to the target: photo, depth, and which pixels it shows: all."""
+    away = (context["extrinsics"] - target["extrinsics"][:, None])[0, :, :3, 3].norm(dim=-1)  # [V]
+    nearest = {k: v[:, away.argmin()] for k, v in context.items()}
+    unknown = torch.zeros_like(nearest["images"][:, 0])
+    return nearest["images"], nearest.get("depths", unknown), unknown == 0
+
+
+def view_errors(photo, depth, seen, target):
+    """PSNR of a photo [1, 3, H, W], in dB, share of pixels [1, H, W] not seen, `depth_errors`."""
+    mse = (photo - target["images"]).square().mean().clamp(min=1e-10)
+    truth = target.get("depths", torch.zeros_like(depth))
+    row = {"psnr": float(-10 * mse.log10()), "holes": float((~seen).float().mean())}
+    return row | depth_errors(depth, truth, seen)
+
+
+def depth_errors(depth, truth, seen):
+    """The mean of |depth / truth - 1| where seen, and the same with depth scaled by the median of
+    truth / depth. All of one shape; truth 0 = none. None where nothing is known."""
+    known = (truth > 0) & seen & (depth > 0)
+    if not known.any():
+        return {"abs_rel": None, "abs_rel_scaled": None}
+    ratio = depth[known] / truth[known]
+    errors = {"abs_rel": ratio, "abs_rel_scaled": ratio * (1 / ratio).median()}
+    return {name: float((r - 1).abs().mean()) for name, r in errors.items()}

@@ -145,7 +145,7 @@ def test_the_task_hands_poses_and_sizes_on_rightly(monkeypatch):
     settings = settings_of(f"--task correspondence {few}")
     model = E.Model("place", [], None)
     (row,) = E.correspondence([model], settings, Path("."))[0]["place"]
-    names = [f"recall_10px_{a}_{b}deg" for a, b in zip(E.BINS, E.BINS[1:])]
+    names = [f"recall_10px_{a}_{b}deg" for a, b in zip(data.BINS, data.BINS[1:])]
     assert row["recall_5px"] > 0.9 and all(row[name] > 0.9 for name in names)
     shift = torch.zeros(4, 4)
     shift[0, 3] = 1.0
@@ -192,14 +192,14 @@ def test_views_without_depth_have_no_matches():
 def test_rotation_angle(degrees):
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     Rt = torch.tensor([[c, 0, s, 1], [0, 1, 0, 1], [-s, 0, c, 1]], dtype=torch.float64)
-    assert float(E.rotation_angle(Rt)) == pytest.approx(degrees, abs=0.01)
+    assert float(data.rotation_angle(Rt)) == pytest.approx(degrees, abs=0.01)
 
 
 def test_pairs_of_rooms_fill_every_range_of_viewpoints():
     pairs = data.pairs(None, 8, 28, 28, seed=3)
     for n, (a, b) in enumerate(pairs[i] for i in range(8)):
         to_b = torch.linalg.inv(b["extrinsics"]) @ a["extrinsics"]
-        assert E.BINS[n % 4] <= float(E.rotation_angle(to_b)) < E.BINS[n % 4 + 1]
+        assert data.BINS[n % 4] <= float(data.rotation_angle(to_b)) < data.BINS[n % 4 + 1]
         assert data.overlap(a, b, to_b) > 0.2
     again, other = data.pairs(None, 8, 28, 28, seed=3), data.pairs(None, 8, 28, 28, seed=4)
     key = lambda p: [(room.name, i, j) for room, i, j in p.entries]  # noqa: E731
@@ -1190,15 +1190,6 @@ def test_rooms_to_train_on_are_not_those_to_test_on():
 def test_a_single_frame_makes_no_pair(tmp_path):
     with pytest.raises(ValueError, match="scan: no two frames to compare"):
         data.pairs(capture(tmp_path / "scan", frames=1), 10, 28, 56, 0)
-
-
-def test_depth_errors_by_hand():
-    depth, truth = torch.tensor([[2.0, 4.0, 6.0, 1.0]]), torch.tensor([[1.0, 2.0, 4.0, 0.0]])
-    errors = E.depth_errors(depth, truth, torch.tensor([[True, True, True, True]]))
-    assert errors["abs_rel"] == pytest.approx((1 + 1 + 0.5) / 3)
-    assert errors["abs_rel_scaled"] == pytest.approx((0 + 0 + 0.25) / 3)
-    unseen = E.depth_errors(depth, truth, torch.zeros(1, 4, dtype=torch.bool))
-    assert unseen == {"abs_rel": None, "abs_rel_scaled": None}
 
 
 NO_STUDENT = "runs/none/student.safetensors: no such file; --run takes"

@@ -1,4 +1,4 @@
-"""reconstruct.py: equal to the public code on golden values, and the laws that its parts obey."""
+"""R.py: equal to the public code on golden values, and the laws that its parts obey."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
-import reconstruct
+import reconstruct as R
 from reference import random_rotation
 from test_model import golden_state
 
@@ -22,13 +22,26 @@ GOLDEN = {
     for k, v in load_file(Path(__file__).parent / "golden.safetensors").items()
 }
 INPUTS = [GOLDEN[k] for k in ("images", "extrinsics", "intrinsics", "near", "far")]
-SMALL = reconstruct.ReconstructorConfig(
+SMALL = R.ReconstructorConfig(
     stem=(8, 8, 8), dim=16, blocks=2, candidates=8, cost_dim=16, refine_dim=16
 )
+OURS = dataclasses.replace(R.SMALL, stem=(8, 8, 8), dim=16, candidates=8, cost_dim=16)
+
+
+def context_of(images, extrinsics, intrinsics, *_):
+    """Context views, with Ks in pixels."""
+    H, W = images.shape[-2:]
+    Ks = intrinsics * torch.tensor([W, H, 1.0])[:, None]
+    return {"images": images, "extrinsics": extrinsics, "Ks": Ks}
+
+
+def z_of(means, extrinsics):  # Gaussians [1, V * H * W, 3] -> depths [1, V, 1, H * W]
+    forwards = torch.linalg.inv(extrinsics)[:, :, None, 2]
+    return forwards @ F.pad(means, (0, 1), value=1.0).view(1, 2, -1, 4).mT
 
 
 def save_small(path, **changes):
-    model = reconstruct.MVSplat(SMALL)
+    model = R.MVSplat(SMALL)
     state = golden_state(model) | changes
     save_file(state, path, {"config": json.dumps(dataclasses.asdict(SMALL))})
     return path
@@ -36,9 +49,8 @@ def save_small(path, **changes):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return reconstruct.load_reconstructor(
-        save_small(tmp_path_factory.mktemp("weights") / "small.safetensors")
-    )
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    return R.load_reconstructor(save_small(path))
 
 
 # --------------------------------------------------------------------------- parity
@@ -47,16 +59,14 @@ def small(tmp_path_factory):
 def test_published_checkpoint_equals_the_public_model(tmp_path):
     """471 tensors as Lightning saves them: under `encoder.`, beside what is not the encoder's."""
     with torch.device("meta"):
-        shapes = reconstruct.MVSplat().state_dict()
+        shapes = R.MVSplat().state_dict()
     lines = "\n".join(f"{n} {list(p.shape)}" for n, p in sorted(shapes.items()))
-    assert (
-        hashlib.sha256(lines.encode()).hexdigest()[:16] == "939fef153985be3b" and len(shapes) == 471
-    )
-    state = {"encoder." + k: v for k, v in golden_state(reconstruct.MVSplat()).items()} | {
-        "losses.lpips": torch.zeros(3)
-    }
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "939fef153985be3b"
+    assert len(shapes) == 471
+    state = {"encoder." + k: v for k, v in golden_state(R.MVSplat()).items()}
+    state["losses.lpips"] = torch.zeros(3)
     torch.save({"state_dict": state, "global_step": 300_000}, tmp_path / "re10k.ckpt")
-    gaussians = reconstruct.load_reconstructor(tmp_path / "re10k.ckpt")(*INPUTS)
+    gaussians = R.load_reconstructor(tmp_path / "re10k.ckpt")(*INPUTS)
     assert not gaussians.means.requires_grad
     close = dict(rtol=0, atol=1e-3)
     torch.testing.assert_close(gaussians.means[0, ::128], GOLDEN["means"], **close)
@@ -70,8 +80,8 @@ def test_published_checkpoint_equals_the_public_model(tmp_path):
 
 def test_windows_are_quarters_and_come_back():
     x = torch.arange(2 * 6 * 4).view(2, 6, 4, 1)
-    assert torch.equal(reconstruct.to_windows(x)[:, 1].view(2, 3, 2), x[:, :3, 2:, 0])
-    assert torch.equal(reconstruct.from_windows(reconstruct.to_windows(x), 6, 4), x)
+    assert torch.equal(R.to_windows(x)[:, 1].view(2, 3, 2), x[:, :3, 2:, 0])
+    assert torch.equal(R.from_windows(R.to_windows(x), 6, 4), x)
 
 
 def test_shift_mask_parts_what_the_roll_brought_together():
@@ -79,47 +89,39 @@ def test_shift_mask_parts_what_the_roll_brought_together():
     h, w = 8, 12
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     where = torch.roll(torch.stack([y, x], -1), (-(h // 4), -(w // 4)), (0, 1))
-    where = reconstruct.to_windows(where)  # (4, tokens, 2)
-    apart = ((where[:, :, None] - where[:, None, :]).abs() >= torch.tensor([h // 2, w // 2])).any(
-        -1
-    )
-    assert (
-        torch.equal(reconstruct.shift_mask(h, w) == -100, apart)
-        and apart.any()
-        and not apart[0].any()
-    )
-    assert reconstruct.shift_mask(h, w) is reconstruct.shift_mask(h, w)  # made once
-    reconstruct.shift_mask.cache_clear()
-    with torch.inference_mode():
-        assert not reconstruct.shift_mask(
-            h, w
-        ).is_inference()  # whoever needs it first, it can be trained with
+    where = R.to_windows(where)  # (4, tokens, 2)
+    away = (where[:, :, None] - where[:, None, :]).abs()
+    apart = (away >= torch.tensor([h // 2, w // 2])).any(-1)
+    assert torch.equal(R.shift_mask(h, w) == -100, apart)
+    assert apart.any() and not apart[0].any()
+    assert R.shift_mask(h, w) is R.shift_mask(h, w)  # made once
+    R.shift_mask.cache_clear()
+    with torch.inference_mode():  # whoever needs it first, it can be trained with
+        assert not R.shift_mask(h, w).is_inference()
 
 
 @pytest.mark.parametrize("degree", range(5))
 def test_rotated_harmonics_are_the_rotated_function(degree):
     g = torch.Generator().manual_seed(degree)
-    R = torch.linalg.qr(random_rotation(g).double()).Q  # orthogonal to double precision
-    R = R * torch.linalg.det(R)
+    turn = torch.linalg.qr(random_rotation(g).double()).Q  # orthogonal to double precision
+    turn = turn * torch.linalg.det(turn)
     coefficients = torch.zeros(1, 25, dtype=torch.float64)
     band = slice(degree**2, (degree + 1) ** 2)
     coefficients[:, band] = torch.randn(2 * degree + 1, generator=g, dtype=torch.float64)
-    turned = reconstruct.rotate_harmonics(coefficients, R[None])
+    turned = R.rotate_harmonics(coefficients, turn[None])
     directions = F.normalize(torch.randn(20, 3, generator=g, dtype=torch.float64), dim=-1)
-    before = reconstruct.real_harmonics(degree, directions) @ coefficients[0, band]
-    after = (
-        reconstruct.real_harmonics(degree, directions @ R.T) @ turned[0, band]
-    )  # the turned function, at turned directions
+    before = R.real_harmonics(degree, directions) @ coefficients[0, band]
+    # The turned function, at turned directions
+    after = R.real_harmonics(degree, directions @ turn.T) @ turned[0, band]
     torch.testing.assert_close(after, before)
-    torch.testing.assert_close(
-        turned.norm(), coefficients.norm()
-    )  # orthonormal, so rotation keeps the length
+    # Orthonormal, so rotation keeps the length
+    torch.testing.assert_close(turned.norm(), coefficients.norm())
     assert not turned[:, : band.start].any() and not turned[:, band.stop :].any()
 
 
 def test_first_degree_is_x_y_z():
     directions = F.normalize(torch.randn(5, 3), dim=-1)
-    torch.testing.assert_close(reconstruct.real_harmonics(1, directions), directions)
+    torch.testing.assert_close(R.real_harmonics(1, directions), directions)
 
 
 def test_cost_volume_peaks_at_the_true_depth():
@@ -127,20 +129,17 @@ def test_cost_volume_peaks_at_the_true_depth():
     g = torch.Generator().manual_seed(0)
     h, w, n, depth = 12, 24, 9, 2.0
     plane = F.normalize(torch.randn(1, 32, h, w + 4, generator=g), dim=1)
-    features = torch.stack(
-        [plane[..., :w], plane[..., 4:]], 1
-    )  # the second camera sees it 4 pixels further on
+    # The second camera sees it 4 pixels further on
+    features = torch.stack([plane[..., :w], plane[..., 4:]], 1)
     K = torch.tensor([[1.0, 0, 0.5], [0, 2.0, 0.5], [0, 0, 1]]).expand(1, 2, 3, 3)
     extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
     extrinsics[0, 1, 0, 3] = 4 * depth / w
-    candidates = 1 / torch.linspace(1 / 10, 0.9, n).expand(
-        1, 2, n
-    )  # inverse depth 0.5 is the fifth
-    cost = reconstruct.cost_volume(features, K, extrinsics, candidates, torch.tensor([[1], [0]]))
+    # Inverse depth 0.5 is the fifth
+    candidates = 1 / torch.linspace(1 / 10, 0.9, n).expand(1, 2, n)
+    cost = R.cost_volume(features, K, extrinsics, candidates, torch.tensor([[1], [0]]))
     best = cost.argmax(2)
-    assert (best[0, 0, :, 4:] == 4).float().mean() > 0.95 and (
-        best[0, 1, :, :-4] == 4
-    ).float().mean() > 0.95
+    assert (best[0, 0, :, 4:] == 4).float().mean() > 0.95
+    assert (best[0, 1, :, :-4] == 4).float().mean() > 0.95
 
 
 def test_views_are_treated_alike(small):
@@ -159,13 +158,9 @@ def test_views_are_treated_alike(small):
 
 
 def test_scenes_of_a_batch_do_not_mix(small):
-    images, extrinsics, intrinsics, near, far = INPUTS
-    both = small(
-        *(
-            torch.cat([t, other])
-            for t, other in zip(INPUTS, (images.flip(-1), extrinsics, intrinsics, near, far))
-        )
-    )
+    images, *cameras = INPUTS
+    other = images.flip(-1), *cameras
+    both = small(*(torch.cat(pair) for pair in zip(INPUTS, other)))
     for a, b in zip(small(*INPUTS), both):
         torch.testing.assert_close(a[0], b[0], rtol=1e-3, atol=1e-4)
 
@@ -175,49 +170,35 @@ def test_gaussians_lie_on_their_pixels_rays(small):
     _, extrinsics, intrinsics, near, far = INPUTS
     H, W = GOLDEN["images"].shape[-2:]
     means = gaussians.means.view(2, H, W, 3)
-    R, t = extrinsics[0, :, :3, :3], extrinsics[0, :, :3, 3]
-    camera = torch.einsum("vji,vhwj->vhwi", R, means - t[:, None, None])
+    rotations, t = extrinsics[0, :, :3, :3], extrinsics[0, :, :3, 3]
+    camera = torch.einsum("vji,vhwj->vhwi", rotations, means - t[:, None, None])
     pixels = camera @ intrinsics[0, 0].T
     pixels = pixels[..., :2] / pixels[..., 2:] * torch.tensor([W, H])
     x, y = torch.arange(W) + 0.5, torch.arange(H) + 0.5
-    assert (pixels[..., 0] - x).abs().max() < 0.501 and (
-        pixels[..., 1] - y[:, None]
-    ).abs().max() < 0.501
-    assert (camera.norm(dim=-1) > near[0, 0] * 0.999).all() and (
-        camera.norm(dim=-1) < far[0, 0] * 1.001
-    ).all()
+    assert (pixels[..., 0] - x).abs().max() < 0.501
+    assert (pixels[..., 1] - y[:, None]).abs().max() < 0.501
+    distance = camera.norm(dim=-1)
+    assert (distance > near[0, 0] * 0.999).all() and (distance < far[0, 0] * 1.001).all()
     assert (torch.linalg.eigvalsh(gaussians.covars) > -1e-6).all()
 
 
 def test_behind_the_methods_interface(small):
     """Ks in pixels are normalised by width and height; near and far are in baselines."""
     images, extrinsics, intrinsics, near, far = INPUTS
-    H, W = images.shape[-2:]
-    context = {
-        "images": images,
-        "extrinsics": extrinsics,
-        "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None],
-    }
+    context, (H, W) = context_of(*INPUTS), images.shape[-2:]
     b = float((extrinsics[0, 0, :3, 3] - extrinsics[0, 1, :3, 3]).norm())
     unit = extrinsics.clone()
     unit[..., :3, 3] /= b  # scaled to a baseline of 1, and the Gaussians back
-    expected = small(
-        images, unit, intrinsics, torch.full_like(near, 2.0), torch.full_like(near, 60.0)
-    )
-    got = reconstruct.FeedForward(small, 2.0, 60.0)(context)
+    bounds = torch.full_like(near, 2.0), torch.full_like(near, 60.0)
+    expected = small(images, unit, intrinsics, *bounds)
+    got = R.FeedForward(small, 2.0, 60.0)(context)
     torch.testing.assert_close(got.means, expected.means * b, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.covars, expected.covars * b * b, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.opacities, expected.opacities)
-    context["extrinsics"] = extrinsics[:, :1].expand(
-        -1, 2, -1, -1
-    )  # no parallax, no depth: nothing to see, no error
-    _, _, alphas = reconstruct.render(
-        reconstruct.FeedForward(small, 1.0, 100.0)(context),
-        extrinsics[:, 0],
-        context["Ks"][:, 0],
-        W,
-        H,
-    )
+    # No parallax, no depth: nothing to see, no error
+    context["extrinsics"] = extrinsics[:, :1].expand(-1, 2, -1, -1)
+    gaussians = R.FeedForward(small, 1.0, 100.0)(context)
+    _, _, alphas = R.render(gaussians, extrinsics[:, 0], context["Ks"][:, 0], W, H)
     assert not alphas.any()
 
 
@@ -228,10 +209,7 @@ def test_behind_the_methods_interface(small):
 def ours():
     """The small configuration as shipped, in miniature, before training."""
     torch.manual_seed(0)
-    config = dataclasses.replace(
-        reconstruct.SMALL, stem=(8, 8, 8), dim=16, candidates=8, cost_dim=16
-    )
-    return reconstruct.new_reconstructor(config).eval()
+    return R.new_reconstructor(OURS).eval()
 
 
 @torch.no_grad()
@@ -241,22 +219,16 @@ def test_untrained_gaussians_show_their_pixels(ours):
     H, W = images.shape[-2:]
     gaussians = ours(*INPUTS)
     assert gaussians.harmonics.shape == (1, 2 * H * W, 3, 1)  # as many as its degree has
-    colours = (
-        (0.5 + 0.28209479177387814 * gaussians.harmonics[..., 0]).view(1, 2, H, W, 3).movedim(-1, 2)
-    )
+    colours = 0.5 + 0.28209479177387814 * gaussians.harmonics[..., 0]
+    colours = colours.view(1, 2, H, W, 3).movedim(-1, 2)
     torch.testing.assert_close(colours, images, rtol=0, atol=1e-4)
-    z = (
-        torch.linalg.inv(extrinsics)[:, :, None, 2]
-        @ F.pad(gaussians.means, (0, 1), value=1.0).view(1, 2, -1, 4).mT
-    )
+    z = z_of(gaussians.means, extrinsics)
     assert (z > near[..., None, None] * 0.999).all() and (z < far[..., None, None] * 1.001).all()
-    footprint = (
-        z.flatten() * 0.5 * (1 / (intrinsics[0, 0, 0, 0] * W) + 1 / (intrinsics[0, 0, 1, 1] * H))
-    )
+    fx, fy = intrinsics[0, 0, 0, 0] * W, intrinsics[0, 0, 1, 1] * H
+    footprint = z.flatten() * 0.5 * (1 / fx + 1 / fy)
     sigmas = torch.linalg.det(gaussians.covars[0]) ** (1 / 6)
-    assert ((sigmas / footprint - 0.45).abs() < 0.2).all() and (
-        gaussians.opacities - 0.88
-    ).abs().max() < 0.01
+    assert ((sigmas / footprint - 0.45).abs() < 0.2).all()
+    assert (gaussians.opacities - 0.88).abs().max() < 0.01
 
 
 @torch.no_grad()
@@ -272,44 +244,33 @@ def test_the_unit_of_a_capture_does_not_matter(ours, scale):
     torch.testing.assert_close(b.opacities, a.opacities, rtol=1e-3, atol=1e-4)
     H, W = images.shape[-2:]
     K = intrinsics[:, 0] * torch.tensor([W, H, 1.0])[:, None]
-    shown = [reconstruct.render(g, e[:, 0], K, W, H)[0] for g, e in ((a, extrinsics), (b, scaled))]
+    shown = [R.render(g, e[:, 0], K, W, H)[0] for g, e in ((a, extrinsics), (b, scaled))]
     torch.testing.assert_close(shown[1], shown[0], rtol=1e-2, atol=1e-2)
     assert shown[0].max() > 0.3
 
 
 def test_a_training_step_reaches_every_parameter():
-    ours = reconstruct.new_reconstructor(
-        dataclasses.replace(reconstruct.SMALL, stem=(8, 8, 8), dim=16, candidates=8, cost_dim=16)
-    )
+    ours = R.new_reconstructor(OURS)
     images, extrinsics, intrinsics, near, far = INPUTS
-    H, W = images.shape[-2:]
-    context = {
-        "images": images,
-        "extrinsics": extrinsics,
-        "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None],
-    }
+    context, (H, W) = context_of(*INPUTS), images.shape[-2:]
     context["depths"] = torch.full((1, 2, H, W), 3.0)
     target = {k: v[:, 0] for k, v in context.items()}
     with torch.no_grad():  # away from the start, where branches that end in zeros get no gradient
         for p in ours.parameters():
             p += 0.02 * torch.randn_like(p)
-    step = reconstruct.Reconstruction(ours, 1.0, 100.0, 0.2)
+    step = R.Reconstruction(ours, 1.0, 100.0, 0.2)
     loss, metrics, drawn = step({"context": context, "target": target})
     loss.backward()
     gradients = {n: p.grad for n, p in ours.named_parameters()}
     assert all(g is not None and g.isfinite().all() and g.any() for g in gradients.values())
     # By hand: the photo's squared error, and the log depth of every context pixel's Gaussian
     mse = (drawn["photo"] - target["images"]).square().mean()
-    z = (
-        torch.linalg.inv(extrinsics)[:, :, None, 2]
-        @ F.pad(drawn["gaussians"].means, (0, 1), value=1.0).view(1, 2, -1, 4).mT
-    )
+    z = z_of(drawn["gaussians"].means, extrinsics)
     torch.testing.assert_close(loss, mse + 0.2 * (z / 3).log().abs().mean(), rtol=1e-4, atol=1e-5)
     context["depths"][:, :, : H // 2] = 0  # unknown depth counts nothing
     half = step({"context": context, "target": target})[1]["log_depth"]
-    torch.testing.assert_close(
-        half, (z.view(1, 2, H, W)[:, :, H // 2 :] / 3).log().abs().mean().detach()
-    )
+    lower = z.view(1, 2, H, W)[:, :, H // 2 :].detach()
+    torch.testing.assert_close(half, (lower / 3).log().abs().mean())
     del context["depths"]
     torch.testing.assert_close(step({"context": context, "target": target})[0], mse)
 
@@ -317,67 +278,50 @@ def test_a_training_step_reaches_every_parameter():
 def test_a_coarse_step_trains_what_matches_and_nothing_else():
     images, extrinsics, intrinsics, near, far = INPUTS
     H, W = images.shape[-2:]
-    network = reconstruct.new_reconstructor(
-        dataclasses.replace(reconstruct.SMALL, stem=(8, 8, 8), dim=16, candidates=8, cost_dim=16)
-    )
-    context = {
-        "images": images,
-        "extrinsics": extrinsics,
-        "Ks": intrinsics * torch.tensor([W, H, 1.0])[:, None],
-    }
+    network = R.new_reconstructor(OURS)
+    context = context_of(*INPUTS)
     context["depths"] = torch.full((1, 2, H, W), 3.0)
     context["depths"][..., : W // 2] = 0
-    loss, metrics, _ = reconstruct.Reconstruction(network, 1.0, 100.0, 0.2)(
-        {"context": context, "target": {}}, coarse=True
-    )
+    step = R.Reconstruction(network, 1.0, 100.0, 0.2)
+    loss, metrics, _ = step({"context": context, "target": {}}, coarse=True)
     loss.backward()
     b = (extrinsics[0, 0, :3, 3] - extrinsics[0, 1, :3, 3]).norm().expand(1, 2)
     depths = network(images, extrinsics, intrinsics, b, 100 * b, coarse=True)
     assert depths.shape == (1, 2, H // 4, W // 4)
     torch.testing.assert_close(loss, 0.2 * (depths[..., W // 8 :] / 3).log().abs().mean())
     moved = {n.split(".")[1] for n, p in network.named_parameters() if p.grad is not None}
-    assert moved == {
-        "backbone",
-        "transformer",
-        "corr_refine_net",
-        "regressor_residual",
-        "depth_head_lowres",
-    }
+    matching = {"corr_refine_net", "regressor_residual", "depth_head_lowres"}
+    assert moved == {"backbone", "transformer"} | matching
 
 
 def test_an_untrained_reconstructor_is_stereo_already():
     """A textured wall at depth 4, seen twice: matching alone, untrained, finds most of it."""
     H, W, f, depth, baseline = 96, 128, 100.0, 4.0, 0.64
     texture = F.interpolate(torch.rand(1, 3, 48, 72), scale_factor=2, mode="bilinear")[0]
-    images = torch.stack([texture[:, :, :W], texture[:, :, 16 : 16 + W]])[
-        None
-    ]  # 16 pixels = f * baseline / depth
+    # 16 pixels = f * baseline / depth
+    images = torch.stack([texture[:, :, :W], texture[:, :, 16 : 16 + W]])[None]
     extrinsics = torch.eye(4).repeat(1, 2, 1, 1)
     extrinsics[0, 1, 0, 3] = baseline
     intrinsics = torch.tensor([[f / W, 0, 0.5], [0, f / H, 0.5], [0, 0, 1]]).expand(1, 2, 3, 3)
     near, far = torch.full((1, 2), 3 * baseline), torch.full((1, 2), 50 * baseline)
-    depths = reconstruct.new_reconstructor()(
-        images, extrinsics, intrinsics, near, far, coarse=True
-    ).detach()
+    with torch.no_grad():
+        depths = R.new_reconstructor()(images, extrinsics, intrinsics, near, far, coarse=True)
     seen = depths[0, 0, 2:-2, 8:-2]  # what the second camera sees too
     assert (seen / depth - 1).abs().median() < 0.15
 
 
 def test_shipped_weights_know_depth():
     """A room unseen in training, at another size: far better than any one depth could do."""
-    assert reconstruct.SHIPPED.stat().st_size <= 8e6
-    with safe_open(reconstruct.SHIPPED, "pt") as file:
+    assert R.SHIPPED.stat().st_size <= 8e6
+    with safe_open(R.SHIPPED, "pt") as file:
         about = file.metadata()
     assert {"config", "command", "step", "device", "hours", "measured"} <= about.keys()
     errors, constant = [], []
     views = data.Views(data.Rooms("val"), 160, 192, seed=7, length=4)
     for sample in (views[i] for i in range(4)):
         context = {k: v[None] for k, v in sample["context"].items()}
-        means = reconstruct.FeedForward(reconstruct.load_reconstructor(), 3.0, 50.0)(context).means
-        z = (
-            torch.linalg.inv(context["extrinsics"])[:, :, None, 2]
-            @ F.pad(means, (0, 1), value=1.0).view(1, 2, -1, 4).mT
-        )
+        means = R.FeedForward(R.load_reconstructor(), 3.0, 50.0)(context).means
+        z = z_of(means, context["extrinsics"])
         truth = context["depths"].flatten()
         errors.append((z.flatten() / truth - 1).abs().mean())
         constant.append((truth.median() / truth - 1).abs().mean())
@@ -403,7 +347,7 @@ def test_harmonics_are_3d_gaussian_splattings():
         -0.25 * s(21 / (2 * pi)) * x * (5 * z * z - 1), 0.25 * s(105 / pi) * (x * x - y * y) * z,
         -0.25 * s(35 / (2 * pi)) * x * (x * x - 3 * y * y),
     ]  # fmt: skip
-    torch.testing.assert_close(reconstruct.sh_basis(3, d), torch.stack(expected, -1))
+    torch.testing.assert_close(R.sh_basis(3, d), torch.stack(expected, -1))
 
 
 def one_gaussian(**changes):
@@ -412,7 +356,7 @@ def one_gaussian(**changes):
     harmonics[0, 0, 0, 3] = 0.7  # red grows towards -x
     parts = dict(means=torch.tensor([[[0.5, 0.2, 2.0]]]), covars=0.04 * torch.eye(3)[None, None],
                  opacities=torch.tensor([[0.9]]), harmonics=harmonics)  # fmt: skip
-    return reconstruct.Gaussians(**parts | changes)
+    return R.Gaussians(**parts | changes)
 
 
 def test_colour_depends_on_where_it_is_seen_from():
@@ -422,33 +366,28 @@ def test_colour_depends_on_where_it_is_seen_from():
     for position in ([0.0, 0.0, 0.0], [1.0, 0.3, 0.5]):
         extrinsics = torch.eye(4)[None].clone()
         extrinsics[0, :3, 3] = torch.tensor(position)
-        photo, depth, alphas = reconstruct.render(gaussians, extrinsics, K, 32, 32)
+        photo, depth, alphas = R.render(gaussians, extrinsics, K, 32, 32)
         y, x = divmod(int(alphas[0].argmax()), 32)
         direction = F.normalize(gaussians.means[0, 0] - torch.tensor(position), dim=0)
         expected = 0.5 + 0.28209479 * torch.tensor([0.5, -0.5, 1.0])
         expected[0] += -0.48860251 * 0.7 * direction[0]
-        torch.testing.assert_close(
-            photo[0, :, y, x] / alphas[0, y, x], expected, rtol=1e-4, atol=1e-4
-        )
+        shown = photo[0, :, y, x] / alphas[0, y, x]
+        torch.testing.assert_close(shown, expected, rtol=1e-4, atol=1e-4)
         assert depth[0, y, x] == pytest.approx(2.0 - position[2], rel=1e-5)
         assert depth[0, 0, 31] == 0 and alphas[0, 0, 31] == 0
     dark = one_gaussian(harmonics=torch.full((1, 1, 3, 1), -5.0))
-    assert (
-        reconstruct.render(dark, torch.eye(4)[None], K, 32, 32)[0] == 0
-    ).all()  # colours are never below 0
+    photo = R.render(dark, torch.eye(4)[None], K, 32, 32)[0]
+    assert (photo == 0).all()  # colours are never below 0
 
 
 def read_ply(path):
     header, body = path.read_bytes().split(b"end_header\n", 1)
     lines = header.decode().splitlines()
-    assert lines[:2] == ["ply", "format binary_little_endian 1.0"] and lines[2].startswith(
-        "element vertex "
-    )
+    assert lines[:2] == ["ply", "format binary_little_endian 1.0"]
+    assert lines[2].startswith("element vertex ")
     names = [line.removeprefix("property float ") for line in lines[3:]]
-    values = torch.frombuffer(bytearray(body), dtype=torch.float32).view(
-        int(lines[2].split()[2]), len(names)
-    )
-    return dict(zip(names, values.T))
+    values = torch.frombuffer(bytearray(body), dtype=torch.float32)
+    return dict(zip(names, values.view(int(lines[2].split()[2]), len(names)).T))
 
 
 def test_ply_holds_the_gaussians(tmp_path):
@@ -456,65 +395,71 @@ def test_ply_holds_the_gaussians(tmp_path):
     g = torch.Generator().manual_seed(0)
     N = 40
     A = torch.randn(1, N, 3, 3, generator=g)
-    gaussians = reconstruct.Gaussians(
-        torch.randn(1, N, 3, generator=g),
-        A @ A.mT,
-        torch.rand(1, N, generator=g),
-        torch.randn(1, N, 3, 25, generator=g),
-    )
+    means, opacities = torch.randn(1, N, 3, generator=g), torch.rand(1, N, generator=g)
+    harmonics = torch.randn(1, N, 3, 25, generator=g)
+    gaussians = R.Gaussians(means, A @ A.mT, opacities, harmonics)
     gaussians.opacities[0, 7] = 0.001  # never to be seen: left out
-    reconstruct.save_ply(tmp_path / "scene.ply", gaussians)
+    R.save_ply(tmp_path / "scene.ply", gaussians)
     ply = read_ply(tmp_path / "scene.ply")
     kept = [i for i in range(N) if gaussians.opacities[0, i] > 1 / 255]
     assert 7 not in kept and len(ply) == 3 + 3 + 3 + 45 + 1 + 3 + 4
     stack = lambda *names: torch.stack([ply[n] for n in names], -1)  # noqa: E731
     torch.testing.assert_close(stack("x", "y", "z"), gaussians.means[0, kept])
     torch.testing.assert_close(torch.sigmoid(ply["opacity"]), gaussians.opacities[0, kept])
-    torch.testing.assert_close(
-        stack("f_dc_0", "f_dc_1", "f_dc_2"), gaussians.harmonics[0, kept, :, 0]
-    )
-    rest = stack(*(f"f_rest_{i}" for i in range(45)))
-    torch.testing.assert_close(
-        rest[:, 15:30], gaussians.harmonics[0, kept, 1, 1:16]
-    )  # green's come together
+    colours = stack("f_dc_0", "f_dc_1", "f_dc_2")
+    torch.testing.assert_close(colours, gaussians.harmonics[0, kept, :, 0])
+    rest = stack(*(f"f_rest_{i}" for i in range(45)))  # green's come together
+    torch.testing.assert_close(rest[:, 15:30], gaussians.harmonics[0, kept, 1, 1:16])
     scales = stack("scale_0", "scale_1", "scale_2").exp()
     w, x, y, z = stack("rot_0", "rot_1", "rot_2", "rot_3").T
-    R = torch.stack([
+    axes = torch.stack([
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
         2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
         2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
     ], -1).view(-1, 3, 3)  # fmt: skip
-    covars = R @ torch.diag_embed(scales**2) @ R.mT
+    covars = axes @ torch.diag_embed(scales**2) @ axes.mT
     torch.testing.assert_close(covars, gaussians.covars[0, kept], rtol=1e-3, atol=1e-3)
-    two = reconstruct.Gaussians(*(t.expand(2, *t.shape[1:]) for t in gaussians))
+    two = R.Gaussians(*(t.expand(2, *t.shape[1:]) for t in gaussians))
     with pytest.raises(ValueError, match="two.ply: a .ply holds one scene, not 2"):
-        reconstruct.save_ply(tmp_path / "two.ply", two)
+        R.save_ply(tmp_path / "two.ply", two)
 
 
 def test_quaternions_of_half_turns_too():
     g = torch.Generator().manual_seed(1)
-    R = torch.stack([random_rotation(g) for _ in range(20)] + [torch.diag(torch.tensor(d)) for d in
-                    ([1.0, -1, -1], [-1.0, 1, -1], [-1.0, -1, 1], [1.0, 1, 1])])  # fmt: skip
-    w, x, y, z = reconstruct.quaternions(R).unbind(-1)
+    diagonals = ([1.0, -1, -1], [-1.0, 1, -1], [-1.0, -1, 1], [1.0, 1, 1])
+    half_turns = [torch.diag(torch.tensor(d)) for d in diagonals]
+    rotations = torch.stack([random_rotation(g) for _ in range(20)] + half_turns)
+    w, x, y, z = R.quaternions(rotations).unbind(-1)
     v = torch.randn(3, generator=g)
     u = torch.stack([x, y, z], -1)
-    turned = v + 2 * w[:, None] * torch.linalg.cross(u, v.expand_as(u)) + 2 * torch.linalg.cross(
-        u, torch.linalg.cross(u, v.expand_as(u)))  # fmt: skip
-    torch.testing.assert_close(turned, R @ v, rtol=1e-4, atol=1e-5)
+    across = torch.linalg.cross(u, v.expand_as(u))
+    turned = v + 2 * w[:, None] * across + 2 * torch.linalg.cross(u, across)
+    torch.testing.assert_close(turned, rotations @ v, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------- how good it is
+
+
+def test_depth_errors_by_hand():
+    depth, truth = torch.tensor([[2.0, 4.0, 6.0, 1.0]]), torch.tensor([[1.0, 2.0, 4.0, 0.0]])
+    errors = R.depth_errors(depth, truth, torch.tensor([[True, True, True, True]]))
+    assert errors["abs_rel"] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert errors["abs_rel_scaled"] == pytest.approx((0 + 0 + 0.25) / 3)
+    unseen = R.depth_errors(depth, truth, torch.zeros(1, 4, dtype=torch.bool))
+    assert unseen == {"abs_rel": None, "abs_rel_scaled": None}
 
 
 # --------------------------------------------------------------------------- bad input
+
+
+MULTIPLES = "images must be multiples of 16 pixels high and wide"
 
 
 @pytest.mark.parametrize(
     "index,change,message",
     [
         (0, lambda t: t[:, :1], "needs at least 2, not 1"),
-        (
-            0,
-            lambda t: t[..., :-8],
-            "multiples of 16 pixels high and wide, such as 96 x 64, not 96 x 56",
-        ),
+        (0, lambda t: t[..., :-8], f"{MULTIPLES}, such as 96 x 64, not 96 x 56"),
         (3, lambda t: t * 0, "0 < near < far must hold"),
         (4, lambda t: t * 0.01, "0 < near < far must hold"),
         (1, lambda t: t * 1.1, "extrinsics must be rigid"),
@@ -531,26 +476,22 @@ def test_bad_views_get_one_sentence(small, index, change, message):
 def test_bad_files_get_one_sentence(tmp_path):
     path = tmp_path / "reconstructor.safetensors"
     with pytest.raises(ValueError, match="no such file"):
-        reconstruct.load_reconstructor(path)
+        R.load_reconstructor(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no reconstructor's configuration in its metadata"):
-        reconstruct.load_reconstructor(path)
+        R.load_reconstructor(path)
+    none = "reconstructor.safetensors: no reconstructor's configuration in its metadata"
     for config in ('{"dim": "32"}', '{"candidates": -1}', '{"stem": [1, 2]}', '{"cost_dim": 12}'):
         save_file({"a": torch.zeros(1)}, path, {"config": config})
-        with pytest.raises(
-            ValueError, match="reconstructor.safetensors: no reconstructor's configuration"
-        ):
-            reconstruct.load_reconstructor(path)
+        with pytest.raises(ValueError, match=none):
+            R.load_reconstructor(path)
     save_file({"a": torch.zeros(1)}, path, {"config": '{"width": 3}'})
-    with pytest.raises(
-        ValueError, match="no reconstructor's configuration in its metadata .*width"
-    ):
-        reconstruct.load_reconstructor(path)
+    with pytest.raises(ValueError, match=f"{none} .*width"):
+        R.load_reconstructor(path)
     save_small(path, extra=torch.zeros(1))
-    with pytest.raises(
-        ValueError, match='reconstructor.safetensors: does not fit .* Unexpected .* "extra"'
-    ):
-        reconstruct.load_reconstructor(path)
+    unexpected = 'reconstructor.safetensors: does not fit .* Unexpected .* "extra"'
+    with pytest.raises(ValueError, match=unexpected):
+        R.load_reconstructor(path)
     save_small(path, **{"depth_predictor.proj_feature.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match="size mismatch for depth_predictor.proj_feature.bias"):
-        reconstruct.load_reconstructor(path)
+        R.load_reconstructor(path)
