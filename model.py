@@ -832,7 +832,10 @@ def read_state(path):
 
 def load_strictly(module, state, source):
     """Give a module, possibly on the meta device, all its tensors as float32. ValueError: they do
-    not fit, and the module is of no use."""
+    not fit or are not finite, and the module is of no use."""
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: NaN or infinite numbers in {name}")
     try:
         module.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     except RuntimeError as error:

@@ -618,21 +618,21 @@ class Run:
     def load(cls, folder):
         """A run as its checkpoint has it. SystemExit: it does not fit, or nothing is left to do."""
         path = folder / "checkpoint.pt"
-        try:
+        with data.naming(path, "not a checkpoint of train.py"):
             saved = torch.load(path, map_location="cpu", weights_only=True)
             settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
             lines = (folder / "metrics.jsonl").read_bytes()[: saved["written"]]
             if settings.keys() != parse_settings(["--stage", settings["stage"]]).keys():
                 raise ValueError("its settings are those of another version")
-        except Exception as error:  # torch.load raises a dozen kinds
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise SystemExit(f"{path}: not a checkpoint of train.py ({reason})") from None
         run = cls(settings)
-        if saved["model"].keys() != set(trained(run.model)):
-            raise SystemExit(f"{path}: its parameters are not those that its settings train")
-        run.model.load_state_dict(saved["model"], strict=False)
-        run.optimizer.load_state_dict(saved["optimizer"])
-        run.schedule.load_state_dict(saved["schedule"])
+        with data.naming(path, "not of this version, or damaged"):
+            if saved["model"].keys() != set(trained(run.model)):
+                raise ValueError("its parameters are not those that its settings train")
+            run.model.load_state_dict(saved["model"], strict=False)
+            run.optimizer.load_state_dict(saved["optimizer"])
+            run.schedule.load_state_dict(saved["schedule"])
+            if not all(p.isfinite().all() for p in run.trainable):
+                raise ValueError("NaN or infinite weights")
         run.folder, run.step, run.first, run.samples = folder, step, step, samples
         run.seconds, run.measured = saved["seconds"], saved["measured"]
         if run.rank == 0:
@@ -878,13 +878,15 @@ def many_processes():
 
 @contextlib.contextmanager
 def plain_messages():
-    """Bad input ends the program with one sentence; warnings print as notes."""
+    """Bad input and Ctrl-C end the program with one sentence; warnings print as notes."""
     warnings.showwarning = lambda message, *_: print(f"Note: {message}")
     warnings.filterwarnings("ignore", "Grad strides do not match")  # costs DDP a copy, no more
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(sentence(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("Interrupted") from None
 
 
 def sentence(error):

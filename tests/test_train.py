@@ -649,7 +649,7 @@ def test_a_file_where_the_folder_belongs_is_named():
         (["--name", "../x"], "--name is a folder's in runs/, .* not '../x'"),
         (["--name", ".."], "--name is a folder's in runs/"),
         (["--resume", ""], "checkpoint.pt: not a checkpoint"),
-        (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .* No such file"),
+        (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .*No such file"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
     ],
 )
@@ -680,9 +680,30 @@ def test_checkpoint_that_lacks_something_is_refused(part, key):
     checkpoint = torch.load("runs/x/checkpoint.pt")
     del checkpoint[part][key]
     torch.save(checkpoint, "runs/x/checkpoint.pt")
-    lack = "runs/x/checkpoint.pt: (not a checkpoint|its parameters are not)"
+    lack = "x/checkpoint.pt: (not a checkpoint|not of this version, or damaged .its parameters)"
     with pytest.raises(SystemExit, match=lack):
         train.main(["--resume", "runs/x"])
+
+
+def test_damage_inside_a_checkpoint_is_one_sentence():
+    train.main([*SMALL, "--name", "x", "--steps", "1"])
+    whole = torch.load("runs/x/checkpoint.pt")
+    name = next(iter(whole["model"]))
+    for part, key, value in (
+        ("model", name, torch.zeros(3, 1)), ("model", name, whole["model"][name] * torch.nan),
+        ("optimizer", "state", {0: "x"}), ("optimizer", "param_groups", []),
+    ):  # fmt: skip
+        torch.save(whole | {part: whole[part] | {key: value}}, "runs/x/checkpoint.pt")
+        with pytest.raises(SystemExit, match="^runs/x/checkpoint.pt: not of this version, or dam"):
+            train.main(["--resume", "runs/x"])
+
+
+def test_weights_that_are_not_finite_are_named():
+    state = M.load_vit("dinov2_vits14", "random").state_dict()
+    state["norm.bias"][0] = torch.nan
+    torch.save(state, "bad.pth")
+    with pytest.raises(SystemExit, match="bad.pth: NaN or infinite numbers in norm.bias"):
+        train.main([*SMALL, "--teacher-weights", "bad.pth"])
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
