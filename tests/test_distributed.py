@@ -132,3 +132,16 @@ def test_what_all_processes_find_wrong_is_said_once(tmp_path):
     assert process.returncode != 0
     said = [line for line in out.splitlines() if str(tmp_path) in line and "photo" in line]
     assert len(said) == 1, out
+
+
+def test_memory_does_not_grow_with_the_steps():
+    """In a process of its own: what it holds after 50 steps and after 200."""
+    options = f"{STAGES['distill']} --height 28 --width 28 --workers 0 --steps 200 --name run"
+    process = start([sys.executable], *options.split())
+    held = []
+    for steps in (50, 195):
+        wait_for_steps(process, "run", steps)
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+        held.append(pages * os.sysconf("SC_PAGE_SIZE"))
+    finished(process)
+    assert held[1] < held[0] + 10 * 2**20, held
