@@ -20,6 +20,7 @@ Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
 (arXiv 2602.06032). A sample depends on (seed, index) alone, so a resumed run sees the same data.
 """
 
+import collections
 import colorsys
 import contextlib
 import functools
@@ -578,10 +579,9 @@ class Rooms:
         return Room(self.seeds[i])
 
 
-# --------------------------------------------------------------------------------------------------
-# Captures, and labelled photos to probe with. LAYOUTS, at the end of this file, says what marks
-# each layout and which function lists its frames as `Shot`s. `read_shot` reads them all alike: it
-# undistorts, scales and crops a photo, and its labels with it.
+# -------------------------------------------------------------------------------------------------
+# Photos on disk. LAYOUTS, at the end of this file, says what marks a layout and which function
+# lists its frames as `Shot`s. `read_shot` undistorts, scales and crops a photo and its labels.
 
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
@@ -617,7 +617,7 @@ def naming(path, what):
 
 def natural(name):
     """Sort key that puts frame10 after frame9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", str(name))]
 
 
 def lines_of(path):
@@ -626,48 +626,6 @@ def lines_of(path):
         raise BadFile(f"{path}: no such file")
     with naming(path, "not a text file that can be read"):
         return [line for line in Path(path).read_text().splitlines() if line.strip()]
-
-
-def layout_of(task, folder):
-    """The first of the task's LAYOUTS that has a mark in the folder, and the mark; or None."""
-    for row in LAYOUTS[task]:
-        for mark in row[0]:
-            for found in sorted(folder.glob(mark)):
-                return row, found
-
-
-def open_scenes(path, split=None):
-    """The captures of a folder, as a list: itself, or those in data/*/, scenes/*/ or */.
-
-    split: a text file of scenes' names, one a line; other scenes are left out. No scene is read
-    yet. Raises ValueError if there is none, saying what was looked for.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise BadFile(f"{path}: no such folder")
-    for group in ([path], *(sorted(path.glob(f)) for f in ("data/*/", "scenes/*/", "*/"))):
-        rows = [(folder, *found) for folder in group if (found := layout_of("capture", folder))]
-        if rows:
-            break
-    else:
-        what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
-        where = "here, in data/*/, scenes/*/ or */"
-        raise BadFile(f"{path}: found no {what} (RealEstate10K) {where}")
-    scenes = [opens(folder, mark) for folder, (_, opens), mark in rows]
-    scenes = scenes[0] if isinstance(scenes[0], Chunks) else scenes
-    if split is None:
-        return scenes
-    wanted = {line.split()[0] for line in lines_of(split)}
-    kept = type(scenes)(scene for scene in scenes if scene.name in wanted)
-    if not kept:
-        raise BadFile(f"{split}: none of its {len(wanted)} scenes is in {path}")
-    if len(kept) < len(wanted):
-        missing = f"{len(wanted) - len(kept)} of its {len(wanted)} scenes"
-        warnings.warn(f"{split}: {missing} are not in {path}")
-    return kept
-
-
-# -- reading a photo and its labels
 
 
 class Shot(NamedTuple):
@@ -685,22 +643,47 @@ class Shot(NamedTuple):
     finish: object = None  # a function of (frame, labels' Crop, framing), called at the end
 
 
-def read_shot(shot, framing):
-    """{"images" [3, H, W] in 0..1, its labels, and where it has a camera "Ks" and "extrinsics"},
-    scaled as `Framing` says to cover a size, and cropped about the centre; intrinsics follow."""
-    photo = open_rgb(shot.photo, shot.listed_in, "an image", shot.camera, shot.packed)
-    size = photo.height, photo.width
+class Framing(NamedTuple):
+    """Which part of a photo is seen, and how large. Sizes are (H, W) in pixels."""
+
+    size: tuple | None = None  # photos cover it, cropped about the centre; None: whole photos
+    short: int = 0  # whole photos are scaled to this shorter side, 0: to none
+    crop: tuple = ()  # window at a random place that training sees, (): all
+    jitter: tuple = (1.0, 1.0)  # training photos are scaled by a factor between these
+    mirror: bool = False  # training mirrors every second photo
+    both: bool = False  # a test sees a photo and its mirror image
+    slide: tuple = ()  # window's side and stride that a test slides, (): one window
+    pad: bool = False  # windows get borders up to multiples of 14
+
+    def scaled(self, height, width, factor=1.0):
+        """(H, W) at which a photo of that size is looked at."""
+        if self.short and self.size is None:  # as mmsegmentation's (2048, 512)
+            factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
+        return tuple(max(1, round(factor * s)) for s in self.size or (height, width))
+
+    def window(self, *size):
+        """(H, W) of a window of that size with its borders."""
+        step = 14 if self.pad else 1
+        return tuple(-(-s // step) * step for s in size)
+
+
+def read_shot(shot, framing, factor=1.0):
+    """{"images" [3, H, W] in 0..1, its labels, and where it has a camera "Ks" and "extrinsics"}:
+    scaled by `framing` and factor, cropped about the centre, undistorted."""
+    photo = open_photo(shot)
+    height, width = framing.scaled(photo.height, photo.width, factor)
     with naming(shot.listed_in, f"the camera of {basename(shot.photo)} cannot be used"):
-        crop = Crop(photo, *framing.scaled(*size), shot.camera)
-    frame = {"images": crop.colours()}
-    if shot.camera:
-        frame["Ks"] = crop.intrinsics()
+        camera = (lens_of(shot.camera), pinhole(shot.camera, *photo.size)) if shot.camera else ()
+        crop = crop_of(photo.size, (width, height), *camera)
+    frame = {"images": crop.colours(photo)}
+    if camera:
+        frame["Ks"] = torch.tensor(crop.K)
         frame["extrinsics"] = torch.from_numpy(shot.pose.astype(np.float32))
-    # Where windows slide over a whole photo its labels are not scaled
-    labels = Crop(photo, *size) if framing.slide and framing.size is None else crop
-    frame |= {key: labels.label(key, path, shot) for key, path in shot.labels.items()}
-    with naming(shot.photo, "a photo that cannot be cropped"):
-        return shot.finish(frame, labels, framing) if shot.finish else frame
+    if framing.slide and framing.size is None:  # windows slide over it, and labels stay whole
+        crop = crop_of(photo.size, photo.size)
+    frame |= {key: read_label(key, path, shot, crop) for key, path in shot.labels.items()}
+    with naming(shot.photo, "an image that cannot be cropped"):
+        return shot.finish(frame, crop, framing) if shot.finish else frame
 
 
 def open_picture(path, what, listed_in, packed=None):
@@ -715,16 +698,21 @@ def open_picture(path, what, listed_in, packed=None):
         return picture.convert("L") if picture.mode == "1" else picture
 
 
-def open_rgb(path, listed_in, what="a photo", camera=None, packed=None):
-    """A photo of any mode in 8-bit RGB; turned as EXIF says if the camera's w and h agree."""
-    picture = open_picture(path, what, listed_in, packed)
-    with naming(path, f"{what} that cannot be used"):
-        w, h = ((camera or {}).get(k) or n for k, n in zip("wh", picture.size))
+def alike(size, other):
+    """Have two (width, height) the same shape, to 2 %?"""
+    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
+
+
+def open_photo(shot):
+    """A photo of any mode in 8-bit RGB; turned as EXIF says if its camera's w and h say so too."""
+    picture = open_picture(shot.photo, "an image", shot.listed_in, shot.packed)
+    with naming(shot.photo, "an image that cannot be used"):
+        w, h = ((shot.camera or {}).get(k) or n for k, n in zip("wh", picture.size))
         if not alike(picture.size, (w, h)) and alike(picture.size, (h, w)):
-            if picture.getexif().get(0x0112, 1) < 5:  # from 5 on, a quarter turn
-                size = f"{picture.width} x {picture.height}"
-                raise ValueError(f"it is {size} where {w:g} x {h:g} is expected")
             picture = ImageOps.exif_transpose(picture)
+            if not alike(picture.size, (w, h)):
+                its = f"{picture.width} x {picture.height}"
+                raise ValueError(f"it is {its} where {w:g} x {h:g} is expected")
         if picture.mode == "F":
             raise ValueError("floating point is no photo")
         if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
@@ -735,108 +723,104 @@ def open_rgb(path, listed_in, what="a photo", camera=None, packed=None):
         return picture.convert("RGB")
 
 
-def alike(size, other):
-    """Have two (width, height) the same shape, to 2 %?"""
-    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
-
-
-class Crop:
-    """A photo, scaled to cover height x width and cropped about the centre, and the same part of
-    its labels, whatever their size. Where its camera (transforms.json's keys) has a lens, the
-    crop is of the undistorted photo: each pixel is looked up where the lens put it."""
-
-    def __init__(self, photo, height, width, camera=None):
-        self.photo, self.size, self.where = photo, (width, height), None
-        whole, size = np.array(photo.size), np.array(self.size)
-        self.scale = (size / whole).max()
-        self.corner = (whole - size / self.scale) / 2  # left, top
-        opposite = self.corner + size / self.scale
-        self.share = np.clip([self.corner / whole, opposite / whole], 0, 1)
-        if camera is not None:
-            lens, self.camera = lens_of(camera), pinhole(camera, *photo.size)
-            if lens:
-                self.camera, self.where = undistorted(lens, self.camera, photo.size, self.size)
-
-    def intrinsics(self):  # (3, 3), pixels of the crop
-        fx, fy, cx, cy = (v * self.scale for v in self.camera)
-        x, y = self.corner * self.scale
-        return torch.from_numpy(np.array([[fx, 0, cx - x], [0, fy, cy - y], [0, 0, 1]], np.float32))
-
-    def box(self, picture, resample):
-        box = (self.share * picture.size).reshape(-1)
-        return np.array(picture.resize(self.size, resample, box=tuple(box)))
-
-    def colours(self):  # (3, H, W) in 0..1
-        if self.where is None:
-            image = self.box(self.photo, Image.Resampling.BICUBIC).astype(np.float32) / 255
-            return torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
-        x, y = (n // 2 for n in self.size)
-        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1])  # in shares of the photo
-        size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(self.photo.size, step.tolist())]
-        photo = self.photo.resize(size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 255
-        grid = torch.from_numpy(2 * self.where - 1)[None]
-        options = dict(mode="bicubic", padding_mode="border", align_corners=False)
-        return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
-
-    def nearest(self, picture):  # [H, W]
-        if not alike(picture.size, self.photo.size):
-            its, photos = (f"{p.width} x {p.height}" for p in (picture, self.photo))
-            raise ValueError(f"its {its} pixels do not cover what its photo of {photos} shows")
-        if self.where is None:
-            return self.box(picture, Image.Resampling.NEAREST)
-        size = np.array(picture.size)
-        column, row = np.minimum((self.where * size).astype(int), size - 1).transpose(2, 0, 1)
-        return np.array(picture)[row, column]
-
-    def label(self, key, path, shot):
-        """A label of a shot, of the nearest pixels: see `meaning`."""
-        picture = open_picture(path, LABELS[key], shot.listed_in)
-        with naming(path, f"{LABELS[key]} that cannot be used"):
-            channels = 3 if key == "normals" else 1
-            if isinstance(picture, np.ndarray):
-                bands = [*map(Image.fromarray, np.atleast_3d(picture).transpose(2, 0, 1).copy())]
-            else:
-                bands = (picture.convert("RGB") if channels == 3 else picture).split()
-            if len(bands) != channels:
-                raise ValueError(f"it has {len(bands)} channels, not {channels}")
-            numbers = np.stack([self.nearest(band) for band in bands])
-            return meaning(key, numbers, path, shot)
-
-
-def meaning(key, numbers, path, shot):
-    """The numbers [C, H, W] of a label map, a picture or .npy, as a tensor.
-
-    depths [H, W] in metres, 0 where unknown; normals [3, H, W], unit vectors, 0 where unknown;
-    classes [H, W] int64 from 0, -1 where there is none; masks [H, W] int64; valid [H, W] bool.
-    """
-    exact = str(path).endswith(".npy")
+def read_label(key, path, shot, crop):
+    """A crop of a label map, a picture or a .npy, by nearest pixels: depths [H, W] in metres, 0
+    where unknown; normals [3, H, W], unit vectors, 0 where unknown; classes [H, W] int64 from 0, -1
+    where there is none; masks [H, W] int64; valid [H, W] bool."""
+    picture = open_picture(path, LABELS[key], shot.listed_in)
+    exact, channels = isinstance(picture, np.ndarray), 3 if key == "normals" else 1
+    with naming(path, f"{LABELS[key]} that cannot be used"):
+        if channels == 3 and not exact:
+            picture = picture.convert("RGB")
+        bands = np.atleast_3d(picture).transpose(2, 0, 1)
+        if len(bands) != channels:
+            raise ValueError(f"it has {len(bands)} channels, not {channels}")
+        numbers = np.stack([crop.nearest(Image.fromarray(band)) for band in bands])
     if key == "depths":
         depth = numbers[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
         return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
-    if key == "normals":  # unknown are black or grey, or a .npy's zeros: far from a unit vector
+    if key == "normals":  # unknown are black, grey or zeros, all far from a unit vector
         normals = numbers.astype(np.float32) if exact else numbers.astype(np.float32) / 127.5 - 1
         normals = torch.from_numpy(np.nan_to_num(normals))
         length = normals.norm(dim=0)
         return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
     ids = torch.from_numpy(numbers[0].astype(np.int64))
-    if key == "valid":
-        for value in ids[(ids != 0) & (ids != 255)][:1]:
-            what = f"a validity mask holds 0 and 255, not {value}"
-            raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
-        return ids > 0
     if key == "classes":
         first, count = shot.classes
-        if first == 0:
-            ids[ids == 255] = -1
-        if int(ids.max()) >= first + count:
-            raise BadFile(f"{path}: class {int(ids.max())}, where there are {count}")
+        ids[(ids == 255) & (first == 0)] = -1
+        if (most := int(ids.max())) >= first + count:
+            raise BadFile(f"{path}: class {most}, where there are {count}")
         return ids - first
+    if key == "valid":
+        if len(wrong := ids[(ids != 0) & (ids != 255)]):
+            what = f"a validity mask holds 0 and 255, not {wrong[0]}"
+            raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
+        return ids > 0
     return ids
 
 
+class Crop(NamedTuple):
+    """Where a crop lies on a photo and its labels, whatever their sizes: see `crop_of`."""
+
+    whole: tuple  # (w, h) of the photo, pixels
+    size: tuple  # (w, h) of the crop, pixels
+    box: np.ndarray  # left, top, right, bottom in shares of the photo's size
+    K: np.ndarray | None = None  # [3, 3] of the crop, where the photo has a camera
+    where: np.ndarray | None = None  # [H, W, 2], x, y in shares of the photo, where it has a lens
+
+    def resize(self, picture, resample):
+        return np.array(picture.resize(self.size, resample, tuple(self.box * (picture.size * 2))))
+
+    def nearest(self, picture):  # [H, W]
+        if not alike(picture.size, self.whole):
+            its, photos = ("{} x {}".format(*size) for size in (picture.size, self.whole))
+            raise ValueError(f"its {its} pixels do not cover what its photo of {photos} shows")
+        if self.where is None:
+            return self.resize(picture, Image.Resampling.NEAREST)
+        size = np.array(picture.size)
+        column, row = np.minimum((self.where * size).astype(int), size - 1).transpose(2, 0, 1)
+        return np.array(picture)[row, column]
+
+    def colours(self, photo):  # [3, H, W] in 0..1
+        if self.where is None:
+            image = self.resize(photo, Image.Resampling.BICUBIC)
+            return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 255
+        # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
+        x, y = (n // 2 for n in self.size)
+        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1])  # in shares of the photo
+        size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(photo.size, step.tolist())]
+        photo = np.array(photo.resize(size, Image.Resampling.BICUBIC))
+        pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
+        grid = torch.from_numpy(2 * self.where - 1)[None]
+        options = dict(mode="bicubic", padding_mode="border", align_corners=False)
+        return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
+
+
 # -- lenses
+
+
+@functools.lru_cache(8)
+def crop_of(whole, size, lens=None, camera=None):
+    """The `Crop` of a photo of size `whole` that is scaled to cover `size` and cropped about the
+    centre. lens: see `lens_of`; camera: (fx, fy, cx, cy) in pixels of the photo. The crop is of the
+    undistorted photo: each of its pixels is looked up where the lens put it."""
+    w, h = size
+    scale = max(w / whole[0], h / whole[1])
+    left, top = (whole[0] - w / scale) / 2, (whole[1] - h / scale) / 2
+    box = np.clip([left, top, left + w / scale, top + h / scale] / np.tile(whole, 2), 0, 1)
+    if camera is None:
+        return Crop(whole, size, box)
+    fx, fy, cx, cy = zoomed(lens, camera, whole) if lens else camera
+    center = cx * scale - left * scale, cy * scale - top * scale
+    K = np.array([[fx * scale, 0, center[0]], [0, fy * scale, center[1]], [0, 0, 1]], np.float32)
+    if lens is None:
+        return Crop(whole, size, box, K)
+    x = (left + (np.arange(w) + 0.5) / scale - cx) / fx
+    y = (top + (np.arange(h) + 0.5) / scale - cy) / fy
+    x, y = distort(lens, *np.meshgrid(x, y))
+    x, y = x * camera[0] + camera[2], y * camera[1] + camera[3]  # pixels of the photo
+    where = np.stack([x / whole[0], y / whole[1]], -1).clip(0, 1).astype(np.float32)
+    return Crop(whole, size, box, K, where)
 
 
 def lens_of(camera):
@@ -891,9 +875,9 @@ def distort(lens, x, y):
 
 @functools.lru_cache(256)
 def zoomed(lens, camera, size):
-    """The pinhole camera whose image of this size (w, h) lies all on the photo: as wide as can be
-    about the centre, but at most twice as wide as without the lens. Cameras are (fx, fy, cx, cy),
-    pixels. Raises ValueError where the lens leaves nothing."""
+    """The pinhole (fx, fy, cx, cy) whose image of this size (w, h) lies all on the photo: as wide
+    as can be about the centre, but at most twice as wide as without the lens. Raises ValueError
+    where the lens leaves nothing."""
     f, c = np.array(camera).reshape(2, 2, 1)
     half = np.array(size)[:, None] / 2
     side, one = np.linspace(-1, 1, 17), np.ones(17)
@@ -914,39 +898,51 @@ def zoomed(lens, camera, size):
     return *(f[:, 0] / low).tolist(), *(half + (c - half) / low)[:, 0].tolist()
 
 
-@functools.lru_cache(8)
-def undistorted(lens, camera, size, out):
-    """`zoomed`, and where the pixels of its image's crop of size `out` lie on the photo: float32
-    [H, W, 2], x and y in shares of the photo's size."""
-    ideal = fx, fy, cx, cy = zoomed(lens, camera, size)
-    scale = max(o / s for o, s in zip(out, size))
-    left, top = ((s - o / scale) / 2 for s, o in zip(size, out))
-    x = (left + (np.arange(out[0]) + 0.5) / scale - cx) / fx
-    y = (top + (np.arange(out[1]) + 0.5) / scale - cy) / fy
-    x, y = distort(lens, *np.meshgrid(x, y))
-    x, y = (x * camera[0] + camera[2]) / size[0], (y * camera[1] + camera[3]) / size[1]
-    return ideal, np.stack([x, y], -1).clip(0, 1).astype(np.float32)
-
-
-# -- captures
+# -------------------------------------------------------------------------------------------------
+# Captures: posed photos, with depth, validity masks and segment ids where there are any
 
 INNER = ("nerfstudio", "dslr")  # folders of a scene of ScanNet++
 TRANSFORMS = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
-PHOTOS = ("images", "resized_images", "resized_undistorted_images", "undistorted_images", "rgb")
 SCANNETPP = {  # folders of its photos: whether a lens bends them, and where their masks are
     "resized_images": (True, "resized_anon_masks"),
     "resized_undistorted_images": (False, "resized_undistorted_masks"),
     "undistorted_images": (False, "undistorted_anon_masks"),
 }
+PHOTOS = ("images", *SCANNETPP, "rgb")  # folders that photos are looked for in
+
+
+def open_scenes(path, split=None):
+    """The captures of a folder, as a list: itself, or those in data/*/, scenes/*/ or */.
+
+    split: a text file of scenes' names, one a line; other scenes are left out. No scene is read
+    yet. Raises ValueError if there is none, saying what was looked for.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BadFile(f"{path}: no such folder")
+    for group in ([path], *(sorted(path.glob(f)) for f in ("data/*/", "scenes/*/", "*/"))):
+        found = [(folder, *f) for folder in group if (f := layout_of("capture", folder))]
+        if scenes := [scene for folder, row, mark in found for scene in row[1](folder, mark)]:
+            break
+    else:
+        what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
+        where = "here, in data/*/, scenes/*/ or */"
+        raise BadFile(f"{path}: found no {what} (RealEstate10K) {where}")
+    if split is None:
+        return scenes
+    wanted = {line.split()[0] for line in lines_of(split)}
+    kept = [scene for scene in scenes if scene.name in wanted]
+    if not kept:
+        raise BadFile(f"{split}: none of its {len(wanted)} scenes is in {path}")
+    if lacking := len(wanted) - len(kept):
+        warnings.warn(f"{split}: {lacking} of its {len(wanted)} scenes are not in {path}")
+    return kept
 
 
 class PosedFolder:
-    """A capture: posed photos, with depth, validity masks and segment ids where there are any. See
-    the top of this file for what scenes have in common.
-
-    lists(scene) makes the list of Shots, from the file that marks the layout; it is called when
-    something of the scene is asked for. Raises ValueError: which file is wrong, and what.
-    """
+    """A capture: a scene, as the top of this file says. lists(scene) makes the list of its Shots
+    from the file that marks the layout, when something is asked for. Raises ValueError: which file
+    is wrong, and what."""
 
     def __init__(self, path, lists=None, file=None, name=None):
         self.path, self.lists = Path(path), lists or list_transforms
@@ -969,35 +965,29 @@ class PosedFolder:
                     del labels[key]
         return shots
 
-    @functools.cached_property
-    def has_depth(self):
-        return all("depths" in shot.labels for shot in self.shots)
-
-    @functools.cached_property
-    def has_masks(self):
-        return all("masks" in shot.labels for shot in self.shots)
+    has_depth = functools.cached_property(lambda self: "depths" in self.shots[0].labels)
+    has_masks = functools.cached_property(lambda self: "masks" in self.shots[0].labels)
 
     @functools.cached_property
     def numbers(self):
         """The last number in each photo's name, rising; 0, 1, 2, ... where not all have one."""
         stems = [splitext(basename(shot.photo))[0] for shot in self.shots]
-        found = [re.findall("[0-9]+", stem)[-1:] for stem in stems]
-        numbers = np.array([int(f[0][-18:]) for f in found if f])
-        rises = len(numbers) == len(found) and (np.diff(numbers) > 0).all()
-        return numbers if rises else np.arange(len(found))
+        found = [int(n[-18:]) for stem in stems for n in re.findall("[0-9]+", stem)[-1:]]
+        rises = len(found) == len(stems) and (np.diff(found) > 0).all()
+        return np.array(found) if rises else np.arange(len(stems))
 
     def point_depths(self):
         """[depths of COLMAP's points that each shot sees], None where there are none."""
-        shots, file = self.shots, self.file.with_name(f"points3D{self.file.suffix}")
+        file = self.file.with_name(f"points3D{self.file.suffix}")
         if self.lists != list_colmap or not file.is_file():
             return None
-        seen = {shot.number: [] for shot in shots}
+        seen = {shot.number: [] for shot in self.shots}
         with naming(file, "not COLMAP's points"):
             for row in colmap_rows(file):
                 for number in row[8::2]:
                     seen.get(int(number), []).append(row[1:4])
-            points = [np.array(seen[s.number], np.float64).reshape(-1, 3) for s in shots]
-        return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, shots)]
+            points = [np.array(xyz, np.float64).reshape(-1, 3) for xyz in seen.values()]
+        return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, self.shots)]
 
     def frame(self, i, height, width):
         """Frame i. Where a validity mask says no, "valid" is False and the depth unknown."""
@@ -1028,41 +1018,41 @@ class Beside:
     """Finds photos and labels in the folders about a capture; each folder is listed once."""
 
     def __init__(self, path):
-        self.path, above = str(path), str(path.parent)
-        self.places = [join(self.path, folder) for folder in ("", *PHOTOS)]
-        self.places += [join(above, folder) for folder in PHOTOS]
-        roots = [path]  # up to the scene, of ScanNet++
-        while roots[-1].name in INNER:
-            roots.append(roots[-1].parent)
-        self.ids_in = [join(root, "instance_segmentation") for root in roots]
+        self.path, self.roots = path, [path]  # roots: up to the scene, of ScanNet++
+        while self.roots[-1].name in INNER:
+            self.roots.append(self.roots[-1].parent)
+        self.places = [path, *(above / name for above in (path, path.parent) for name in PHOTOS)]
         self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
-    def first(self, paths):
-        """The first that is there, or None."""
+    def first(self, folders, names):
+        """The path of the first name that is there, or None."""
+        paths = (join(folder, name) for folder in folders for name in names)
         return next((p for p in paths if basename(p) in self.listed(dirname(p))), None)
 
     def photo(self, name, bent):
         """(the photo of that name, None), or (None, why not): in ScanNet++'s folders only one that
         is as bent as its camera says."""
-        suffixes = ("",) if splitext(name)[1] else (".png", ".jpg", ".jpeg")
-        why = "without their image are left out"
+        names, why = [name], "without their image are left out"
+        if not splitext(name)[1]:
+            names = [name + suffix for suffix in (".png", ".jpg", ".jpeg")]
         for place in self.places:
-            found = self.first(join(place, name + suffix) for suffix in suffixes)
-            if found and SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
-                return found, None
-            why = "with photos of another lens alone are left out" if found else why
+            if found := self.first([place], names):
+                if SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
+                    return found, None
+                why = "with photos of another lens alone are left out"
         return None, why
 
     def labels(self, photo, inner=None, named=None):
         """{"valid", "masks"} of a photo, as far as they are there. inner: its path in its folder of
         photos; named: the validity mask's, else it is masks/NAME.jpg.png or masks/NAME.png."""
         folder, inner = dirname(photo), inner or basename(photo)
-        names = (inner + ".png", splitext(inner)[0] + ".png")
+        names = [inner + ".png", splitext(inner)[0] + ".png"]
         masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
-        masks = [self.path] * bool(named) + [join(f, masks) for f in (self.path, dirname(folder))]
-        valid = self.first(join(f, name) for f in masks for name in ([named] if named else names))
-        ids = self.first(join(f, name) for f in self.ids_in for name in names)
-        return {key: path for key, path in (("valid", valid), ("masks", ids)) if path}
+        masks = [join(f, masks) for f in (self.path, dirname(folder))]
+        ids = [join(root, "instance_segmentation") for root in self.roots]
+        valid = self.first([self.path, *masks], [named]) if named else self.first(masks, names)
+        found = {"valid": valid, "masks": self.first(ids, names)}
+        return {key: path for key, path in found.items() if path}
 
 
 def list_transforms(scene):
@@ -1071,19 +1061,17 @@ def list_transforms(scene):
     Poses are camera-to-world with OpenGL's axes; depth is a picture in depth_unit_scale_factor
     (0.001) metres or a .npy in metres. is_bad and test_frames are left out.
     """
-    files = [scene.path / mark for mark in TRANSFORMS if (scene.path / mark).is_file()]
-    if not files:
-        raise BadFile(f"{scene.path}: found none of {', '.join(TRANSFORMS)}")
-    for file in files:
-        scene.file, lost = file, []
+    said = f"found none of {', '.join(TRANSFORMS)}"
+    for file in filter(Path.is_file, (scene.path / mark for mark in TRANSFORMS)):
+        scene.file, lost = file, collections.Counter()
         with naming(file, "not a capture that can be read"):
             shots = read_transforms(file, lost)
-        said = ", ".join(f"{lost.count(why)} frames {why}" for why in dict.fromkeys(lost))
+        said = ", ".join(f"{n} frames {why}" for why, n in lost.items()) or "it has none"
         if shots:
             break
     else:
-        raise BadFile(f"{file}: none of its frames can be used ({said or 'it has none'})")
-    if said:
+        raise BadFile(f"{scene.file}: none of its frames can be used ({said})")
+    if lost:
         warnings.warn(f"{file}: {said}")
     folder = dirname(shots[0].photo)
     ids = [dirname(shot.labels["masks"]) for shot in shots if "masks" in shot.labels]
@@ -1094,8 +1082,8 @@ def list_transforms(scene):
 
 
 def read_transforms(file, lost):
-    """[Shot] of the frames to train on. `lost` gets what to say of each that lacks something."""
-    about, beside, found = json.loads(file.read_text()), Beside(file.parent), []
+    """[Shot] of the frames to train on. `lost` counts what to say of those that lack something."""
+    about, beside, shots = json.loads(file.read_text()), Beside(file.parent), []
     unit = about.get("depth_unit_scale_factor", 0.001)
     if not (isinstance(unit, (int, float)) and 0 < unit < np.inf):
         raise ValueError(f"depth_unit_scale_factor is {unit!r}, which is no number above 0")
@@ -1110,19 +1098,19 @@ def read_transforms(file, lost):
         if not entry.get("is_bad"):
             photo, why = beside.photo(entry["file_path"], lens_of(camera) is not None)
         if not photo:
-            lost.append(why)
+            lost[why] += 1
             continue
         labels, named = {}, entry.get("mask_path")
         if entry.get("depth_file_path"):
             labels["depths"] = join(file.parent, entry["depth_file_path"])
         labels |= beside.labels(photo, named=named)
         if named and "valid" not in labels:
-            lost.append("lack the mask of their mask_path")
-        found.append((entry, Shot(photo, file, labels, None, camera, unit=unit)))
-    names = [f"{file}: transform_matrix of {entry['file_path']}" for entry, _ in found]
-    poses = rigid([entry.get("transform_matrix") for entry, _ in found], names)
+            lost["lack the mask of their mask_path"] += 1
+        shots.append(Shot(photo, file, labels, entry.get("transform_matrix"), camera, unit=unit))
+    names = [f"{file}: transform_matrix of {basename(shot.photo)}" for shot in shots]
+    poses = rigid([shot.pose for shot in shots], names)
     poses[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
-    return [shot._replace(pose=pose) for (_, shot), pose in zip(found, poses)]
+    return [shot._replace(pose=pose) for shot, pose in zip(shots, poses)]
 
 
 def list_colmap(scene):
@@ -1138,7 +1126,7 @@ def list_colmap(scene):
             lens_of(cameras[int(number)])
     with naming(file, "not COLMAP's images"):
         images = sorted(colmap_rows(file), key=lambda row: natural(row[-1]))
-        kept = [row for row in images if beside.first([join(folder, row[-1])])]
+        kept = [row for row in images if beside.first([folder], [row[-1]])]
         if not kept:
             raise ValueError(f"none of its {len(images)} photos is in {folder}")
         # World to camera is a unit quaternion (w, v), of the rotation 1 + 2 w [v]x + 2 [v]x [v]x,
@@ -1187,22 +1175,18 @@ def colmap_rows(path):
             yield *head, *take(f"{2 * length}i")
 
 
-class Chunks(list):
-    """The scenes of RealEstate10K, which are too many to be looked at before they are drawn."""
-
-
 def open_chunks(path):
     """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, lists of
     scenes, and index.json, which says where which is."""
     file = path / "index.json"
     with naming(file, "not the index of RealEstate10K's files"):
         index = json.loads(file.read_text())
-        chunks = Chunks(PosedFolder(path, list_chunk, path / f, key) for key, f in index.items())
-        if not chunks:
+        scenes = [PosedFolder(path, list_chunk, path / f, key) for key, f in index.items()]
+        if not scenes:
             raise ValueError("it lists no scenes")
-    for scene in chunks:
+    for scene in scenes:
         scene.has_depth = scene.has_masks = False  # which its file need not be read for
-    return chunks
+    return scenes
 
 
 def list_chunk(scene):
@@ -1248,16 +1232,14 @@ class NoViews(ValueError):
     """A scene lacks the frames that are to be drawn from it."""
 
 
-def some(scenes):
-    """At most 64 scenes, evenly spread, which are looked at in place of thousands."""
-    return [scenes[i] for i in range(0, len(scenes), -(-len(scenes) // 64))]
+def some(scenes, most=64):
+    """At most so many scenes, evenly spread, which are looked at in place of thousands."""
+    return [scenes[i] for i in range(0, len(scenes), -(-len(scenes) // most))]
 
 
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
     """What `sample_views` draws from: first and last context frames, and their gaps, [P] each.
-
-    Raises NoViews if there are none.
-    """
+    Raises NoViews if there are none."""
     count, between = len(numbers), num_context - 2 + (target == "between")  # frames needed between
     # Numbers rise by 1 or more, so a pair is at most max_gap frames apart.
     first, step = np.indices((count, min(count, max_gap + 1))).reshape(2, -1)
@@ -1273,13 +1255,13 @@ def context_pairs(numbers, num_context, min_gap, max_gap, target):
 
 
 def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="between"):
-    """Draw frames to train on: num_context context frames and a target frame.
+    """Draw frames to train on: ([num_context context frames], target frame), all indices.
 
     numbers: the frames' own, rising, in which gaps are counted; an int N means 0 to N - 1.
     The first and the last context frame are min_gap to max_gap apart, or as far as possible if all
     are closer; the others lie evenly between. The target lies strictly between the first and the
     last and is no context frame. With target "any" it is any frame from the first to the last.
-    Returns ([num_context indices], index). Raises NoViews if there are too few frames.
+    Raises NoViews if there are too few frames.
     """
     numbers = np.arange(numbers) if isinstance(numbers, int) else np.asarray(numbers)
     firsts, lasts, gaps = context_pairs(numbers, num_context, min_gap, max_gap, target)
@@ -1321,14 +1303,18 @@ class Views(torch.utils.data.Dataset):
         self.sampling["target"] = target
         if isinstance(scenes, Rooms):
             absent = "valid"
-        else:  # thousands of scenes in chunks are not looked at
-            absent = "depths" if isinstance(scenes, Chunks) or not self._have_depth() else None
+        else:
+            absent = None if self._any_depth() else "depths"
         self.keys = tuple(k for k in VIEW_KEYS if k != absent)
 
-    def _have_depth(self):
+    def _any_depth(self):
         """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
-        scenes, failed, close = some(self.scenes), [], []
+        scenes = [scene for scene in some(self.scenes) if scene.lists != list_chunk]
+        deep = any(scene.has_depth for scene in scenes)
+        failed, close, flat = [], [], []
         for scene in scenes:
+            if deep and not scene.has_depth:
+                flat.append(f"{scene.name} has no depth")
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
                 if gaps.max() < (least := self.sampling["min_gap"]):
@@ -1336,14 +1322,11 @@ class Views(torch.utils.data.Dataset):
                     close.append(f"{scene.name}: {few}")
             except NoViews as error:
                 failed.append(f"{scene.name}: {error}")
-        if len(failed) == len(scenes):
+        if scenes and len(failed) == len(scenes):
             raise ValueError(failed[0])
-        deep = any(scene.has_depth for scene in scenes)
-        flat = [f"{scene.name} has no depth" for scene in scenes if deep and not scene.has_depth]
-        for found, effect in (
-            (failed, "are left out"), (close, "take their largest gap"),
-            (flat, "have unknown depth"),
-        ):  # fmt: skip
+        effects = {"are left out": failed, "take their largest gap": close,
+                   "have unknown depth": flat}  # fmt: skip
+        for effect, found in effects.items():
             if found:
                 warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
         return deep
@@ -1382,21 +1365,18 @@ class Views(torch.utils.data.Dataset):
         context views, over 100 draws from each of up to 16 scenes, the 1st percentile times 0.8
         and the 99th times 1.25.
         """
-        if isinstance(self.scenes, (Rooms, Chunks)):
-            return None
-        rng, found = np.random.default_rng(0), []
-        for scene in self.scenes[:: -(-len(self.scenes) // 16)]:
+        rng, found = np.random.default_rng(0), [np.zeros(0)]
+        for scene in [] if isinstance(self.scenes, Rooms) else some(self.scenes, 16):
             depths = scene.point_depths()
             for _ in range(100 if depths else 0):
                 context, _ = sample_views(scene.numbers, rng, **self.sampling)
                 ends = [scene.shots[i].pose[:3, 3] for i in (context[0], context[-1])]
                 baseline = np.linalg.norm(ends[0] - ends[1])
                 found += [depths[i] / baseline for i in context if baseline > 1e-9]
-        found = np.concatenate(found or [np.zeros(0)])
-        if not (found > 0).any():
-            return None
-        near, far = np.percentile(found[found > 0], (1, 99)) * (0.8, 1.25)
-        return float(near), float(far)
+        found = np.concatenate(found)
+        if (found > 0).any():
+            near, far = np.percentile(found[found > 0], (1, 99)) * (0.8, 1.25)
+            return float(near), float(far)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1406,12 +1386,9 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Photos(torch.utils.data.Dataset):
-    """Single photos [3, height, width] in 0..1, of a folder or of rooms.
-
-    Those of a folder, sub-folders included, are scaled to cover the size and cropped about the
-    centre. Without a folder they are `count` views of rooms, eight of each.
-    Raises ValueError if the folder holds no photo.
-    """
+    """Single photos [3, height, width] in 0..1: those of a folder and its sub-folders, scaled to
+    cover the size and cropped about the centre, or without a folder `count` views of rooms, eight
+    of each. Raises ValueError if the folder holds no photo."""
 
     def __init__(self, path, height, width, count=0, split="train"):
         self.size, self.count, self.files = (height, width), count, None
@@ -1428,8 +1405,8 @@ class Photos(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         if self.files:
-            photo = open_rgb(self.files[i], self.files[i].parent)
-            return Crop(photo, *self.size).colours()
+            shot = Shot(self.files[i], self.files[i].parent, {})
+            return read_shot(shot, Framing(self.size))["images"]
         if i not in self.kept:  # a view takes a tenth of a second to draw, and bytes are small
             room = self.rooms[i // 8]
             frame = int(np.random.default_rng([i, len(room)]).integers(len(room)))
@@ -1463,14 +1440,15 @@ class Crops(torch.utils.data.Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index])
-        photo = self.photos[int(rng.integers(len(self.photos)))]
-        windows = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])
-        crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in windows])
-        first_to_second = np.linalg.inv(windows[1]) @ windows[0]
-        return {
-            "crops": crops, "windows": torch.from_numpy(windows[:, :2]).float(),
-            "first_to_second": torch.from_numpy(first_to_second[:2]).float(),
-        }  # fmt: skip
+        photo = self.photos[int(rng.integers(len(self.photos)))].expand(2, -1, -1, -1)
+        maps = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])  # [2, 3, 3]
+        windows = torch.from_numpy(maps[:, :2]).float()
+        size, options = (2, 3, self.size, self.size), dict(align_corners=False)
+        grid = torch.nn.functional.affine_grid(windows, size, **options)
+        cut = torch.nn.functional.grid_sample(photo, grid, padding_mode="border", **options)
+        first_to_second = torch.from_numpy(np.linalg.inv(maps[1]) @ maps[0])[:2].float()
+        crops = torch.stack([jitter(crop, rng) for crop in cut])
+        return {"crops": crops, "windows": windows, "first_to_second": first_to_second}
 
 
 def crop_window(rng, scales, warp):
@@ -1492,14 +1470,6 @@ def crop_window(rng, scales, warp):
     return window
 
 
-def cut_out(photo, window, size):
-    """The part of a photo [3, H, W] that a window shows, [3, size, size]."""
-    theta = torch.from_numpy(window[None, :2]).float()
-    grid = torch.nn.functional.affine_grid(theta, (1, 3, size, size), align_corners=False)
-    options = dict(padding_mode="border", align_corners=False)
-    return torch.nn.functional.grid_sample(photo[None], grid, **options)[0]
-
-
 def jitter(photo, rng):
     """Another exposure, white balance and gamma, and a little noise: nothing about the place."""
     gains = np.exp(rng.uniform(-0.15, 0.15) + rng.uniform(-0.06, 0.06, (3, 1, 1)))
@@ -1509,17 +1479,15 @@ def jitter(photo, rng):
     return (photo + 0.01 * noise).clamp(0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pairs of views, and labelled photos, to probe with (evaluate.py)
+# -------------------------------------------------------------------------------------------------
+# Pairs of views, to find correspondences in (evaluate.py)
 
 BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`.
-
-    least_overlap: share of a view that the other must show for the pair to count.
-    """
+    """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. A pair
+    counts where a view shows the share `least_overlap` of the other."""
 
     def __init__(self, entries, height, width, least_overlap=0.0):
         self.entries, self.size, self.least_overlap = entries, (height, width), least_overlap
@@ -1533,10 +1501,9 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def pairs(path, count, height, width, seed):
-    """Pairs of views to find correspondences in: of ScanNet-1500 (a folder with test.npz) its own;
-    of RGB-D captures any two frames, which count if they have 30 % in common; without a path of
-    rooms, as many from each of BINS, all with 30 % in common. Where there are more than `count`,
-    seed says which are taken."""
+    """At most `count` pairs, chosen by seed: of ScanNet-1500 (a folder with test.npz) its own; of
+    RGB-D captures any two frames, which count if they have 30 % in common; without a path of rooms,
+    as many from each of BINS, all with 30 % in common."""
     rng, found, least = np.random.default_rng(seed), [], 0.0
     if path is None:
         rooms = Rooms("probe")
@@ -1547,15 +1514,12 @@ def pairs(path, count, height, width, seed):
         found = scannet_pairs(Path(path))
     else:
         scenes, least = scenes_with_depth(path), 0.3
-        ends = np.cumsum([len(scene) * (len(scene) - 1) // 2 for scene in scenes])
-        chosen = range(ends[-1])
-        if len(chosen) > count:
-            chosen = np.sort(rng.choice(len(chosen), count, replace=False))
-        for k in chosen:
-            scene = int(np.searchsorted(ends, k, side="right"))
-            k = int(k - ends[scene - 1]) if scene else int(k)  # of (i, j) with i < j, along j
-            j = int((1 + np.sqrt(1 + 8 * k)) // 2)
-            found.append((scenes[scene], k - j * (j - 1) // 2, j))
+        starts = np.cumsum([0, *(len(scene) * (len(scene) - 1) // 2 for scene in scenes)])
+        chosen = np.sort(rng.choice(starts[-1], min(count, starts[-1]), replace=False))
+        for scene, start, end in zip(scenes, starts, starts[1:]):
+            two = np.stack(np.tril_indices(len(scene), -1)[::-1], 1)  # all (i, j) with i < j
+            here = chosen[(chosen >= start) & (chosen < end)] - start
+            found += [(scene, *ij) for ij in two[here].tolist()]
     if not found:
         raise BadFile(f"{path}: no two frames to compare")
     if len(found) > count:
@@ -1623,33 +1587,9 @@ def scannet_pairs(path):
     return [(scenes[name], frames[name].index(i), frames[name].index(j)) for name, i, j in listed]
 
 
-# -- windows on photos
-
-
-class Framing(NamedTuple):
-    """Which part of a photo a probe sees, and how large. Sizes are (H, W) in pixels."""
-
-    size: tuple | None = None  # photos cover it, cropped about the centre; None: whole photos
-    short: int = 0  # whole photos are scaled to this shorter side, 0: to none
-    crop: tuple = ()  # window at a random place that training sees, (): all
-    jitter: tuple = (1.0, 1.0)  # training photos are scaled by a factor between these
-    mirror: bool = False  # training mirrors every second photo
-    both: bool = False  # a test sees a photo and its mirror image
-    slide: tuple = ()  # window's side and stride that a test slides, (): one window
-    pad: bool = False  # windows get borders up to multiples of 14
-
-    def scaled(self, height, width):
-        """(H, W) at which a photo of that size is looked at."""
-        factor = self.jitter[0]
-        if self.short and self.size is None:  # as mmsegmentation's (2048, 512)
-            factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
-        return tuple(max(1, round(factor * s)) for s in self.size or (height, width))
-
-    def window(self, *size):
-        """(H, W) of a window of that size with its borders."""
-        step = 14 if self.pad else 1
-        return tuple(-(-s // step) * step for s in size)
-
+# -------------------------------------------------------------------------------------------------
+# Labelled photos, to train and to test probes on (evaluate.py): windows on photos, and the file
+# that keeps what is computed of them
 
 # What the public code of the probes does: see README, Probing
 PUBLISHED = {
@@ -1686,26 +1626,26 @@ class Labelled(torch.utils.data.Dataset):
         return len(self.entries) * self.copies
 
     def __getitem__(self, n):
-        entry, rng, framing = self.entries[n // self.copies], np.random.default_rng(n), self.framing
+        entry, framing = self.entries[n // self.copies], self.framing
         if not self.training:
-            frame = self.load(entry, framing._replace(jitter=(1.0, 1.0)))
+            frame = self.load(entry, framing)
             return frame | look(frame["images"], framing)
-        scale = rng.uniform(*framing.jitter)
-        framing = framing._replace(jitter=(scale, scale), slide=(), both=False)
-        frame = random_window(self.load(entry, framing), framing, rng)
+        rng, framing = np.random.default_rng(n), framing._replace(slide=(), both=False)
+        frame = self.load(entry, framing, rng.uniform(*framing.jitter))
+        frame = random_window(frame, framing, rng)
         images = frame.pop("images")
         return padded(frame, framing.window(*images.shape[-2:])) | look(images, framing)
 
-    def load(self, entry, framing):
+    def load(self, entry, framing, factor=1.0):
         """{"images", key} of an entry; of a room one view."""
         if isinstance(entry, Shot):
-            frame = read_shot(entry, framing)
+            frame = read_shot(entry, framing, factor)
         else:
             scene, i = entry
             if isinstance(scene, Rooms):
                 scene, i = scene[i], np.random.default_rng(i)
                 i = int(i.integers(len(scene)))
-            frame = scene.frame(i, *framing.scaled(480, 640))
+            frame = scene.frame(i, *framing.scaled(480, 640, factor))
             if self.key == "normals" and self.key not in frame:
                 frame["normals"] = normals_from_depth(frame["depths"], frame["Ks"])
             elif self.key == "classes":
@@ -1736,9 +1676,7 @@ def padded(frame, size):
 
 def random_window(frame, framing, rng):
     """A frame cut to a window at a random place, padded where it is too small; maybe mirrored.
-
-    As mmsegmentation, of ten places the first that no class fills by more than three quarters.
-    """
+    As mmsegmentation, of ten places the first that no class fills by more than three quarters."""
     if framing.crop:
         H, W = (max(s, c) for s, c in zip(frame["images"].shape[-2:], framing.crop))
         frame = padded(frame, (H, W))
@@ -1761,10 +1699,10 @@ def look(image, framing):
     H, W = image.shape[-2:]
     side, stride = framing.slide or (max(H, W), 1)
     height, width = min(side, H), min(side, W)
+    P, Q = framing.window(height, width)
     # The last window ends with the photo
     tops, lefts = ([min(i, s - w) for i in range(0, s - w + stride, stride)]
                    for s, w in ((H, height), (W, width)))  # fmt: skip
-    P, Q = framing.window(height, width)
     images, places = [], []
     for top, left in itertools.product(tops, lefts):
         window = {"images": image[:, top : top + height, left : left + width]}
@@ -1778,10 +1716,9 @@ def look(image, framing):
 def joined(windows, places, size):
     """Windows [n, ..., P, Q] at their places (see `Labelled`) in the whole, the mean of all; then
     at the size (H, W). [..., H, W]"""
-    places = places.tolist()
-    H, W = (max(p[k] + p[k + 2] for p in places) for k in (0, 1))
+    H, W = (places[:, :2] + places[:, 2:4]).amax(0).tolist()
     total, count = windows.new_zeros(*windows.shape[1:-2], H, W), windows.new_zeros(H, W)
-    for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places):
+    for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places.tolist()):
         window = window.flip(-1) if mirrored else window
         y, x = (P - height) // 2, (Q - width) // 2
         here = (..., slice(top, top + height), slice(left, left + width))
@@ -1820,23 +1757,23 @@ class Shelf:
         self.file, self.records, self.end = open(path, "wb"), [], 0
 
     def append(self, *tensors):
-        arrays = [small(tensor).contiguous().numpy() for tensor in tensors]
-        starts = itertools.accumulate((a.nbytes for a in arrays), initial=self.end)
-        self.records.append([(s, a.shape, a.dtype) for s, a in zip(starts, arrays)])
-        self.end += sum(a.nbytes for a in arrays)
+        record, arrays = [], [small(tensor).contiguous().numpy() for tensor in tensors]
+        for array in arrays:
+            record.append((array.dtype, "r", self.end, array.shape))
+            self.end += array.nbytes
+        self.records.append(record)
         with naming(self.file.name, "cannot be written"):
             self.file.writelines(arrays)
             self.file.flush()
 
     def shapes(self, i):
-        return [shape for _, shape, _ in self.records[i]]
+        return [shape for *_, shape in self.records[i]]
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
-        maps = (np.memmap(self.file.name, dtype, "r", start, shape)
-                for start, shape, dtype in self.records[i])  # fmt: skip
+        maps = (np.memmap(self.file.name, *about) for about in self.records[i])
         return [full(torch.from_numpy(np.array(m))) for m in maps]
 
 
@@ -1857,16 +1794,17 @@ def scratch(folder, need):
         yield Path(path)
 
 
-# -- labelled photos
+# -------------------------------------------------------------------------------------------------
+# Where labelled photos lie: benchmarks' folders and lists, RGB-D captures and rooms
 
 
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
-    """Labelled frames to train and to test a probe on, and the classes' names (or None).
+    """`Labelled` frames to train and to test a probe on, and the classes' names (or None).
 
-    path: a folder in one of the layouts in README, Probing; None for procedural rooms. train_count
-    and test_count frames are evenly spread; 0 are all (of rooms, 200). classes: a file of the
-    classes' names, one a line. copies: windows of each training photo. Raises ValueError: which
-    path was expected.
+    path: a folder in one of the task's LAYOUTS, or for depth and normals an RGB-D capture; None for
+    procedural rooms. train_count and test_count frames are evenly spread; 0 are all (of rooms,
+    200). classes: a file of the classes' names, one a line. copies: windows of each training photo.
+    Raises ValueError: which path was expected.
     """
     names = CLASSES[1:] if path is None and task == "segmentation" else None
     if path is None:
@@ -1894,14 +1832,23 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
     elif task == "segmentation":
         raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
                          "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
-    else:
-        parts = posed_frames(task, path)
+    else:  # of every four frames of captures in a row the last is to test on
+        frames = [(scene, i) for scene in scenes_with_depth(path) for i in range(len(scene))]
+        if task == "normals":
+            warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
+        parts = [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
     for part, entries in zip(("train", "test"), parts):
         if not entries:
             raise ValueError(f"{path}: no frames to {part} on")
     key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
     return (Labelled(parts[0], key, framing, True, train_count, copies),
             Labelled(parts[1], key, framing, False, test_count), names)  # fmt: skip
+
+
+def layout_of(task, folder):
+    """The first of the task's LAYOUTS that has a mark in the folder, and the mark; or None."""
+    return next(((row, found) for row in LAYOUTS[task] for mark in row[0]
+                 for found in sorted(folder.glob(mark))), None)  # fmt: skip
 
 
 def farthest(path):
@@ -1916,14 +1863,6 @@ def scenes_with_depth(path):
         if not scene.has_depth:
             raise BadFile(f"{scene.file}: no depth maps")
     return scenes
-
-
-def posed_frames(task, path):
-    """(scene, i) of RGB-D captures: of every four frames in a row the last is to test on."""
-    frames = [(scene, i) for scene in scenes_with_depth(path) for i in range(len(scene))]
-    if task == "normals":
-        warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
-    return [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
 
 
 def eigen_crop(frame, labels, framing):
@@ -1974,8 +1913,7 @@ def scannetpp(path, part, key):
     where = "data/{}/dslr/render_depth" if key == "depths" else "semantics/{}"
     file, shots = path / "splits" / f"nvs_sem_{part}.txt", []
     for scene in map(str.strip, lines_of(file)):
-        labels = (path / where.format(scene)).glob("*.png")
-        for label in sorted(labels, key=lambda p: natural(p.name)):
+        for label in sorted((path / where.format(scene)).glob("*.png"), key=natural):
             stem = label.stem.removesuffix(".JPG")
             photo = path / "undistorted" / scene / f"{stem}.JPG.jpg"
             if key == "depths" or not photo.is_file():
@@ -1989,18 +1927,17 @@ def scannetpp(path, part, key):
 
 def in_folders(path, part, key, photos, labels, suffixes=(".png",)):
     """Photos and labels in two folders, by the same names. ValueError: what is missing."""
-    photos, labels = path / photos.format(part), path / labels.format(part)
+    photos, labels, shots = path / photos.format(part), path / labels.format(part), []
     for folder in (photos, labels):
         if not folder.is_dir():
             raise BadFile(f"{folder}: no such folder")
-    shots = []
-    pictures = [p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    for photo in sorted(pictures, key=lambda p: natural(p.name)):
-        paths = [labels / (photo.stem + suffix) for suffix in suffixes]
-        label = next((p for p in paths if p.is_file()), None)
-        if label is None:
-            raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
-        shots.append(Shot(photo, photos, {key: label}))
+    for photo in sorted(photos.iterdir(), key=natural):
+        if photo.suffix.lower() in PHOTO_SUFFIXES:
+            paths = [labels / (photo.stem + suffix) for suffix in suffixes]
+            label = next(filter(Path.is_file, paths), None)
+            if label is None:
+                raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
+            shots.append(Shot(photo, photos, {key: label}))
     return shots
 
 
@@ -2033,16 +1970,21 @@ def normals_from_depth(depths, K):
     return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
 
 
+    for other in (depths[1:-1, 2:], depths[1:-1, :-2], depths[2:, 1:-1], depths[:-2, 1:-1]):
+        smooth &= (other > 0) & ((other - z).abs() < 0.05 * z)
+    return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
+
+
 # All layouts: what marks a folder, and how its frames are listed. Of labelled photos also the parts
 # to train and to test on (if it is one, every fifth is), and of label maps of classes the first
 # class's number (where that is 0, 255 = none) and the classes' names.
 LAYOUTS = {
     "capture": (
         ([join(f, t) for f in ("", "nerfstudio", "dslr/nerfstudio") for t in TRANSFORMS],
-         lambda folder, mark: PosedFolder(mark.parent)),
+         lambda folder, mark: [PosedFolder(mark.parent)]),
         ([f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
           for kind in ("bin", "txt")],
-         lambda folder, mark: PosedFolder(folder, list_colmap, mark)),
+         lambda folder, mark: [PosedFolder(folder, list_colmap, mark)]),
         (("*.torch", "train/*.torch"), lambda folder, mark: open_chunks(mark.parent)),
     ),
     "depth": (
