@@ -1,9 +1,8 @@
-"""Posed views to learn from: procedural rooms made on the fly, and views of them or of captures.
+"""Posed views to learn from: procedural rooms, captures on disk, and samples of either.
 
 Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
 
-    len(scene)                     number of frames along the camera path
-    scene.name                     str
+    len(scene), scene.name         number of frames along the camera path; str
     scene.numbers                  of the frames, rising; gaps between views are counted in them
     scene.has_depth, .has_masks    bool, for the whole scene
     scene.frame(i, height, width)  dict of tensors:
@@ -47,10 +46,8 @@ from PIL import Image, ImageOps
 
 CLASSES = tuple("unlabelled floor wall ceiling door window picture rug light table chair cabinet "
                 "sofa bed lamp plant box ball vase cone".split())  # fmt: skip
-SPLITS = {  # seeds
-    "train": range(1_000_000), "val": range(1_000_000, 1_010_000),
-    "probe": range(1_010_000, 1_020_000),
-}  # fmt: skip
+SPLITS = {"train": range(1_000_000), "val": range(1_000_000, 1_010_000),
+          "probe": range(1_010_000, 1_020_000)}  # of seeds  # fmt: skip
 
 # Looks are patterns of cells that mix a solid's two colours: see Room.paint.
 #            cell (m)      shift of  joint  share of the second colour by
@@ -136,10 +133,9 @@ CROWNS = {  # of plants, (height over the pot, half width, half height) in metre
     "sphere": ((0.12, 0.2, 0.2), (0.3, 0.24, 0.24), (0.5, 0.17, 0.17)),
 }
 PLACES = {  # what stands there; twice is twice as often
-    "wall": ("cabinet", "sofa", "bed", "lamp", "plant", "cabinet"),
-    "free": ("table", "chair", "box", "ball", "cone", "table", "chair"),
-    "top": ("ball", "vase", "cone", "box"),
-}
+    "wall": "cabinet sofa bed lamp plant cabinet", "top": "ball vase cone box",
+    "free": "table chair box ball cone table chair",
+}  # fmt: skip
 TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where "top" is: x / half width
 OWN_PAINTS = {  # tried in turn with these chances; all else is painted flat or round
     "plant": {"leaves": 1}, "cabinet": {"books": 0.4, "wood": 0.6},
@@ -180,12 +176,9 @@ def matmul(a, b):
     return a[:, 0, None] * b[0] + a[:, 1, None] * b[1] + a[:, 2, None] * b[2]
 
 
-# Where rays o + t d enter a unit shape from outside; o [3] and d [3, N] in its own axes.
-# Each function returns t [N], inf for a miss, and outward normals [3, N] of any length.
-
-
 def hit_box(o, d):
-    """|x|, |y|, |z| <= 1: enter the last of three slabs before leaving any."""
+    """Where rays o [3] + t d [3, N], in the axes of a unit box, enter it from outside: t [N], inf
+    for a miss, and outward normals [3, N] of any length. It is the last of three slabs."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (-1 - o[:, None]) / d, (1 - o[:, None]) / d
     enter, leave = np.minimum(a, b), np.maximum(a, b)
@@ -203,14 +196,14 @@ def cross_ball(o, d):
 
 
 def hit_sphere(o, d):
-    """x^2 + y^2 + z^2 <= 1."""
+    """As `hit_box`, for x^2 + y^2 + z^2 <= 1."""
     middle, reach, hit = cross_ball(o, d)
     t = middle - reach
     return np.where(hit, t, np.inf), o[:, None] + t * d
 
 
 def hit_cylinder(o, d):
-    """x^2 + y^2 <= 1, |z| <= 1: enter the later of the round wall and the slab."""
+    """As `hit_box`, for x^2 + y^2 <= 1, |z| <= 1: the later of the round wall and the slab."""
     middle, reach, near = cross_ball(o[:2], d[:2])
     dz = np.where(d[2] == 0, 1e-12, d[2])
     wall, cap = middle - reach, -o[2] / dz - np.abs(1 / dz)
@@ -222,9 +215,9 @@ def hit_cylinder(o, d):
 
 
 def hit_cone(o, d):
-    """Apex (0, 0, 1), unit base at z = -1: the nearest of its valid hits. p is o from the apex."""
+    """As `hit_box`, apex (0, 0, 1), unit base at z = -1: the nearest valid hit."""
     q = np.array([[1], [1], [-0.25]], o.dtype)  # on the wall q . p^2 = 0 and -2 < z < 0
-    p = o[:, None] - np.array([[0], [0], [1]], o.dtype)
+    p = o[:, None] - np.array([[0], [0], [1]], o.dtype)  # from the apex
     a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)  # a t^2 + 2 b t + c = 0
     a = np.where(np.abs(a) < 1e-9, 1e-9, a)
     inside = b * b - a * c
@@ -291,8 +284,7 @@ class Room:
         self.path = eye[::12, :2]  # [121, 2], the whole loop, which furniture keeps clear of
 
     def _look(self, paint):
-        """One of a paint's looks. A list of one asks the generator for nothing."""
-        return self.rng.choice(PAINTS[paint][0].split())
+        return self.rng.choice(PAINTS[paint][0].split())  # of one: asks the generator for nothing
 
     def _colour(self, paint, hues=None):
         """A linear RGB colour in a paint's ranges."""
@@ -302,9 +294,8 @@ class Room:
 
     def _material(self, paint, second=None, look=None):
         """(row of LOOKS, three linear RGB colours), the second perhaps of another paint."""
-        look = look or self._look(paint)
-        colours = self._colour(paint), self._colour(second or paint)
-        return LOOKS[look], (*colours, self.joints[PAINTS[paint][-1]])
+        look, joints = LOOKS[look or self._look(paint)], self.joints[PAINTS[paint][-1]]
+        return look, (self._colour(paint), self._colour(second or paint), joints)
 
     def _place(self, name, parts, x, y, z, yaw, *materials):
         """Add an object as one segment."""
@@ -335,31 +326,26 @@ class Room:
         faces = [("wall", LOOKS[wall_look], (*wall, light))] * 4
         faces += [("floor", *floor), ("ceiling", *self._material("ceiling"))]
         faces[rng.integers(4)] = ("wall", LOOKS[accent_look], (*accent, light))
-        centre, half = (0, 0, top / 2), (*self.size[:2], top / 2)
-        self.solids = [
-            Solid("shell", centre, half, 0.0, CLASSES.index(name), 1 + k, look, colours)
-            for k, (name, look, colours) in enumerate(faces)
-        ]
-
+        shape = "shell", (0, 0, top / 2), (*self.size[:2], top / 2), 0.0
+        self.solids = [Solid(*shape, CLASSES.index(name), instance, *material)
+                       for instance, (name, *material) in enumerate(faces, 1)]  # fmt: skip
         self.light = np.array([*rng.uniform(-0.4, 0.4, 2) * self.size[:2], top - 0.08])
-        where = (*self.light[:2], top - 0.02)
-        lamp = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)]
-        self._place("light", lamp, *where, 0.0, (LOOKS["plain"], (light,) * 3))
+        lamp, material = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)], (LOOKS["plain"], (light,) * 3)
+        self._place("light", lamp, *self.light[:2], top - 0.02, 0.0, material)
         self.taken = []  # of the floor: corners (low, high), (x, y) each
         for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
             # Half sizes; a window's and a picture's are drawn for every wall.
             drawn = rng.uniform((0.5, 0.45, 0.3, 0.2), (0.9, 0.65, 0.6, 0.4))
             x, z = {"door": (0.42, 1.0), "window": drawn[:2], "picture": drawn[2:]}[name]
             span = self.size[side % 2] - x - 0.3
-            along = rng.uniform(-span, span)
-            up = z if name == "door" else rng.uniform(1.45, 1.6)
+            along, up = rng.uniform(-span, span), z if name == "door" else rng.uniform(1.45, 1.6)
             at = self._at_wall(side, along, 0.02)
             if name == "door":  # room to open
                 ends = list(zip(at, self._at_wall(side, along, 0.9)))
                 self.taken.append(([min(e) - 0.3 for e in ends], [max(e) + 0.3 for e in ends]))
             material = self._material(name, "haze" if name == "window" else name)
-            parts = [("box", (0, 0, 0), (x, 0.02, z), 0)]
-            self._place(name, parts, *at, up, side * np.pi / 2, material)
+            part = "box", (0, 0, 0), (x, 0.02, z), 0
+            self._place(name, [part], *at, up, side * np.pi / 2, material)
         if rng.uniform() < 0.7:
             half = (*rng.uniform((0.7, 0.5), (1.1, 0.9)), 0.008)
             where = (*rng.uniform(-0.5, 0.5, 2), 0, rng.uniform(-0.3, 0.3))
@@ -374,7 +360,7 @@ class Room:
             where = rng.choice(["wall", "free", "top"], p=[0.4, 0.35, 0.25])
             if where == "top" and not shelves:
                 where = "free"
-            kind = rng.choice(PLACES[where])
+            kind = rng.choice(PLACES[where].split())
             parts = [(shape, np.multiply(centre, shrink), np.multiply(half, shrink), tone)
                      for shape, centre, half, tone in parts_of(kind, rng)]  # fmt: skip
             reach = np.max([np.abs(centre[:2]) + half[:2] for _, centre, half, _ in parts], 0)
@@ -391,10 +377,8 @@ class Room:
                 top = max(centre[2] + half[2] for _, centre, half, _ in parts)
                 shelves.append((*at, top, min(reach[0] / len(TOPS[kind]), reach[1])))
             paint = "flat" if all(shape == "box" for shape, *_ in parts) else "round"
-            for name, chance in OWN_PAINTS.get(kind, {}).items():
-                if chance == 1 or rng.uniform() < chance:
-                    paint = name
-                    break
+            own = OWN_PAINTS.get(kind, {}).items()
+            paint = next((name for name, p in own if p == 1 or rng.uniform() < p), paint)
             self._place(kind, parts, x, y, z, yaw, self._material(paint), self._material("trim"))
             placed += 1
 
@@ -413,8 +397,7 @@ class Room:
         low, high = at - half, at + half
         from_path = np.hypot(*np.maximum(np.abs(self.path - at) - half, 0).T).min()
         overlap = any((low < b).all() and (high > a).all() for a, b in self.taken)
-        free = from_path >= 0.4 and not overlap
-        if free:
+        if free := from_path >= 0.4 and not overlap:
             self.taken.append((low - 0.05, high + 0.05))
         return (*at, 0.0, yaw, free)
 
@@ -424,8 +407,8 @@ class Room:
         self.all = Solid(*(np.float32(c) if c.dtype == float else c for c in columns))
         self.radius = np.linalg.norm(self.all.half, axis=1)  # [S], of bounding spheres
         c, s, zero = np.cos(self.all.yaw), np.sin(self.all.yaw), np.zeros_like(self.all.yaw)
-        turn = np.stack([c, s, zero, -s, c, zero, zero, zero, zero + 1], 1)
-        self.turn = turn.reshape(-1, 3, 3)  # [S, 3, 3], world to local
+        rows = [[c, s, zero], [-s, c, zero], [zero, zero, zero + 1]]
+        self.turn = np.moveaxis(np.array(rows), 2, 0)  # [S, 3, 3], world to local
 
     def cast(self, origin, rays, t):
         """The first solid, shell apart, that rays origin + t * ray meet before t [N].
@@ -1806,6 +1789,7 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
     200). classes: a file of the classes' names, one a line. copies: windows of each training photo.
     Raises ValueError: which path was expected.
     """
+    key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
     names = CLASSES[1:] if path is None and task == "segmentation" else None
     if path is None:
         rooms = Rooms("probe")
@@ -1815,11 +1799,11 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
         parts = [[(rooms, start + i) for i in range(count or 200)]
                  for start, count in ((0, train_count), (half, test_count))]  # fmt: skip
     elif found := layout_of(task, Path(path)):
-        (_, lists, names_of_parts, *own), mark = found
+        (_, lists, arguments, *own), mark = found
         if not lists:  # such as KITTI's eigen_train_files_with_gt.txt
             known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
             raise BadFile(f"{mark}: not a list that is read here; those are {known}")
-        parts = [lists(Path(path), part) for part in names_of_parts]
+        parts = [lists(Path(path), key, *of_part) for of_part in arguments]
         if len(parts) == 1:  # every fifth is to test on
             parts = [shot for k, shot in enumerate(parts[0]) if k % 5 != 4], parts[0][4::5]
         if own:
@@ -1840,7 +1824,6 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
     for part, entries in zip(("train", "test"), parts):
         if not entries:
             raise ValueError(f"{path}: no frames to {part} on")
-    key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
     return (Labelled(parts[0], key, framing, True, train_count, copies),
             Labelled(parts[1], key, framing, False, test_count), names)  # fmt: skip
 
@@ -1851,18 +1834,75 @@ def layout_of(task, folder):
                  for found in sorted(folder.glob(mark))), None)  # fmt: skip
 
 
-def farthest(path):
-    """Metres that depth is probed to: 20 on ScanNet++, as the paper's code does, else 10."""
-    lists = ("splits/nvs_sem_train.txt", "scannetpp_train.txt")
-    return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
-
-
 def scenes_with_depth(path):
     scenes = open_scenes(path)
     for scene in scenes:
         if not scene.has_depth:
             raise BadFile(f"{scene.file}: no depth maps")
     return scenes
+
+
+def farthest(path):
+    """Metres that depth is probed to: 20 on ScanNet++, as the paper's code does, else 10."""
+    lists = ("splits/nvs_sem_train.txt", "scannetpp_train.txt")
+    return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
+
+
+def in_folders(path, key, photos, labels):
+    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
+    photos, labels, shots = path / photos, path / labels, []
+    for folder in (photos, labels):
+        if not folder.is_dir():
+            raise BadFile(f"{folder}: no such folder")
+    for photo in sorted(photos.iterdir(), key=natural):
+        if photo.suffix.lower() in PHOTO_SUFFIXES:
+            paths = [labels / (photo.stem + suffix) for suffix in (".png", ".npy")]
+            label = next(filter(Path.is_file, paths), None)
+            if label is None:
+                raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
+            shots.append(Shot(photo, photos, {key: label}))
+    return shots
+
+
+def voc2012(path, key, part):
+    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
+    file = path / f"ImageSets/Segmentation/{part}.txt"
+    photos, labels = path / "JPEGImages", path / "SegmentationClass"
+    stems = [line.split()[0] for line in lines_of(file)]
+    return [Shot(photos / f"{stem}.jpg", file, {key: labels / f"{stem}.png"}) for stem in stems]
+
+
+def scannetpp(path, key, part, labels):
+    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
+    those with labels data/SCENE/dslr/render_depth/NAME.png or semantics/SCENE/NAME.JPG.png. They
+    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
+    file, shots = path / f"splits/nvs_sem_{part}.txt", []
+    for scene in map(str.strip, lines_of(file)):
+        for label in sorted((path / labels.format(scene)).glob("*.png"), key=natural):
+            stem = label.stem.removesuffix(".JPG")
+            photo = path / f"undistorted/{scene}/{stem}.JPG.jpg"
+            if key == "depths" or not photo.is_file():
+                photo = path / f"data/{scene}/dslr/resized_images/{stem}.JPG"
+            shots.append(Shot(photo, file, {key: label}))
+    if not shots:
+        what = f"none of the scenes in {file} has labels in {labels.format('SCENE')}/"
+        raise BadFile(f"{path}: {what}")
+    return shots
+
+
+def listed_depth(path, key, name, below, finish):
+    """By a list of lines "photo depth focal": see DEPTH_LISTS."""
+    files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
+    if not files:
+        raise BadFile(f"{path / name}: expected, beside the other split's file")
+    lines = [line.split() for line in lines_of(files[0])]
+    if not lines or any(len(line) < 2 for line in lines):
+        raise BadFile(f'{files[0]}: a line is not "photo depth focal"')
+    lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
+    roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
+    root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
+    return [Shot(root / photo, files[0], {key: root / depth}, finish=finish)
+            for photo, depth in lines]  # fmt: skip
 
 
 def eigen_crop(frame, labels, framing):
@@ -1882,78 +1922,6 @@ def nyu_crop(frame, labels, framing):
     return {key: tensor[window] for key, tensor in frame.items()}
 
 
-DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
-    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
-     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
-    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
-    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
-)  # fmt: skip
-
-
-def listed_depth(path, part):
-    """By lists of lines "photo depth focal"; part: see DEPTH_LISTS."""
-    name, below, finish = part
-    files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
-    if not files:
-        raise BadFile(f"{path / name}: expected, beside the other split's file")
-    lines = [line.split() for line in lines_of(files[0])]
-    if not lines or any(len(line) < 2 for line in lines):
-        raise BadFile(f'{files[0]}: a line is not "photo depth focal"')
-    lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
-    roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
-    root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
-    return [Shot(root / photo, files[0], {"depths": root / depth}, finish=finish)
-            for photo, depth in lines]  # fmt: skip
-
-
-def scannetpp(path, part, key):
-    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
-    those with data/SCENE/dslr/render_depth/NAME.png, or with semantics/SCENE/NAME.JPG.png. Labels
-    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
-    where = "data/{}/dslr/render_depth" if key == "depths" else "semantics/{}"
-    file, shots = path / "splits" / f"nvs_sem_{part}.txt", []
-    for scene in map(str.strip, lines_of(file)):
-        for label in sorted((path / where.format(scene)).glob("*.png"), key=natural):
-            stem = label.stem.removesuffix(".JPG")
-            photo = path / "undistorted" / scene / f"{stem}.JPG.jpg"
-            if key == "depths" or not photo.is_file():
-                photo = path / "data" / scene / "dslr/resized_images" / f"{stem}.JPG"
-            shots.append(Shot(photo, file, {key: label}))
-    if not shots:
-        what = f"none of the scenes in {file} has labels in {where.format('SCENE')}/"
-        raise BadFile(f"{path}: {what}")
-    return shots
-
-
-def in_folders(path, part, key, photos, labels, suffixes=(".png",)):
-    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
-    photos, labels, shots = path / photos.format(part), path / labels.format(part), []
-    for folder in (photos, labels):
-        if not folder.is_dir():
-            raise BadFile(f"{folder}: no such folder")
-    for photo in sorted(photos.iterdir(), key=natural):
-        if photo.suffix.lower() in PHOTO_SUFFIXES:
-            paths = [labels / (photo.stem + suffix) for suffix in suffixes]
-            label = next(filter(Path.is_file, paths), None)
-            if label is None:
-                raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
-            shots.append(Shot(photo, photos, {key: label}))
-    return shots
-
-
-def voc2012(path, part):
-    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
-    file = path / f"ImageSets/Segmentation/{part}.txt"
-    photos, labels = path / "JPEGImages", path / "SegmentationClass"
-    stems = [line.split()[0] for line in lines_of(file)]
-    return [Shot(photos / f"{s}.jpg", file, {"classes": labels / f"{s}.png"}) for s in stems]
-
-
-VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-       "train", "tvmonitor")  # fmt: skip
-
-
 def normals_from_depth(depths, K):
     """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product
     of the differences to the neighbours; 0 at the border, and where a neighbour is unknown or more
@@ -1961,8 +1929,7 @@ def normals_from_depth(depths, K):
     points = camera_points(depths, K).permute(2, 0, 1)
     across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
-    normals = torch.linalg.cross(down, across, dim=0)
-    normals = normals / normals.norm(dim=0).clamp(min=1e-12)
+    normals = torch.nn.functional.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
     z = depths[1:-1, 1:-1]
     smooth = z > 0
     for other in (depths[1:-1, 2:], depths[1:-1, :-2], depths[2:, 1:-1], depths[:-2, 1:-1]):
@@ -1970,14 +1937,19 @@ def normals_from_depth(depths, K):
     return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
 
 
-    for other in (depths[1:-1, 2:], depths[1:-1, :-2], depths[2:, 1:-1], depths[:-2, 1:-1]):
-        smooth &= (other > 0) & ((other - z).abs() < 0.05 * z)
-    return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
+DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
+    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
+     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
+    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
+    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
+)  # fmt: skip
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")  # fmt: skip
 
-
-# All layouts: what marks a folder, and how its frames are listed. Of labelled photos also the parts
-# to train and to test on (if it is one, every fifth is), and of label maps of classes the first
-# class's number (where that is 0, 255 = none) and the classes' names.
+# All layouts: what marks a folder, and the function that lists its frames. Of labelled photos also
+# the function's arguments for the parts to train and to test on (if it is one, every fifth is), and
+# of label maps of classes the first class's number (where that is 0, 255 = none) and their names.
 LAYOUTS = {
     "capture": (
         ([join(f, t) for f in ("", "nerfstudio", "dslr/nerfstudio") for t in TRANSFORMS],
@@ -1985,27 +1957,25 @@ LAYOUTS = {
         ([f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
           for kind in ("bin", "txt")],
          lambda folder, mark: [PosedFolder(folder, list_colmap, mark)]),
-        (("*.torch", "train/*.torch"), lambda folder, mark: open_chunks(mark.parent)),
+        (["*.torch", "train/*.torch"], lambda folder, mark: open_chunks(mark.parent)),
     ),
     "depth": (
         *(([f + name for f in ("", "train_test_inputs/") for name, *_ in lists],
            listed_depth, lists) for lists in DEPTH_LISTS),
-        (("splits",), functools.partial(scannetpp, key="depths"), ("train", "val")),
-        (("*train*.txt", "train_test_inputs/*train*.txt"), None, ()),
+        (["splits"], scannetpp,
+         [(part, "data/{}/dslr/render_depth") for part in ("train", "val")]),
+        (["*train*.txt", "train_test_inputs/*train*.txt"], None, []),
     ),
     "normals": (
-        (("train/image", "train/normal"),
-         functools.partial(in_folders, key="normals", photos="{}/image", labels="{}/normal",
-                           suffixes=(".png", ".npy")), ("train", "test")),
-        (("image", "normal"),
-         functools.partial(in_folders, key="normals", photos="image", labels="normal",
-                           suffixes=(".png", ".npy")), ("",)),
+        (["train/image", "train/normal"], in_folders,
+         [(f"{part}/image", f"{part}/normal") for part in ("train", "test")]),
+        (["image", "normal"], in_folders, [("image", "normal")]),
     ),
     "segmentation": (
-        (("images", "annotations"),
-         functools.partial(in_folders, key="classes", photos="images/{}", labels="annotations/{}"),
-         ("training", "validation"), 1, tuple(f"class_{i}" for i in range(1, 151))),
-        (("semantics",), functools.partial(scannetpp, key="classes"), ("train", "val"), 0, None),
-        (("JPEGImages", "ImageSets"), voc2012, ("train", "val"), 0, VOC),
+        (["images", "annotations"], in_folders,  # ADE20K
+         [(f"images/{part}", f"annotations/{part}") for part in ("training", "validation")],
+         1, tuple(f"class_{i}" for i in range(1, 151))),
+        (["semantics"], scannetpp, [("train", "semantics/{}"), ("val", "semantics/{}")], 0, None),
+        (["JPEGImages", "ImageSets"], voc2012, [["train"], ["val"]], 0, VOC),
     ),
 }  # fmt: skip
