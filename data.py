@@ -6,14 +6,13 @@ Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
     scene.numbers                  of the frames, rising; gaps between views are counted in them
     scene.has_depth, .has_masks    bool, for the whole scene
     scene.frame(i, height, width)  dict of tensors:
-        images      [3, H, W]  float32, 0..1
-        extrinsics  [4, 4]     float32, camera-to-world, OpenCV axes (x right, y down, z forward)
-        Ks          [3, 3]     float32, pixels; the centre of pixel (0, 0) is at (0.5, 0.5)
-        depths      [H, W]     float32, z-depth in metres, 0 = unknown; only if has_depth
-        masks       [H, W]     int64 segment ids; all zeros if the scene has no masks
-        valid       [H, W]     bool, False where a validity mask excludes; PosedFolder only
-        normals     [3, H, W]  float32, unit, camera axes, towards the camera; Room only
-        classes     [H, W]     int64, index into CLASSES; Room only
+        images [3, H, W] in 0..1, extrinsics [4, 4] camera-to-world with OpenCV axes (x right, y
+        down, z forward), Ks [3, 3] pixels (the centre of pixel (0, 0) is at (0.5, 0.5)), all
+        float32; masks [H, W] int64 segment ids, zeros if the scene has none; if has_depth depths
+        [H, W] float32, z-depth in metres, 0 = unknown
+        PosedFolder: valid [H, W] bool, False where a validity mask excludes
+        Room: normals [3, H, W] float32, unit, in camera axes, towards the camera; classes [H, W]
+        int64, index into CLASSES
 
 `Views` draws context views and a target from such scenes, as in Splat and Distill
 (arXiv 2602.06032). A sample depends on (seed, index) alone, so a resumed run sees the same data.
@@ -147,12 +146,12 @@ def parts_of(kind, rng):
     """The parts of a piece of furniture of random size."""
     ranges, parts = FURNITURE[kind]
     sizes = [rng.uniform(*ends) for ends in ranges]
-    if kind != "plant":
-        return parts(*sizes)
-    shape = "cone" if rng.uniform() < 0.5 else "sphere"
-    at = np.zeros((3, 2)) if shape == "cone" else rng.uniform(-0.13, 0.13, (3, 2))
-    crown = [(shape, (*xy, 2 * sizes[1] + up), (r, r, z), 0)
-             for xy, (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
+    crown = []
+    if kind == "plant":
+        shape = "cone" if rng.uniform() < 0.5 else "sphere"
+        at = np.zeros((3, 2)) if shape == "cone" else rng.uniform(-0.13, 0.13, (3, 2))
+        crown = [(shape, (*xy, 2 * sizes[1] + up), (r, r, z), 0)
+                 for xy, (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
     return parts(*sizes) + crown
 
 
@@ -238,20 +237,16 @@ HITS = {"box": hit_box, "sphere": hit_sphere, "cylinder": hit_cylinder, "cone": 
 
 
 class Room:
-    """A furnished box room with exact ground truth, drawn by analytic ray casting.
-
-    A pure function of `seed` (any integer >= 0): shape, furniture, paint, light and the closed
-    camera path come from one numpy generator. Frame i is the same picture whatever `num_frames`.
-    """
+    """A furnished box room with exact ground truth, drawn by analytic ray casting. A pure function
+    of `seed` (any integer >= 0). Frame i is the same picture whatever `num_frames`."""
 
     has_depth = has_masks = True
-    numbers = property(lambda self: range(self.num_frames))
 
     def __init__(self, seed, num_frames=120):
         self.rng = np.random.default_rng(seed)  # draws what is built here, and no frame
-        self.name, self.num_frames = f"room{seed}", num_frames
-        # Half the width, half the depth, the height
-        self.size = np.float32(self.rng.uniform((2.2, 2.2, 2.4), (3.4, 3.4, 3.0)))
+        self.name, self.numbers = f"room{seed}", range(num_frames)
+        low, high = (2.2, 2.2, 2.4), (3.4, 3.4, 3.0)
+        self.size = np.float32(self.rng.uniform(low, high))  # half width, half depth, height
         self.fov = np.radians(self.rng.uniform(60, 75))  # vertical
         self._walk()
         self._build()
@@ -259,7 +254,7 @@ class Room:
         self._stack()
 
     def __len__(self):
-        return self.num_frames
+        return len(self.numbers)
 
     def _walk(self):
         """A smooth closed camera path around the middle that looks across it."""
@@ -278,7 +273,7 @@ class Room:
         step = np.linalg.norm(np.diff(eye, axis=0), axis=1) / 0.05
         step += np.linalg.norm(np.diff(forward, axis=0), axis=1) / np.radians(3)
         along = np.concatenate([[0], np.cumsum(step)])
-        wanted = np.arange(self.num_frames) % along[-1]
+        wanted = np.array(self.numbers) % along[-1]
         self.eyes = np.stack([np.interp(wanted, along, c) for c in eye.T], 1)  # [F, 3]
         self.forwards = np.stack([np.interp(wanted, along, c) for c in forward.T], 1)  # [F, 3]
         self.path = eye[::12, :2]  # [121, 2], the whole loop, which furniture keeps clear of
@@ -411,10 +406,8 @@ class Room:
         self.turn = np.moveaxis(np.array(rows), 2, 0)  # [S, 3, 3], world to local
 
     def cast(self, origin, rays, t):
-        """The first solid, shell apart, that rays origin + t * ray meet before t [N].
-
-        Returns t [N], the solid [N] or -1, and normals [3, N] of any length.
-        """
+        """The first solid, shell apart, that rays origin + t * ray meet before t [N]: t [N], the
+        solid [N] or -1, and normals [3, N] of any length."""
         t, which, normal = t.copy(), np.full(t.shape, -1), np.zeros_like(rays)
         towards = self.all.centre - origin
         # Only rays through the bounding sphere are tested; all of them if we stand inside it.
@@ -423,11 +416,9 @@ class Room:
         length = np.sqrt((rays * rays).sum(0))
         for k in range(6, len(self.solids)):
             rows = np.flatnonzero(matmul(towards[k : k + 1], rays)[0] > least[k] * length)
-            if not rows.size:
-                continue
             to_unit = self.turn[k] / self.all.half[k][:, None]
-            hit = HITS[self.all.shape[k]]
-            entry, n = hit(to_unit @ -towards[k], matmul(to_unit, rays[:, rows]))
+            near = matmul(to_unit, rays[:, rows])
+            entry, n = HITS[self.all.shape[k]](to_unit @ -towards[k], near)
             closer = (entry > 0) & (entry < t[rows])
             rows = rows[closer]
             t[rows], which[rows] = entry[closer], k
@@ -435,11 +426,9 @@ class Room:
         return t, which, normal
 
     def paint(self, point, which, normal):
-        """Linear colour [3, N] of solids `which` [N] at world points [3, N].
-
-        Joints and frames have the third of a solid's colours. The rest mixes the first two by a
-        cell's parity and random number and by smooth noise, each with its share in LOOKS.
-        """
+        """Linear colour [3, N] of solids `which` [N] at world points [3, N]. Joints and frames have
+        the third of a solid's colours. The rest mixes the first two by a cell's parity and random
+        number and by smooth noise, each with its share in LOOKS."""
         c, s = self.turn[which, 0, 0], self.turn[which, 0, 1]
         own = lambda v: np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])  # noqa: E731
         local, facing = own(point - self.all.centre.T[:, which]), np.abs(own(normal))
@@ -470,9 +459,7 @@ class Room:
 
     def shade(self, origin, rays):
         """What is seen from a point along rays [3, N]: colour [3, N] in 0..1, t, solid, normal.
-
-        Surfaces are Lambertian: a point has the same colour from everywhere.
-        """
+        Surfaces are Lambertian: a point has the same colour from everywhere."""
         middle, half = self.all.centre[0], self.all.half[0]  # of the room
         ends = (middle + half - origin)[:, None], (middle - half - origin)[:, None]
         with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
@@ -512,10 +499,9 @@ class Room:
 
     def frame(self, i, height, width):
         """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is
-        the same for all. Raises IndexError if there is no frame i.
-        """
-        if not 0 <= i < self.num_frames:
-            raise IndexError(f"{self.name} has frames 0 to {self.num_frames - 1}, not {i}")
+        the same for all. Raises IndexError if there is no frame i."""
+        if i not in self.numbers:
+            raise IndexError(f"{self.name} has frames 0 to {len(self) - 1}, not {i}")
         pose = self.pose(i)
         eye, rotation = pose[:3, 3], pose[:3, :3]
         focal = height / 2 / np.tan(self.fov / 2)
@@ -538,11 +524,9 @@ class Room:
         finer = see((rows[again] + dy).ravel(), (columns[again] + dx).ravel())[0]
         image[:, again[:, 0]] = finer.reshape(3, -1, 4).mean(2)
 
-        normals = matmul(rotation.T, normal.astype(np.float32))
-        frame = {
-            "images": image.astype(np.float32), "depths": t.astype(np.float32), "normals": normals,
-            "masks": self.all.instance[which], "classes": self.all.label[which],
-        }
+        frame = {"images": image.astype(np.float32), "depths": t.astype(np.float32),
+                 "normals": matmul(rotation.T, normal.astype(np.float32)),
+                 "masks": self.all.instance[which], "classes": self.all.label[which]}  # fmt: skip
         frame = {k: v.reshape(*v.shape[:-1], height, width) for k, v in frame.items()}
         return {k: torch.from_numpy(v) for k, v in {**frame, "extrinsics": pose, "Ks": K}.items()}
 
