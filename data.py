@@ -726,14 +726,30 @@ def read_label(key, path, shot, crop):
     return ids
 
 
-class Crop(NamedTuple):
-    """Where a crop lies on a photo and its labels, whatever their sizes: see `crop_of`."""
+class Crop:
+    """A photo of size `whole` (w, h), scaled to cover `size` and cropped about the centre, and the
+    same part of its labels, whatever their size. Where it has a camera (fx, fy, cx, cy in pixels)
+    with a lens (see `lens_of`), the crop is of the undistorted photo: each of its pixels is looked
+    up where the lens put it."""
 
-    whole: tuple  # (w, h) of the photo, pixels
-    size: tuple  # (w, h) of the crop, pixels
-    box: np.ndarray  # left, top, right, bottom in shares of the photo's size
-    K: np.ndarray | None = None  # [3, 3] of the crop, where the photo has a camera
-    where: np.ndarray | None = None  # [H, W, 2], x, y in shares of the photo, where it has a lens
+    def __init__(self, whole, size, lens=None, camera=None):
+        self.whole, self.size, self.where = whole, size, None
+        (w, h), scale = size, max(size[0] / whole[0], size[1] / whole[1])
+        left, top = (whole[0] - w / scale) / 2, (whole[1] - h / scale) / 2
+        ends = [left, top, left + w / scale, top + h / scale]
+        self.box = np.clip(ends / np.tile(whole, 2), 0, 1)  # in shares of the photo's size
+        if camera is None:
+            return
+        fx, fy, cx, cy = zoomed(lens, camera, whole) if lens else camera
+        x, y = cx * scale - left * scale, cy * scale - top * scale
+        self.K = np.array([[fx * scale, 0, x], [0, fy * scale, y], [0, 0, 1]], np.float32)
+        if lens:
+            x = (left + (np.arange(w) + 0.5) / scale - cx) / fx
+            y = (top + (np.arange(h) + 0.5) / scale - cy) / fy
+            x, y = distort(lens, *np.meshgrid(x, y))
+            x = (x * camera[0] + camera[2]) / whole[0]
+            y = (y * camera[1] + camera[3]) / whole[1]
+            self.where = np.stack([x, y], -1).clip(0, 1).astype(np.float32)  # [H, W, 2], shares
 
     def resize(self, picture, resample):
         return np.array(picture.resize(self.size, resample, tuple(self.box * (picture.size * 2))))
@@ -754,8 +770,8 @@ class Crop(NamedTuple):
             return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 255
         # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
         x, y = (n // 2 for n in self.size)
-        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1])  # in shares of the photo
-        size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(photo.size, step.tolist())]
+        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1]).tolist()
+        size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(photo.size, step)]
         photo = np.array(photo.resize(size, Image.Resampling.BICUBIC))
         pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
         grid = torch.from_numpy(2 * self.where - 1)[None]
@@ -763,31 +779,7 @@ class Crop(NamedTuple):
         return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
 
 
-# -- lenses
-
-
-@functools.lru_cache(8)
-def crop_of(whole, size, lens=None, camera=None):
-    """The `Crop` of a photo of size `whole` that is scaled to cover `size` and cropped about the
-    centre. lens: see `lens_of`; camera: (fx, fy, cx, cy) in pixels of the photo. The crop is of the
-    undistorted photo: each of its pixels is looked up where the lens put it."""
-    w, h = size
-    scale = max(w / whole[0], h / whole[1])
-    left, top = (whole[0] - w / scale) / 2, (whole[1] - h / scale) / 2
-    box = np.clip([left, top, left + w / scale, top + h / scale] / np.tile(whole, 2), 0, 1)
-    if camera is None:
-        return Crop(whole, size, box)
-    fx, fy, cx, cy = zoomed(lens, camera, whole) if lens else camera
-    center = cx * scale - left * scale, cy * scale - top * scale
-    K = np.array([[fx * scale, 0, center[0]], [0, fy * scale, center[1]], [0, 0, 1]], np.float32)
-    if lens is None:
-        return Crop(whole, size, box, K)
-    x = (left + (np.arange(w) + 0.5) / scale - cx) / fx
-    y = (top + (np.arange(h) + 0.5) / scale - cy) / fy
-    x, y = distort(lens, *np.meshgrid(x, y))
-    x, y = x * camera[0] + camera[2], y * camera[1] + camera[3]  # pixels of the photo
-    where = np.stack([x / whole[0], y / whole[1]], -1).clip(0, 1).astype(np.float32)
-    return Crop(whole, size, box, K, where)
+crop_of = functools.lru_cache(8)(Crop)  # shared by the frames of a capture
 
 
 def lens_of(camera):
@@ -818,9 +810,8 @@ def parameters(model):
 def pinhole(camera, width, height):
     """fx, fy, cx, cy in pixels of a photo, which may have another size than the camera says."""
     given = {k: v for k, v in camera.items() if v is not None}
-    w, h = given.get("w", width), given.get("h", height)
+    w, h, angle = given.get("w", width), given.get("h", height), given.get("camera_angle_y")
     fx = given.get("fl_x") or 0.5 * w / np.tan(0.5 * given["camera_angle_x"])
-    angle = given.get("camera_angle_y")
     fy = given.get("fl_y") or (0.5 * h / np.tan(0.5 * angle) if angle else fx)
     cx, cy = given.get("cx", w / 2), given.get("cy", h / 2)
     return fx * width / w, fy * height / h, cx * width / w, cy * height / h
@@ -860,8 +851,8 @@ def zoomed(lens, camera, size):
         grows = (np.diff(np.hypot(*(seen - seen[:, :1])), axis=0) > 0).all()
         low, high = (middle, high) if inside and grows else (low, middle)
     if low < 0.1:
-        numbers = dict(zip(DISTORTION, lens[1:]))
-        raise ValueError(f"{numbers} leaves nothing of a photo of {size[0]} x {size[1]}")
+        bends = dict(zip(DISTORTION, lens[1:]))
+        raise ValueError(f"{bends} leaves nothing of a photo of {size[0]} x {size[1]}")
     return *(f[:, 0] / low).tolist(), *(half + (c - half) / low)[:, 0].tolist()
 
 
@@ -1192,8 +1183,6 @@ def list_scannet(scene, K, ids):
 # -------------------------------------------------------------------------------------------------
 # Views of scenes
 
-VIEW_KEYS = ("images", "extrinsics", "Ks", "depths", "masks", "valid")
-
 
 class NoViews(ValueError):
     """A scene lacks the frames that are to be drawn from it."""
@@ -1266,36 +1255,30 @@ class Views(torch.utils.data.Dataset):
         if target not in ("between", "any"):
             raise ValueError(f"the target is between the context views or any, not {target!r}")
         self.scenes, self.size, self.seed, self.length = scenes, (height, width), seed, length
-        self.sampling = dict(num_context=num_context, min_gap=min_gap, max_gap=max_gap)
-        self.sampling["target"] = target
-        if isinstance(scenes, Rooms):
-            absent = "valid"
-        else:
-            absent = None if self._any_depth() else "depths"
-        self.keys = tuple(k for k in VIEW_KEYS if k != absent)
+        gaps = dict(min_gap=min_gap, max_gap=max_gap)
+        self.sampling = dict(gaps, num_context=num_context, target=target)
+        rooms = isinstance(scenes, Rooms)
+        self.keys = ["images", "extrinsics", "Ks", "masks"] + ["valid"] * (not rooms)
+        self.keys += ["depths"] * (rooms or self._any_depth())
 
     def _any_depth(self):
         """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
         scenes = [scene for scene in some(self.scenes) if scene.lists != list_chunk]
-        deep = any(scene.has_depth for scene in scenes)
-        failed, close, flat = [], [], []
+        deep, said = any(scene.has_depth for scene in scenes), collections.defaultdict(list)
         for scene in scenes:
             if deep and not scene.has_depth:
-                flat.append(f"{scene.name} has no depth")
+                said["have unknown depth"].append(f"{scene.name} has no depth")
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
                 if gaps.max() < (least := self.sampling["min_gap"]):
-                    few = f"{len(scene)} frames are too few for gaps of {least}"
-                    close.append(f"{scene.name}: {few}")
+                    few = f"{scene.name}: {len(scene)} frames are too few for gaps of {least}"
+                    said["take their largest gap"].append(few)
             except NoViews as error:
-                failed.append(f"{scene.name}: {error}")
-        if scenes and len(failed) == len(scenes):
-            raise ValueError(failed[0])
-        effects = {"are left out": failed, "take their largest gap": close,
-                   "have unknown depth": flat}  # fmt: skip
-        for effect, found in effects.items():
-            if found:
-                warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
+                said["are left out"].append(f"{scene.name}: {error}")
+        for effect, found in said.items():
+            if effect == "are left out" and len(found) == len(scenes):
+                raise ValueError(found[0])
+            warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
         return deep
 
     def __len__(self):
@@ -1326,19 +1309,16 @@ class Views(torch.utils.data.Dataset):
         }
 
     def point_range(self):
-        """(near, far) of the captures' own points, None where they have none.
-
-        In distances between the first and the last context camera: of the points' depths in
-        context views, over 100 draws from each of up to 16 scenes, the 1st percentile times 0.8
-        and the 99th times 1.25.
-        """
+        """(near, far) of the captures' own points, None where they have none. In distances between
+        the first and the last context camera: of the points' depths in context views, over 100
+        draws from each of up to 16 scenes, the 1st percentile times 0.8 and the 99th times 1.25."""
         rng, found = np.random.default_rng(0), [np.zeros(0)]
         for scene in [] if isinstance(self.scenes, Rooms) else some(self.scenes, 16):
             depths = scene.point_depths()
             for _ in range(100 if depths else 0):
                 context, _ = sample_views(scene.numbers, rng, **self.sampling)
-                ends = [scene.shots[i].pose[:3, 3] for i in (context[0], context[-1])]
-                baseline = np.linalg.norm(ends[0] - ends[1])
+                first, last = (scene.shots[i].pose[:3, 3] for i in (context[0], context[-1]))
+                baseline = np.linalg.norm(first - last)
                 found += [depths[i] / baseline for i in context if baseline > 1e-9]
         found = np.concatenate(found)
         if (found > 0).any():
@@ -1358,17 +1338,16 @@ class Photos(torch.utils.data.Dataset):
     of each. Raises ValueError if the folder holds no photo."""
 
     def __init__(self, path, height, width, count=0, split="train"):
-        self.size, self.count, self.files = (height, width), count, None
+        self.size, self.count, self.files = (height, width), count, []
         self.rooms, self.kept = Rooms(split), {}
         if path is not None:
             found = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
             self.files = [f for f in found if f.is_file()]
-            self.count = len(self.files)
             if not self.files:
                 raise ValueError(f"{path}: no photos ({', '.join(PHOTO_SUFFIXES)}) in it or below")
 
     def __len__(self):
-        return self.count
+        return len(self.files) or self.count
 
     def __getitem__(self, i):
         if self.files:
@@ -1420,15 +1399,12 @@ class Crops(torch.utils.data.Dataset):
 
 def crop_window(rng, scales, warp):
     """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1.
-
     It takes between scales[0] and scales[1] of the photo's sides, and lies inside the photo. With
     a warp of 0 it is upright; with 1 it is turned by up to 20 degrees, up to an eighth longer or
-    shorter, and mirrored half the time.
-    """
+    shorter, and mirrored half the time."""
     scale, turn = rng.uniform(*scales), warp * rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(warp * rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
-    mirror = mirror if warp else 1
-    c, s = np.cos(turn), np.sin(turn)
+    c, s, mirror = np.cos(turn), np.sin(turn), mirror if warp else 1
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
     reach = np.abs(A).sum(1)  # half its bounding box
     A, reach = A / max(1, reach.max()), reach / max(1, reach.max())
@@ -1542,16 +1518,16 @@ def scannet_pairs(path):
         Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
         if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
-    frames, scenes = {}, {}
+    frames, scenes = collections.defaultdict(dict), {}  # frames: in the order of their mention
     for name, *two in listed:
-        frames[name] = sorted({*frames.get(name, ()), *two})
+        frames[name] |= dict.fromkeys(two)
     for name, ids in frames.items():
         if name not in Ks or not (path / name).is_dir():
             raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
-        lists = functools.partial(list_scannet, K=Ks[name].astype(float), ids=ids)
+        lists = functools.partial(list_scannet, K=Ks[name].astype(float), ids=sorted(ids))
         scenes[name] = PosedFolder(path / name, lists)
         scenes[name].shots  # a pose that is missing ends it here
-    return [(scenes[name], frames[name].index(i), frames[name].index(j)) for name, i, j in listed]
+    return [(scenes[name], *map(sorted(frames[name]).index, two)) for name, *two in listed]
 
 
 # -------------------------------------------------------------------------------------------------
