@@ -630,8 +630,7 @@ class Framing(NamedTuple):
 
     def window(self, *size):
         """(H, W) of a window of that size with its borders."""
-        step = 14 if self.pad else 1
-        return tuple(-(-s // step) * step for s in size)
+        return tuple(-(-s // 14) * 14 if self.pad else s for s in size)
 
 
 def read_shot(shot, framing, factor=1.0):
@@ -678,8 +677,8 @@ def open_photo(shot):
         if not alike(picture.size, (w, h)) and alike(picture.size, (h, w)):
             picture = ImageOps.exif_transpose(picture)
             if not alike(picture.size, (w, h)):
-                its = f"{picture.width} x {picture.height}"
-                raise ValueError(f"it is {its} where {w:g} x {h:g} is expected")
+                its = "it is {} x {}".format(*picture.size)
+                raise ValueError(f"{its} where {w:g} x {h:g} is expected")
         if picture.mode == "F":
             raise ValueError("floating point is no photo")
         if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
@@ -707,8 +706,8 @@ def read_label(key, path, shot, crop):
         depth = numbers[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
         return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
     if key == "normals":  # unknown are black, grey or zeros, all far from a unit vector
-        normals = numbers.astype(np.float32) if exact else numbers.astype(np.float32) / 127.5 - 1
-        normals = torch.from_numpy(np.nan_to_num(normals))
+        normals = torch.from_numpy(np.nan_to_num(numbers.astype(np.float32)))
+        normals = normals if exact else normals / 127.5 - 1
         length = normals.norm(dim=0)
         return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
     ids = torch.from_numpy(numbers[0].astype(np.int64))
@@ -723,7 +722,7 @@ def read_label(key, path, shot, crop):
             what = f"a validity mask holds 0 and 255, not {wrong[0]}"
             raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
         return ids > 0
-    return ids
+    return ids  # masks
 
 
 class Crop:
@@ -923,8 +922,11 @@ class PosedFolder:
                     del labels[key]
         return shots
 
-    has_depth = functools.cached_property(lambda self: "depths" in self.shots[0].labels)
-    has_masks = functools.cached_property(lambda self: "masks" in self.shots[0].labels)
+    has_depth = property(lambda self: self._has("depths"))
+    has_masks = property(lambda self: self._has("masks"))
+
+    def _has(self, key):  # chunks have no labels, and need not be read for that
+        return self.lists != list_chunk and key in self.shots[0].labels
 
     @functools.cached_property
     def numbers(self):
@@ -976,10 +978,10 @@ class Beside:
     """Finds photos and labels in the folders about a capture; each folder is listed once."""
 
     def __init__(self, path):
-        self.path, self.roots = path, [path]  # roots: up to the scene, of ScanNet++
-        while self.roots[-1].name in INNER:
-            self.roots.append(self.roots[-1].parent)
         self.places = [path, *(above / name for above in (path, path.parent) for name in PHOTOS)]
+        self.path, self.ids = path, [path / "instance_segmentation"]  # and up to ScanNet++'s scene
+        while (path := self.ids[-1].parent).name in INNER:
+            self.ids.append(path.parent / "instance_segmentation")
         self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
     def first(self, folders, names):
@@ -993,11 +995,10 @@ class Beside:
         names, why = [name], "without their image are left out"
         if not splitext(name)[1]:
             names = [name + suffix for suffix in (".png", ".jpg", ".jpeg")]
-        for place in self.places:
-            if found := self.first([place], names):
-                if SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
-                    return found, None
-                why = "with photos of another lens alone are left out"
+        for found in filter(None, (self.first([place], names) for place in self.places)):
+            if SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
+                return found, None
+            why = "with photos of another lens alone are left out"
         return None, why
 
     def labels(self, photo, inner=None, named=None):
@@ -1007,9 +1008,8 @@ class Beside:
         names = [inner + ".png", splitext(inner)[0] + ".png"]
         masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
         masks = [join(f, masks) for f in (self.path, dirname(folder))]
-        ids = [join(root, "instance_segmentation") for root in self.roots]
         valid = self.first([self.path, *masks], [named]) if named else self.first(masks, names)
-        found = {"valid": valid, "masks": self.first(ids, names)}
+        found = {"valid": valid, "masks": self.first(self.ids, names)}
         return {key: path for key, path in found.items() if path}
 
 
@@ -1031,9 +1031,9 @@ def list_transforms(scene):
         raise BadFile(f"{scene.file}: none of its frames can be used ({said})")
     if lost:
         warnings.warn(f"{file}: {said}")
-    folder = dirname(shots[0].photo)
+    folder = Path(shots[0].photo).parent
     ids = [dirname(shot.labels["masks"]) for shot in shots if "masks" in shot.labels]
-    if ids and basename(folder) in SCANNETPP and isdir(join(dirname(folder), "resized_images")):
+    if ids and folder.name in SCANNETPP and (folder.parent / "resized_images").is_dir():
         what = "nothing tells ids of fisheye photos from those of undistorted ones"
         warnings.warn(f"{ids[0]}: {what}; they are taken for those of {folder}")
     return shots
@@ -1058,12 +1058,11 @@ def read_transforms(file, lost):
         if not photo:
             lost[why] += 1
             continue
-        labels, named = {}, entry.get("mask_path")
+        labels = beside.labels(photo, named=entry.get("mask_path"))
+        if entry.get("mask_path") and "valid" not in labels:
+            lost["lack the mask of their mask_path"] += 1
         if entry.get("depth_file_path"):
             labels["depths"] = join(file.parent, entry["depth_file_path"])
-        labels |= beside.labels(photo, named=named)
-        if named and "valid" not in labels:
-            lost["lack the mask of their mask_path"] += 1
         shots.append(Shot(photo, file, labels, entry.get("transform_matrix"), camera, unit=unit))
     names = [f"{file}: transform_matrix of {basename(shot.photo)}" for shot in shots]
     poses = rigid([shot.pose for shot in shots], names)
@@ -1097,9 +1096,8 @@ def list_colmap(scene):
         poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
         shots = []
         for (number, *_, camera, name), pose in zip(kept, poses):
-            photo, camera = join(folder, name), cameras[int(camera)]
-            labels = beside.labels(photo, name)
-            shots.append(Shot(photo, file, labels, pose, camera, number=int(number)))
+            photo, about = join(folder, name), dict(camera=cameras[int(camera)], number=int(number))
+            shots.append(Shot(photo, file, beside.labels(photo, name), pose, **about))
     if len(images) > len(kept):
         warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
     return shots
@@ -1138,13 +1136,10 @@ def open_chunks(path):
     scenes, and index.json, which says where which is."""
     file = path / "index.json"
     with naming(file, "not the index of RealEstate10K's files"):
-        index = json.loads(file.read_text())
-        scenes = [PosedFolder(path, list_chunk, path / f, key) for key, f in index.items()]
-        if not scenes:
+        index = json.loads(file.read_text()).items()
+        if not index:
             raise ValueError("it lists no scenes")
-    for scene in scenes:
-        scene.has_depth = scene.has_masks = False  # which its file need not be read for
-    return scenes
+        return [PosedFolder(path, list_chunk, path / name, key) for key, name in index]
 
 
 def list_chunk(scene):
@@ -1157,9 +1152,8 @@ def list_chunk(scene):
             raise ValueError(f"its cameras are {list(cameras.shape)}, its images {len(images)}")
         names = [join(scene.file, scene.name, f"{i}.jpg") for i in range(len(images))]
         poses = np.linalg.inv(rigid(cameras[:, 6:].reshape(-1, 3, 4), names))
-        intrinsics = [dict(zip(SIZES, [*camera, 1, 1])) for camera in cameras[:, :4].tolist()]
-        return [Shot(name, scene.file, {}, pose, camera, image.numpy())
-                for name, pose, camera, image in zip(names, poses, intrinsics, images)]  # fmt: skip
+        return [Shot(name, scene.file, {}, pose, dict(zip(SIZES, [*camera, 1, 1])), image.numpy())
+                for name, pose, camera, image in zip(names, poses, cameras[:, :4].tolist(), images)]
 
 
 @functools.lru_cache(8)
@@ -1518,9 +1512,9 @@ def scannet_pairs(path):
         Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
         if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
-    frames, scenes = collections.defaultdict(dict), {}  # frames: in the order of their mention
+    frames, scenes = collections.defaultdict(set), {}
     for name, *two in listed:
-        frames[name] |= dict.fromkeys(two)
+        frames[name].update(two)
     for name, ids in frames.items():
         if name not in Ks or not (path / name).is_dir():
             raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
@@ -1561,8 +1555,7 @@ class Labelled(torch.utils.data.Dataset):
     def __init__(self, entries, key, framing, training, count=0, copies=1):
         if count and count < len(entries):  # evenly spread
             entries = [entries[i * len(entries) // count] for i in range(count)]
-        self.entries, self.key, self.framing = entries, key, framing
-        self.training, self.copies = training, copies
+        self.entries, self.key, self.framing, self.copies = entries, key, framing, copies
         self.part = "train" if training else "test"
 
     def __len__(self):
@@ -1570,7 +1563,7 @@ class Labelled(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         entry, framing = self.entries[n // self.copies], self.framing
-        if not self.training:
+        if self.part == "test":
             frame = self.load(entry, framing)
             return frame | look(frame["images"], framing)
         rng, framing = np.random.default_rng(n), framing._replace(slide=(), both=False)
@@ -1586,8 +1579,8 @@ class Labelled(torch.utils.data.Dataset):
         else:
             scene, i = entry
             if isinstance(scene, Rooms):
-                scene, i = scene[i], np.random.default_rng(i)
-                i = int(i.integers(len(scene)))
+                scene, rng = scene[i], np.random.default_rng(i)
+                i = int(rng.integers(len(scene)))
             frame = scene.frame(i, *framing.scaled(480, 640, factor))
             if self.key == "normals" and self.key not in frame:
                 frame["normals"] = normals_from_depth(frame["depths"], frame["Ks"])
