@@ -1,25 +1,24 @@
-"""Posed views to learn from: procedural rooms made on the fly, and views of them or of captures.
+"""Posed views to learn from: procedural rooms, captures on disk, and samples of either.
 
 Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
 
-    len(scene)                     number of frames along the camera path
-    scene.name                     str
+    len(scene), scene.name         number of frames along the camera path; str
     scene.numbers                  of the frames, rising; gaps between views are counted in them
     scene.has_depth, .has_masks    bool, for the whole scene
     scene.frame(i, height, width)  dict of tensors:
-        images      [3, H, W]  float32, 0..1
-        extrinsics  [4, 4]     float32, camera-to-world, OpenCV axes (x right, y down, z forward)
-        Ks          [3, 3]     float32, pixels; the centre of pixel (0, 0) is at (0.5, 0.5)
-        depths      [H, W]     float32, z-depth in metres, 0 = unknown; only if has_depth
-        masks       [H, W]     int64 segment ids; all zeros if the scene has no masks
-        valid       [H, W]     bool, False where a validity mask excludes; PosedFolder only
-        normals     [3, H, W]  float32, unit, camera axes, towards the camera; Room only
-        classes     [H, W]     int64, index into CLASSES; Room only
+        images [3, H, W] in 0..1, extrinsics [4, 4] camera-to-world with OpenCV axes (x right, y
+        down, z forward), Ks [3, 3] pixels (the centre of pixel (0, 0) is at (0.5, 0.5)), all
+        float32; masks [H, W] int64 segment ids, zeros if the scene has none; if has_depth depths
+        [H, W] float32, z-depth in metres, 0 = unknown
+        PosedFolder: valid [H, W] bool, False where a validity mask excludes
+        Room: normals [3, H, W] float32, unit, in camera axes, towards the camera; classes [H, W]
+        int64, index into CLASSES
 
 `Views` draws context views and a target from such scenes, as in Splat and Distill
 (arXiv 2602.06032). A sample depends on (seed, index) alone, so a resumed run sees the same data.
 """
 
+import collections
 import colorsys
 import contextlib
 import functools
@@ -46,10 +45,8 @@ from PIL import Image, ImageOps
 
 CLASSES = tuple("unlabelled floor wall ceiling door window picture rug light table chair cabinet "
                 "sofa bed lamp plant box ball vase cone".split())  # fmt: skip
-SPLITS = {  # seeds
-    "train": range(1_000_000), "val": range(1_000_000, 1_010_000),
-    "probe": range(1_010_000, 1_020_000),
-}  # fmt: skip
+SPLITS = {"train": range(1_000_000), "val": range(1_000_000, 1_010_000),
+          "probe": range(1_010_000, 1_020_000)}  # of seeds  # fmt: skip
 
 # Looks are patterns of cells that mix a solid's two colours: see Room.paint.
 #            cell (m)      shift of  joint  share of the second colour by
@@ -135,10 +132,9 @@ CROWNS = {  # of plants, (height over the pot, half width, half height) in metre
     "sphere": ((0.12, 0.2, 0.2), (0.3, 0.24, 0.24), (0.5, 0.17, 0.17)),
 }
 PLACES = {  # what stands there; twice is twice as often
-    "wall": ("cabinet", "sofa", "bed", "lamp", "plant", "cabinet"),
-    "free": ("table", "chair", "box", "ball", "cone", "table", "chair"),
-    "top": ("ball", "vase", "cone", "box"),
-}
+    "wall": "cabinet sofa bed lamp plant cabinet", "top": "ball vase cone box",
+    "free": "table chair box ball cone table chair",
+}  # fmt: skip
 TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where "top" is: x / half width
 OWN_PAINTS = {  # tried in turn with these chances; all else is painted flat or round
     "plant": {"leaves": 1}, "cabinet": {"books": 0.4, "wood": 0.6},
@@ -150,12 +146,12 @@ def parts_of(kind, rng):
     """The parts of a piece of furniture of random size."""
     ranges, parts = FURNITURE[kind]
     sizes = [rng.uniform(*ends) for ends in ranges]
-    if kind != "plant":
-        return parts(*sizes)
-    shape = "cone" if rng.uniform() < 0.5 else "sphere"
-    at = np.zeros((3, 2)) if shape == "cone" else rng.uniform(-0.13, 0.13, (3, 2))
-    crown = [(shape, (*xy, 2 * sizes[1] + up), (r, r, z), 0)
-             for xy, (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
+    crown = []
+    if kind == "plant":
+        shape = "cone" if rng.uniform() < 0.5 else "sphere"
+        at = np.zeros((3, 2)) if shape == "cone" else rng.uniform(-0.13, 0.13, (3, 2))
+        crown = [(shape, (*xy, 2 * sizes[1] + up), (r, r, z), 0)
+                 for xy, (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
     return parts(*sizes) + crown
 
 
@@ -179,12 +175,9 @@ def matmul(a, b):
     return a[:, 0, None] * b[0] + a[:, 1, None] * b[1] + a[:, 2, None] * b[2]
 
 
-# Where rays o + t d enter a unit shape from outside; o [3] and d [3, N] in its own axes.
-# Each function returns t [N], inf for a miss, and outward normals [3, N] of any length.
-
-
 def hit_box(o, d):
-    """|x|, |y|, |z| <= 1: enter the last of three slabs before leaving any."""
+    """Where rays o [3] + t d [3, N], in the axes of a unit box, enter it from outside: t [N], inf
+    for a miss, and outward normals [3, N] of any length. It is the last of three slabs."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (-1 - o[:, None]) / d, (1 - o[:, None]) / d
     enter, leave = np.minimum(a, b), np.maximum(a, b)
@@ -202,14 +195,14 @@ def cross_ball(o, d):
 
 
 def hit_sphere(o, d):
-    """x^2 + y^2 + z^2 <= 1."""
+    """As `hit_box`, for x^2 + y^2 + z^2 <= 1."""
     middle, reach, hit = cross_ball(o, d)
     t = middle - reach
     return np.where(hit, t, np.inf), o[:, None] + t * d
 
 
 def hit_cylinder(o, d):
-    """x^2 + y^2 <= 1, |z| <= 1: enter the later of the round wall and the slab."""
+    """As `hit_box`, for x^2 + y^2 <= 1, |z| <= 1: the later of the round wall and the slab."""
     middle, reach, near = cross_ball(o[:2], d[:2])
     dz = np.where(d[2] == 0, 1e-12, d[2])
     wall, cap = middle - reach, -o[2] / dz - np.abs(1 / dz)
@@ -221,9 +214,9 @@ def hit_cylinder(o, d):
 
 
 def hit_cone(o, d):
-    """Apex (0, 0, 1), unit base at z = -1: the nearest of its valid hits. p is o from the apex."""
+    """As `hit_box`, apex (0, 0, 1), unit base at z = -1: the nearest valid hit."""
     q = np.array([[1], [1], [-0.25]], o.dtype)  # on the wall q . p^2 = 0 and -2 < z < 0
-    p = o[:, None] - np.array([[0], [0], [1]], o.dtype)
+    p = o[:, None] - np.array([[0], [0], [1]], o.dtype)  # from the apex
     a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)  # a t^2 + 2 b t + c = 0
     a = np.where(np.abs(a) < 1e-9, 1e-9, a)
     inside = b * b - a * c
@@ -244,20 +237,16 @@ HITS = {"box": hit_box, "sphere": hit_sphere, "cylinder": hit_cylinder, "cone": 
 
 
 class Room:
-    """A furnished box room with exact ground truth, drawn by analytic ray casting.
-
-    A pure function of `seed` (any integer >= 0): shape, furniture, paint, light and the closed
-    camera path come from one numpy generator. Frame i is the same picture whatever `num_frames`.
-    """
+    """A furnished box room with exact ground truth, drawn by analytic ray casting. A pure function
+    of `seed` (any integer >= 0). Frame i is the same picture whatever `num_frames`."""
 
     has_depth = has_masks = True
-    numbers = property(lambda self: range(self.num_frames))
 
     def __init__(self, seed, num_frames=120):
         self.rng = np.random.default_rng(seed)  # draws what is built here, and no frame
-        self.name, self.num_frames = f"room{seed}", num_frames
-        # Half the width, half the depth, the height
-        self.size = np.float32(self.rng.uniform((2.2, 2.2, 2.4), (3.4, 3.4, 3.0)))
+        self.name, self.numbers = f"room{seed}", range(num_frames)
+        low, high = (2.2, 2.2, 2.4), (3.4, 3.4, 3.0)
+        self.size = np.float32(self.rng.uniform(low, high))  # half width, half depth, height
         self.fov = np.radians(self.rng.uniform(60, 75))  # vertical
         self._walk()
         self._build()
@@ -265,7 +254,7 @@ class Room:
         self._stack()
 
     def __len__(self):
-        return self.num_frames
+        return len(self.numbers)
 
     def _walk(self):
         """A smooth closed camera path around the middle that looks across it."""
@@ -284,14 +273,13 @@ class Room:
         step = np.linalg.norm(np.diff(eye, axis=0), axis=1) / 0.05
         step += np.linalg.norm(np.diff(forward, axis=0), axis=1) / np.radians(3)
         along = np.concatenate([[0], np.cumsum(step)])
-        wanted = np.arange(self.num_frames) % along[-1]
+        wanted = np.array(self.numbers) % along[-1]
         self.eyes = np.stack([np.interp(wanted, along, c) for c in eye.T], 1)  # [F, 3]
         self.forwards = np.stack([np.interp(wanted, along, c) for c in forward.T], 1)  # [F, 3]
         self.path = eye[::12, :2]  # [121, 2], the whole loop, which furniture keeps clear of
 
     def _look(self, paint):
-        """One of a paint's looks. A list of one asks the generator for nothing."""
-        return self.rng.choice(PAINTS[paint][0].split())
+        return self.rng.choice(PAINTS[paint][0].split())  # of one: asks the generator for nothing
 
     def _colour(self, paint, hues=None):
         """A linear RGB colour in a paint's ranges."""
@@ -301,9 +289,8 @@ class Room:
 
     def _material(self, paint, second=None, look=None):
         """(row of LOOKS, three linear RGB colours), the second perhaps of another paint."""
-        look = look or self._look(paint)
-        colours = self._colour(paint), self._colour(second or paint)
-        return LOOKS[look], (*colours, self.joints[PAINTS[paint][-1]])
+        look, joints = LOOKS[look or self._look(paint)], self.joints[PAINTS[paint][-1]]
+        return look, (self._colour(paint), self._colour(second or paint), joints)
 
     def _place(self, name, parts, x, y, z, yaw, *materials):
         """Add an object as one segment."""
@@ -334,31 +321,26 @@ class Room:
         faces = [("wall", LOOKS[wall_look], (*wall, light))] * 4
         faces += [("floor", *floor), ("ceiling", *self._material("ceiling"))]
         faces[rng.integers(4)] = ("wall", LOOKS[accent_look], (*accent, light))
-        centre, half = (0, 0, top / 2), (*self.size[:2], top / 2)
-        self.solids = [
-            Solid("shell", centre, half, 0.0, CLASSES.index(name), 1 + k, look, colours)
-            for k, (name, look, colours) in enumerate(faces)
-        ]
-
+        shape = "shell", (0, 0, top / 2), (*self.size[:2], top / 2), 0.0
+        self.solids = [Solid(*shape, CLASSES.index(name), instance, *material)
+                       for instance, (name, *material) in enumerate(faces, 1)]  # fmt: skip
         self.light = np.array([*rng.uniform(-0.4, 0.4, 2) * self.size[:2], top - 0.08])
-        where = (*self.light[:2], top - 0.02)
-        lamp = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)]
-        self._place("light", lamp, *where, 0.0, (LOOKS["plain"], (light,) * 3))
+        lamp, material = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)], (LOOKS["plain"], (light,) * 3)
+        self._place("light", lamp, *self.light[:2], top - 0.02, 0.0, material)
         self.taken = []  # of the floor: corners (low, high), (x, y) each
         for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
             # Half sizes; a window's and a picture's are drawn for every wall.
             drawn = rng.uniform((0.5, 0.45, 0.3, 0.2), (0.9, 0.65, 0.6, 0.4))
             x, z = {"door": (0.42, 1.0), "window": drawn[:2], "picture": drawn[2:]}[name]
             span = self.size[side % 2] - x - 0.3
-            along = rng.uniform(-span, span)
-            up = z if name == "door" else rng.uniform(1.45, 1.6)
+            along, up = rng.uniform(-span, span), z if name == "door" else rng.uniform(1.45, 1.6)
             at = self._at_wall(side, along, 0.02)
             if name == "door":  # room to open
                 ends = list(zip(at, self._at_wall(side, along, 0.9)))
                 self.taken.append(([min(e) - 0.3 for e in ends], [max(e) + 0.3 for e in ends]))
             material = self._material(name, "haze" if name == "window" else name)
-            parts = [("box", (0, 0, 0), (x, 0.02, z), 0)]
-            self._place(name, parts, *at, up, side * np.pi / 2, material)
+            part = "box", (0, 0, 0), (x, 0.02, z), 0
+            self._place(name, [part], *at, up, side * np.pi / 2, material)
         if rng.uniform() < 0.7:
             half = (*rng.uniform((0.7, 0.5), (1.1, 0.9)), 0.008)
             where = (*rng.uniform(-0.5, 0.5, 2), 0, rng.uniform(-0.3, 0.3))
@@ -373,7 +355,7 @@ class Room:
             where = rng.choice(["wall", "free", "top"], p=[0.4, 0.35, 0.25])
             if where == "top" and not shelves:
                 where = "free"
-            kind = rng.choice(PLACES[where])
+            kind = rng.choice(PLACES[where].split())
             parts = [(shape, np.multiply(centre, shrink), np.multiply(half, shrink), tone)
                      for shape, centre, half, tone in parts_of(kind, rng)]  # fmt: skip
             reach = np.max([np.abs(centre[:2]) + half[:2] for _, centre, half, _ in parts], 0)
@@ -390,10 +372,8 @@ class Room:
                 top = max(centre[2] + half[2] for _, centre, half, _ in parts)
                 shelves.append((*at, top, min(reach[0] / len(TOPS[kind]), reach[1])))
             paint = "flat" if all(shape == "box" for shape, *_ in parts) else "round"
-            for name, chance in OWN_PAINTS.get(kind, {}).items():
-                if chance == 1 or rng.uniform() < chance:
-                    paint = name
-                    break
+            own = OWN_PAINTS.get(kind, {}).items()
+            paint = next((name for name, p in own if p == 1 or rng.uniform() < p), paint)
             self._place(kind, parts, x, y, z, yaw, self._material(paint), self._material("trim"))
             placed += 1
 
@@ -412,8 +392,7 @@ class Room:
         low, high = at - half, at + half
         from_path = np.hypot(*np.maximum(np.abs(self.path - at) - half, 0).T).min()
         overlap = any((low < b).all() and (high > a).all() for a, b in self.taken)
-        free = from_path >= 0.4 and not overlap
-        if free:
+        if free := from_path >= 0.4 and not overlap:
             self.taken.append((low - 0.05, high + 0.05))
         return (*at, 0.0, yaw, free)
 
@@ -423,14 +402,12 @@ class Room:
         self.all = Solid(*(np.float32(c) if c.dtype == float else c for c in columns))
         self.radius = np.linalg.norm(self.all.half, axis=1)  # [S], of bounding spheres
         c, s, zero = np.cos(self.all.yaw), np.sin(self.all.yaw), np.zeros_like(self.all.yaw)
-        turn = np.stack([c, s, zero, -s, c, zero, zero, zero, zero + 1], 1)
-        self.turn = turn.reshape(-1, 3, 3)  # [S, 3, 3], world to local
+        rows = [[c, s, zero], [-s, c, zero], [zero, zero, zero + 1]]
+        self.turn = np.moveaxis(np.array(rows), 2, 0)  # [S, 3, 3], world to local
 
     def cast(self, origin, rays, t):
-        """The first solid, shell apart, that rays origin + t * ray meet before t [N].
-
-        Returns t [N], the solid [N] or -1, and normals [3, N] of any length.
-        """
+        """The first solid, shell apart, that rays origin + t * ray meet before t [N]: t [N], the
+        solid [N] or -1, and normals [3, N] of any length."""
         t, which, normal = t.copy(), np.full(t.shape, -1), np.zeros_like(rays)
         towards = self.all.centre - origin
         # Only rays through the bounding sphere are tested; all of them if we stand inside it.
@@ -439,11 +416,9 @@ class Room:
         length = np.sqrt((rays * rays).sum(0))
         for k in range(6, len(self.solids)):
             rows = np.flatnonzero(matmul(towards[k : k + 1], rays)[0] > least[k] * length)
-            if not rows.size:
-                continue
             to_unit = self.turn[k] / self.all.half[k][:, None]
-            hit = HITS[self.all.shape[k]]
-            entry, n = hit(to_unit @ -towards[k], matmul(to_unit, rays[:, rows]))
+            near = matmul(to_unit, rays[:, rows])
+            entry, n = HITS[self.all.shape[k]](to_unit @ -towards[k], near)
             closer = (entry > 0) & (entry < t[rows])
             rows = rows[closer]
             t[rows], which[rows] = entry[closer], k
@@ -451,11 +426,9 @@ class Room:
         return t, which, normal
 
     def paint(self, point, which, normal):
-        """Linear colour [3, N] of solids `which` [N] at world points [3, N].
-
-        Joints and frames have the third of a solid's colours. The rest mixes the first two by a
-        cell's parity and random number and by smooth noise, each with its share in LOOKS.
-        """
+        """Linear colour [3, N] of solids `which` [N] at world points [3, N]. Joints and frames have
+        the third of a solid's colours. The rest mixes the first two by a cell's parity and random
+        number and by smooth noise, each with its share in LOOKS."""
         c, s = self.turn[which, 0, 0], self.turn[which, 0, 1]
         own = lambda v: np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])  # noqa: E731
         local, facing = own(point - self.all.centre.T[:, which]), np.abs(own(normal))
@@ -486,9 +459,7 @@ class Room:
 
     def shade(self, origin, rays):
         """What is seen from a point along rays [3, N]: colour [3, N] in 0..1, t, solid, normal.
-
-        Surfaces are Lambertian: a point has the same colour from everywhere.
-        """
+        Surfaces are Lambertian: a point has the same colour from everywhere."""
         middle, half = self.all.centre[0], self.all.half[0]  # of the room
         ends = (middle + half - origin)[:, None], (middle - half - origin)[:, None]
         with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
@@ -528,10 +499,9 @@ class Room:
 
     def frame(self, i, height, width):
         """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is
-        the same for all. Raises IndexError if there is no frame i.
-        """
-        if not 0 <= i < self.num_frames:
-            raise IndexError(f"{self.name} has frames 0 to {self.num_frames - 1}, not {i}")
+        the same for all. Raises IndexError if there is no frame i."""
+        if i not in self.numbers:
+            raise IndexError(f"{self.name} has frames 0 to {len(self) - 1}, not {i}")
         pose = self.pose(i)
         eye, rotation = pose[:3, 3], pose[:3, :3]
         focal = height / 2 / np.tan(self.fov / 2)
@@ -554,11 +524,9 @@ class Room:
         finer = see((rows[again] + dy).ravel(), (columns[again] + dx).ravel())[0]
         image[:, again[:, 0]] = finer.reshape(3, -1, 4).mean(2)
 
-        normals = matmul(rotation.T, normal.astype(np.float32))
-        frame = {
-            "images": image.astype(np.float32), "depths": t.astype(np.float32), "normals": normals,
-            "masks": self.all.instance[which], "classes": self.all.label[which],
-        }
+        frame = {"images": image.astype(np.float32), "depths": t.astype(np.float32),
+                 "normals": matmul(rotation.T, normal.astype(np.float32)),
+                 "masks": self.all.instance[which], "classes": self.all.label[which]}  # fmt: skip
         frame = {k: v.reshape(*v.shape[:-1], height, width) for k, v in frame.items()}
         return {k: torch.from_numpy(v) for k, v in {**frame, "extrinsics": pose, "Ks": K}.items()}
 
@@ -578,10 +546,9 @@ class Rooms:
         return Room(self.seeds[i])
 
 
-# --------------------------------------------------------------------------------------------------
-# Captures, and labelled photos to probe with. LAYOUTS, at the end of this file, says what marks
-# each layout and which function lists its frames as `Shot`s. `read_shot` reads them all alike: it
-# undistorts, scales and crops a photo, and its labels with it.
+# -------------------------------------------------------------------------------------------------
+# Photos on disk. LAYOUTS, at the end of this file, says what marks a layout and which function
+# lists its frames as `Shot`s. `read_shot` undistorts, scales and crops a photo and its labels.
 
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
@@ -617,7 +584,7 @@ def naming(path, what):
 
 def natural(name):
     """Sort key that puts frame10 after frame9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", str(name))]
 
 
 def lines_of(path):
@@ -626,48 +593,6 @@ def lines_of(path):
         raise BadFile(f"{path}: no such file")
     with naming(path, "not a text file that can be read"):
         return [line for line in Path(path).read_text().splitlines() if line.strip()]
-
-
-def layout_of(task, folder):
-    """The first of the task's LAYOUTS that has a mark in the folder, and the mark; or None."""
-    for row in LAYOUTS[task]:
-        for mark in row[0]:
-            for found in sorted(folder.glob(mark)):
-                return row, found
-
-
-def open_scenes(path, split=None):
-    """The captures of a folder, as a list: itself, or those in data/*/, scenes/*/ or */.
-
-    split: a text file of scenes' names, one a line; other scenes are left out. No scene is read
-    yet. Raises ValueError if there is none, saying what was looked for.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise BadFile(f"{path}: no such folder")
-    for group in ([path], *(sorted(path.glob(f)) for f in ("data/*/", "scenes/*/", "*/"))):
-        rows = [(folder, *found) for folder in group if (found := layout_of("capture", folder))]
-        if rows:
-            break
-    else:
-        what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
-        where = "here, in data/*/, scenes/*/ or */"
-        raise BadFile(f"{path}: found no {what} (RealEstate10K) {where}")
-    scenes = [opens(folder, mark) for folder, (_, opens), mark in rows]
-    scenes = scenes[0] if isinstance(scenes[0], Chunks) else scenes
-    if split is None:
-        return scenes
-    wanted = {line.split()[0] for line in lines_of(split)}
-    kept = type(scenes)(scene for scene in scenes if scene.name in wanted)
-    if not kept:
-        raise BadFile(f"{split}: none of its {len(wanted)} scenes is in {path}")
-    if len(kept) < len(wanted):
-        missing = f"{len(wanted) - len(kept)} of its {len(wanted)} scenes"
-        warnings.warn(f"{split}: {missing} are not in {path}")
-    return kept
-
-
-# -- reading a photo and its labels
 
 
 class Shot(NamedTuple):
@@ -685,22 +610,46 @@ class Shot(NamedTuple):
     finish: object = None  # a function of (frame, labels' Crop, framing), called at the end
 
 
-def read_shot(shot, framing):
-    """{"images" [3, H, W] in 0..1, its labels, and where it has a camera "Ks" and "extrinsics"},
-    scaled as `Framing` says to cover a size, and cropped about the centre; intrinsics follow."""
-    photo = open_rgb(shot.photo, shot.listed_in, "an image", shot.camera, shot.packed)
-    size = photo.height, photo.width
+class Framing(NamedTuple):
+    """Which part of a photo is seen, and how large. Sizes are (H, W) in pixels."""
+
+    size: tuple | None = None  # photos cover it, cropped about the centre; None: whole photos
+    short: int = 0  # whole photos are scaled to this shorter side, 0: to none
+    crop: tuple = ()  # window at a random place that training sees, (): all
+    jitter: tuple = (1.0, 1.0)  # training photos are scaled by a factor between these
+    mirror: bool = False  # training mirrors every second photo
+    both: bool = False  # a test sees a photo and its mirror image
+    slide: tuple = ()  # window's side and stride that a test slides, (): one window
+    pad: bool = False  # windows get borders up to multiples of 14
+
+    def scaled(self, height, width, factor=1.0):
+        """(H, W) at which a photo of that size is looked at."""
+        if self.short and self.size is None:  # as mmsegmentation's (2048, 512)
+            factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
+        return tuple(max(1, round(factor * s)) for s in self.size or (height, width))
+
+    def window(self, *size):
+        """(H, W) of a window of that size with its borders."""
+        return tuple(-(-s // 14) * 14 if self.pad else s for s in size)
+
+
+def read_shot(shot, framing, factor=1.0):
+    """{"images" [3, H, W] in 0..1, its labels, and where it has a camera "Ks" and "extrinsics"}:
+    scaled by `framing` and factor, cropped about the centre, undistorted."""
+    photo = open_photo(shot)
+    height, width = framing.scaled(photo.height, photo.width, factor)
     with naming(shot.listed_in, f"the camera of {basename(shot.photo)} cannot be used"):
-        crop = Crop(photo, *framing.scaled(*size), shot.camera)
-    frame = {"images": crop.colours()}
-    if shot.camera:
-        frame["Ks"] = crop.intrinsics()
+        camera = (lens_of(shot.camera), pinhole(shot.camera, *photo.size)) if shot.camera else ()
+        crop = crop_of(photo.size, (width, height), *camera)
+    frame = {"images": crop.colours(photo)}
+    if camera:
+        frame["Ks"] = torch.tensor(crop.K)
         frame["extrinsics"] = torch.from_numpy(shot.pose.astype(np.float32))
-    # Where windows slide over a whole photo its labels are not scaled
-    labels = Crop(photo, *size) if framing.slide and framing.size is None else crop
-    frame |= {key: labels.label(key, path, shot) for key, path in shot.labels.items()}
-    with naming(shot.photo, "a photo that cannot be cropped"):
-        return shot.finish(frame, labels, framing) if shot.finish else frame
+    if framing.slide and framing.size is None:  # windows slide over it, and labels stay whole
+        crop = crop_of(photo.size, photo.size)
+    frame |= {key: read_label(key, path, shot, crop) for key, path in shot.labels.items()}
+    with naming(shot.photo, "an image that cannot be cropped"):
+        return shot.finish(frame, crop, framing) if shot.finish else frame
 
 
 def open_picture(path, what, listed_in, packed=None):
@@ -715,16 +664,21 @@ def open_picture(path, what, listed_in, packed=None):
         return picture.convert("L") if picture.mode == "1" else picture
 
 
-def open_rgb(path, listed_in, what="a photo", camera=None, packed=None):
-    """A photo of any mode in 8-bit RGB; turned as EXIF says if the camera's w and h agree."""
-    picture = open_picture(path, what, listed_in, packed)
-    with naming(path, f"{what} that cannot be used"):
-        w, h = ((camera or {}).get(k) or n for k, n in zip("wh", picture.size))
+def alike(size, other):
+    """Have two (width, height) the same shape, to 2 %?"""
+    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
+
+
+def open_photo(shot):
+    """A photo of any mode in 8-bit RGB; turned as EXIF says if its camera's w and h say so too."""
+    picture = open_picture(shot.photo, "an image", shot.listed_in, shot.packed)
+    with naming(shot.photo, "an image that cannot be used"):
+        w, h = ((shot.camera or {}).get(k) or n for k, n in zip("wh", picture.size))
         if not alike(picture.size, (w, h)) and alike(picture.size, (h, w)):
-            if picture.getexif().get(0x0112, 1) < 5:  # from 5 on, a quarter turn
-                size = f"{picture.width} x {picture.height}"
-                raise ValueError(f"it is {size} where {w:g} x {h:g} is expected")
             picture = ImageOps.exif_transpose(picture)
+            if not alike(picture.size, (w, h)):
+                its = "it is {} x {}".format(*picture.size)
+                raise ValueError(f"{its} where {w:g} x {h:g} is expected")
         if picture.mode == "F":
             raise ValueError("floating point is no photo")
         if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
@@ -735,108 +689,96 @@ def open_rgb(path, listed_in, what="a photo", camera=None, packed=None):
         return picture.convert("RGB")
 
 
-def alike(size, other):
-    """Have two (width, height) the same shape, to 2 %?"""
-    return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
+def read_label(key, path, shot, crop):
+    """A crop of a label map, a picture or a .npy, by nearest pixels: depths [H, W] in metres, 0
+    where unknown; normals [3, H, W], unit vectors, 0 where unknown; classes [H, W] int64 from 0, -1
+    where there is none; masks [H, W] int64; valid [H, W] bool."""
+    picture = open_picture(path, LABELS[key], shot.listed_in)
+    exact, channels = isinstance(picture, np.ndarray), 3 if key == "normals" else 1
+    with naming(path, f"{LABELS[key]} that cannot be used"):
+        if channels == 3 and not exact:
+            picture = picture.convert("RGB")
+        bands = np.atleast_3d(picture).transpose(2, 0, 1)
+        if len(bands) != channels:
+            raise ValueError(f"it has {len(bands)} channels, not {channels}")
+        numbers = np.stack([crop.nearest(Image.fromarray(band)) for band in bands])
+    if key == "depths":
+        depth = numbers[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
+        return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
+    if key == "normals":  # unknown are black, grey or zeros, all far from a unit vector
+        normals = torch.from_numpy(np.nan_to_num(numbers.astype(np.float32)))
+        normals = normals if exact else normals / 127.5 - 1
+        length = normals.norm(dim=0)
+        return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
+    ids = torch.from_numpy(numbers[0].astype(np.int64))
+    if key == "classes":
+        first, count = shot.classes
+        ids[(ids == 255) & (first == 0)] = -1
+        if (most := int(ids.max())) >= first + count:
+            raise BadFile(f"{path}: class {most}, where there are {count}")
+        return ids - first
+    if key == "valid":
+        if len(wrong := ids[(ids != 0) & (ids != 255)]):
+            what = f"a validity mask holds 0 and 255, not {wrong[0]}"
+            raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
+        return ids > 0
+    return ids  # masks
 
 
 class Crop:
-    """A photo, scaled to cover height x width and cropped about the centre, and the same part of
-    its labels, whatever their size. Where its camera (transforms.json's keys) has a lens, the
-    crop is of the undistorted photo: each pixel is looked up where the lens put it."""
+    """A photo of size `whole` (w, h), scaled to cover `size` and cropped about the centre, and the
+    same part of its labels, whatever their size. Where it has a camera (fx, fy, cx, cy in pixels)
+    with a lens (see `lens_of`), the crop is of the undistorted photo: each of its pixels is looked
+    up where the lens put it."""
 
-    def __init__(self, photo, height, width, camera=None):
-        self.photo, self.size, self.where = photo, (width, height), None
-        whole, size = np.array(photo.size), np.array(self.size)
-        self.scale = (size / whole).max()
-        self.corner = (whole - size / self.scale) / 2  # left, top
-        opposite = self.corner + size / self.scale
-        self.share = np.clip([self.corner / whole, opposite / whole], 0, 1)
-        if camera is not None:
-            lens, self.camera = lens_of(camera), pinhole(camera, *photo.size)
-            if lens:
-                self.camera, self.where = undistorted(lens, self.camera, photo.size, self.size)
+    def __init__(self, whole, size, lens=None, camera=None):
+        self.whole, self.size, self.where = whole, size, None
+        (w, h), scale = size, max(size[0] / whole[0], size[1] / whole[1])
+        left, top = (whole[0] - w / scale) / 2, (whole[1] - h / scale) / 2
+        ends = [left, top, left + w / scale, top + h / scale]
+        self.box = np.clip(ends / np.tile(whole, 2), 0, 1)  # in shares of the photo's size
+        if camera is None:
+            return
+        fx, fy, cx, cy = zoomed(lens, camera, whole) if lens else camera
+        x, y = cx * scale - left * scale, cy * scale - top * scale
+        self.K = np.array([[fx * scale, 0, x], [0, fy * scale, y], [0, 0, 1]], np.float32)
+        if lens:
+            x = (left + (np.arange(w) + 0.5) / scale - cx) / fx
+            y = (top + (np.arange(h) + 0.5) / scale - cy) / fy
+            x, y = distort(lens, *np.meshgrid(x, y))
+            x = (x * camera[0] + camera[2]) / whole[0]
+            y = (y * camera[1] + camera[3]) / whole[1]
+            self.where = np.stack([x, y], -1).clip(0, 1).astype(np.float32)  # [H, W, 2], shares
 
-    def intrinsics(self):  # (3, 3), pixels of the crop
-        fx, fy, cx, cy = (v * self.scale for v in self.camera)
-        x, y = self.corner * self.scale
-        return torch.from_numpy(np.array([[fx, 0, cx - x], [0, fy, cy - y], [0, 0, 1]], np.float32))
-
-    def box(self, picture, resample):
-        box = (self.share * picture.size).reshape(-1)
-        return np.array(picture.resize(self.size, resample, box=tuple(box)))
-
-    def colours(self):  # (3, H, W) in 0..1
-        if self.where is None:
-            image = self.box(self.photo, Image.Resampling.BICUBIC).astype(np.float32) / 255
-            return torch.from_numpy(image).permute(2, 0, 1).contiguous()
-        # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
-        x, y = (n // 2 for n in self.size)
-        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1])  # in shares of the photo
-        size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(self.photo.size, step.tolist())]
-        photo = self.photo.resize(size, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 255
-        grid = torch.from_numpy(2 * self.where - 1)[None]
-        options = dict(mode="bicubic", padding_mode="border", align_corners=False)
-        return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
+    def resize(self, picture, resample):
+        return np.array(picture.resize(self.size, resample, tuple(self.box * (picture.size * 2))))
 
     def nearest(self, picture):  # [H, W]
-        if not alike(picture.size, self.photo.size):
-            its, photos = (f"{p.width} x {p.height}" for p in (picture, self.photo))
+        if not alike(picture.size, self.whole):
+            its, photos = ("{} x {}".format(*size) for size in (picture.size, self.whole))
             raise ValueError(f"its {its} pixels do not cover what its photo of {photos} shows")
         if self.where is None:
-            return self.box(picture, Image.Resampling.NEAREST)
+            return self.resize(picture, Image.Resampling.NEAREST)
         size = np.array(picture.size)
         column, row = np.minimum((self.where * size).astype(int), size - 1).transpose(2, 0, 1)
         return np.array(picture)[row, column]
 
-    def label(self, key, path, shot):
-        """A label of a shot, of the nearest pixels: see `meaning`."""
-        picture = open_picture(path, LABELS[key], shot.listed_in)
-        with naming(path, f"{LABELS[key]} that cannot be used"):
-            channels = 3 if key == "normals" else 1
-            if isinstance(picture, np.ndarray):
-                bands = [*map(Image.fromarray, np.atleast_3d(picture).transpose(2, 0, 1).copy())]
-            else:
-                bands = (picture.convert("RGB") if channels == 3 else picture).split()
-            if len(bands) != channels:
-                raise ValueError(f"it has {len(bands)} channels, not {channels}")
-            numbers = np.stack([self.nearest(band) for band in bands])
-            return meaning(key, numbers, path, shot)
+    def colours(self, photo):  # [3, H, W] in 0..1
+        if self.where is None:
+            image = self.resize(photo, Image.Resampling.BICUBIC)
+            return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 255
+        # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
+        x, y = (n // 2 for n in self.size)
+        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1]).tolist()
+        size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(photo.size, step)]
+        photo = np.array(photo.resize(size, Image.Resampling.BICUBIC))
+        pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
+        grid = torch.from_numpy(2 * self.where - 1)[None]
+        options = dict(mode="bicubic", padding_mode="border", align_corners=False)
+        return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
 
 
-def meaning(key, numbers, path, shot):
-    """The numbers [C, H, W] of a label map, a picture or .npy, as a tensor.
-
-    depths [H, W] in metres, 0 where unknown; normals [3, H, W], unit vectors, 0 where unknown;
-    classes [H, W] int64 from 0, -1 where there is none; masks [H, W] int64; valid [H, W] bool.
-    """
-    exact = str(path).endswith(".npy")
-    if key == "depths":
-        depth = numbers[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
-        return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
-    if key == "normals":  # unknown are black or grey, or a .npy's zeros: far from a unit vector
-        normals = numbers.astype(np.float32) if exact else numbers.astype(np.float32) / 127.5 - 1
-        normals = torch.from_numpy(np.nan_to_num(normals))
-        length = normals.norm(dim=0)
-        return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
-    ids = torch.from_numpy(numbers[0].astype(np.int64))
-    if key == "valid":
-        for value in ids[(ids != 0) & (ids != 255)][:1]:
-            what = f"a validity mask holds 0 and 255, not {value}"
-            raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
-        return ids > 0
-    if key == "classes":
-        first, count = shot.classes
-        if first == 0:
-            ids[ids == 255] = -1
-        if int(ids.max()) >= first + count:
-            raise BadFile(f"{path}: class {int(ids.max())}, where there are {count}")
-        return ids - first
-    return ids
-
-
-# -- lenses
+crop_of = functools.lru_cache(8)(Crop)  # shared by the frames of a capture
 
 
 def lens_of(camera):
@@ -867,9 +809,8 @@ def parameters(model):
 def pinhole(camera, width, height):
     """fx, fy, cx, cy in pixels of a photo, which may have another size than the camera says."""
     given = {k: v for k, v in camera.items() if v is not None}
-    w, h = given.get("w", width), given.get("h", height)
+    w, h, angle = given.get("w", width), given.get("h", height), given.get("camera_angle_y")
     fx = given.get("fl_x") or 0.5 * w / np.tan(0.5 * given["camera_angle_x"])
-    angle = given.get("camera_angle_y")
     fy = given.get("fl_y") or (0.5 * h / np.tan(0.5 * angle) if angle else fx)
     cx, cy = given.get("cx", w / 2), given.get("cy", h / 2)
     return fx * width / w, fy * height / h, cx * width / w, cy * height / h
@@ -891,9 +832,9 @@ def distort(lens, x, y):
 
 @functools.lru_cache(256)
 def zoomed(lens, camera, size):
-    """The pinhole camera whose image of this size (w, h) lies all on the photo: as wide as can be
-    about the centre, but at most twice as wide as without the lens. Cameras are (fx, fy, cx, cy),
-    pixels. Raises ValueError where the lens leaves nothing."""
+    """The pinhole (fx, fy, cx, cy) whose image of this size (w, h) lies all on the photo: as wide
+    as can be about the centre, but at most twice as wide as without the lens. Raises ValueError
+    where the lens leaves nothing."""
     f, c = np.array(camera).reshape(2, 2, 1)
     half = np.array(size)[:, None] / 2
     side, one = np.linspace(-1, 1, 17), np.ones(17)
@@ -909,44 +850,56 @@ def zoomed(lens, camera, size):
         grows = (np.diff(np.hypot(*(seen - seen[:, :1])), axis=0) > 0).all()
         low, high = (middle, high) if inside and grows else (low, middle)
     if low < 0.1:
-        numbers = dict(zip(DISTORTION, lens[1:]))
-        raise ValueError(f"{numbers} leaves nothing of a photo of {size[0]} x {size[1]}")
+        bends = dict(zip(DISTORTION, lens[1:]))
+        raise ValueError(f"{bends} leaves nothing of a photo of {size[0]} x {size[1]}")
     return *(f[:, 0] / low).tolist(), *(half + (c - half) / low)[:, 0].tolist()
 
 
-@functools.lru_cache(8)
-def undistorted(lens, camera, size, out):
-    """`zoomed`, and where the pixels of its image's crop of size `out` lie on the photo: float32
-    [H, W, 2], x and y in shares of the photo's size."""
-    ideal = fx, fy, cx, cy = zoomed(lens, camera, size)
-    scale = max(o / s for o, s in zip(out, size))
-    left, top = ((s - o / scale) / 2 for s, o in zip(size, out))
-    x = (left + (np.arange(out[0]) + 0.5) / scale - cx) / fx
-    y = (top + (np.arange(out[1]) + 0.5) / scale - cy) / fy
-    x, y = distort(lens, *np.meshgrid(x, y))
-    x, y = (x * camera[0] + camera[2]) / size[0], (y * camera[1] + camera[3]) / size[1]
-    return ideal, np.stack([x, y], -1).clip(0, 1).astype(np.float32)
-
-
-# -- captures
+# -------------------------------------------------------------------------------------------------
+# Captures: posed photos, with depth, validity masks and segment ids where there are any
 
 INNER = ("nerfstudio", "dslr")  # folders of a scene of ScanNet++
 TRANSFORMS = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
-PHOTOS = ("images", "resized_images", "resized_undistorted_images", "undistorted_images", "rgb")
 SCANNETPP = {  # folders of its photos: whether a lens bends them, and where their masks are
     "resized_images": (True, "resized_anon_masks"),
     "resized_undistorted_images": (False, "resized_undistorted_masks"),
     "undistorted_images": (False, "undistorted_anon_masks"),
 }
+PHOTOS = ("images", *SCANNETPP, "rgb")  # folders that photos are looked for in
+
+
+def open_scenes(path, split=None):
+    """The captures of a folder, as a list: itself, or those in data/*/, scenes/*/ or */.
+
+    split: a text file of scenes' names, one a line; other scenes are left out. No scene is read
+    yet. Raises ValueError if there is none, saying what was looked for.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BadFile(f"{path}: no such folder")
+    for group in ([path], *(sorted(path.glob(f)) for f in ("data/*/", "scenes/*/", "*/"))):
+        found = [(folder, *f) for folder in group if (f := layout_of("capture", folder))]
+        if scenes := [scene for folder, row, mark in found for scene in row[1](folder, mark)]:
+            break
+    else:
+        what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
+        where = "here, in data/*/, scenes/*/ or */"
+        raise BadFile(f"{path}: found no {what} (RealEstate10K) {where}")
+    if split is None:
+        return scenes
+    wanted = {line.split()[0] for line in lines_of(split)}
+    kept = [scene for scene in scenes if scene.name in wanted]
+    if not kept:
+        raise BadFile(f"{split}: none of its {len(wanted)} scenes is in {path}")
+    if lacking := len(wanted) - len(kept):
+        warnings.warn(f"{split}: {lacking} of its {len(wanted)} scenes are not in {path}")
+    return kept
 
 
 class PosedFolder:
-    """A capture: posed photos, with depth, validity masks and segment ids where there are any. See
-    the top of this file for what scenes have in common.
-
-    lists(scene) makes the list of Shots, from the file that marks the layout; it is called when
-    something of the scene is asked for. Raises ValueError: which file is wrong, and what.
-    """
+    """A capture: a scene, as the top of this file says. lists(scene) makes the list of its Shots
+    from the file that marks the layout, when something is asked for. Raises ValueError: which file
+    is wrong, and what."""
 
     def __init__(self, path, lists=None, file=None, name=None):
         self.path, self.lists = Path(path), lists or list_transforms
@@ -969,35 +922,32 @@ class PosedFolder:
                     del labels[key]
         return shots
 
-    @functools.cached_property
-    def has_depth(self):
-        return all("depths" in shot.labels for shot in self.shots)
+    has_depth = property(lambda self: self._has("depths"))
+    has_masks = property(lambda self: self._has("masks"))
 
-    @functools.cached_property
-    def has_masks(self):
-        return all("masks" in shot.labels for shot in self.shots)
+    def _has(self, key):  # chunks have no labels, and need not be read for that
+        return self.lists != list_chunk and key in self.shots[0].labels
 
     @functools.cached_property
     def numbers(self):
         """The last number in each photo's name, rising; 0, 1, 2, ... where not all have one."""
         stems = [splitext(basename(shot.photo))[0] for shot in self.shots]
-        found = [re.findall("[0-9]+", stem)[-1:] for stem in stems]
-        numbers = np.array([int(f[0][-18:]) for f in found if f])
-        rises = len(numbers) == len(found) and (np.diff(numbers) > 0).all()
-        return numbers if rises else np.arange(len(found))
+        found = [int(n[-18:]) for stem in stems for n in re.findall("[0-9]+", stem)[-1:]]
+        rises = len(found) == len(stems) and (np.diff(found) > 0).all()
+        return np.array(found) if rises else np.arange(len(stems))
 
     def point_depths(self):
         """[depths of COLMAP's points that each shot sees], None where there are none."""
-        shots, file = self.shots, self.file.with_name(f"points3D{self.file.suffix}")
+        file = self.file.with_name(f"points3D{self.file.suffix}")
         if self.lists != list_colmap or not file.is_file():
             return None
-        seen = {shot.number: [] for shot in shots}
+        seen = {shot.number: [] for shot in self.shots}
         with naming(file, "not COLMAP's points"):
             for row in colmap_rows(file):
                 for number in row[8::2]:
                     seen.get(int(number), []).append(row[1:4])
-            points = [np.array(seen[s.number], np.float64).reshape(-1, 3) for s in shots]
-        return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, shots)]
+            points = [np.array(xyz, np.float64).reshape(-1, 3) for xyz in seen.values()]
+        return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, self.shots)]
 
     def frame(self, i, height, width):
         """Frame i. Where a validity mask says no, "valid" is False and the depth unknown."""
@@ -1028,41 +978,39 @@ class Beside:
     """Finds photos and labels in the folders about a capture; each folder is listed once."""
 
     def __init__(self, path):
-        self.path, above = str(path), str(path.parent)
-        self.places = [join(self.path, folder) for folder in ("", *PHOTOS)]
-        self.places += [join(above, folder) for folder in PHOTOS]
-        roots = [path]  # up to the scene, of ScanNet++
-        while roots[-1].name in INNER:
-            roots.append(roots[-1].parent)
-        self.ids_in = [join(root, "instance_segmentation") for root in roots]
+        self.places = [path, *(above / name for above in (path, path.parent) for name in PHOTOS)]
+        self.path, self.ids = path, [path / "instance_segmentation"]  # and up to ScanNet++'s scene
+        while (path := self.ids[-1].parent).name in INNER:
+            self.ids.append(path.parent / "instance_segmentation")
         self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
-    def first(self, paths):
-        """The first that is there, or None."""
+    def first(self, folders, names):
+        """The path of the first name that is there, or None."""
+        paths = (join(folder, name) for folder in folders for name in names)
         return next((p for p in paths if basename(p) in self.listed(dirname(p))), None)
 
     def photo(self, name, bent):
         """(the photo of that name, None), or (None, why not): in ScanNet++'s folders only one that
         is as bent as its camera says."""
-        suffixes = ("",) if splitext(name)[1] else (".png", ".jpg", ".jpeg")
-        why = "without their image are left out"
-        for place in self.places:
-            found = self.first(join(place, name + suffix) for suffix in suffixes)
-            if found and SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
+        names, why = [name], "without their image are left out"
+        if not splitext(name)[1]:
+            names = [name + suffix for suffix in (".png", ".jpg", ".jpeg")]
+        for found in filter(None, (self.first([place], names) for place in self.places)):
+            if SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
                 return found, None
-            why = "with photos of another lens alone are left out" if found else why
+            why = "with photos of another lens alone are left out"
         return None, why
 
     def labels(self, photo, inner=None, named=None):
         """{"valid", "masks"} of a photo, as far as they are there. inner: its path in its folder of
         photos; named: the validity mask's, else it is masks/NAME.jpg.png or masks/NAME.png."""
         folder, inner = dirname(photo), inner or basename(photo)
-        names = (inner + ".png", splitext(inner)[0] + ".png")
+        names = [inner + ".png", splitext(inner)[0] + ".png"]
         masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
-        masks = [self.path] * bool(named) + [join(f, masks) for f in (self.path, dirname(folder))]
-        valid = self.first(join(f, name) for f in masks for name in ([named] if named else names))
-        ids = self.first(join(f, name) for f in self.ids_in for name in names)
-        return {key: path for key, path in (("valid", valid), ("masks", ids)) if path}
+        masks = [join(f, masks) for f in (self.path, dirname(folder))]
+        valid = self.first([self.path, *masks], [named]) if named else self.first(masks, names)
+        found = {"valid": valid, "masks": self.first(self.ids, names)}
+        return {key: path for key, path in found.items() if path}
 
 
 def list_transforms(scene):
@@ -1071,31 +1019,29 @@ def list_transforms(scene):
     Poses are camera-to-world with OpenGL's axes; depth is a picture in depth_unit_scale_factor
     (0.001) metres or a .npy in metres. is_bad and test_frames are left out.
     """
-    files = [scene.path / mark for mark in TRANSFORMS if (scene.path / mark).is_file()]
-    if not files:
-        raise BadFile(f"{scene.path}: found none of {', '.join(TRANSFORMS)}")
-    for file in files:
-        scene.file, lost = file, []
+    said = f"found none of {', '.join(TRANSFORMS)}"
+    for file in filter(Path.is_file, (scene.path / mark for mark in TRANSFORMS)):
+        scene.file, lost = file, collections.Counter()
         with naming(file, "not a capture that can be read"):
             shots = read_transforms(file, lost)
-        said = ", ".join(f"{lost.count(why)} frames {why}" for why in dict.fromkeys(lost))
+        said = ", ".join(f"{n} frames {why}" for why, n in lost.items()) or "it has none"
         if shots:
             break
     else:
-        raise BadFile(f"{file}: none of its frames can be used ({said or 'it has none'})")
-    if said:
+        raise BadFile(f"{scene.file}: none of its frames can be used ({said})")
+    if lost:
         warnings.warn(f"{file}: {said}")
-    folder = dirname(shots[0].photo)
+    folder = Path(shots[0].photo).parent
     ids = [dirname(shot.labels["masks"]) for shot in shots if "masks" in shot.labels]
-    if ids and basename(folder) in SCANNETPP and isdir(join(dirname(folder), "resized_images")):
+    if ids and folder.name in SCANNETPP and (folder.parent / "resized_images").is_dir():
         what = "nothing tells ids of fisheye photos from those of undistorted ones"
         warnings.warn(f"{ids[0]}: {what}; they are taken for those of {folder}")
     return shots
 
 
 def read_transforms(file, lost):
-    """[Shot] of the frames to train on. `lost` gets what to say of each that lacks something."""
-    about, beside, found = json.loads(file.read_text()), Beside(file.parent), []
+    """[Shot] of the frames to train on. `lost` counts what to say of those that lack something."""
+    about, beside, shots = json.loads(file.read_text()), Beside(file.parent), []
     unit = about.get("depth_unit_scale_factor", 0.001)
     if not (isinstance(unit, (int, float)) and 0 < unit < np.inf):
         raise ValueError(f"depth_unit_scale_factor is {unit!r}, which is no number above 0")
@@ -1110,19 +1056,18 @@ def read_transforms(file, lost):
         if not entry.get("is_bad"):
             photo, why = beside.photo(entry["file_path"], lens_of(camera) is not None)
         if not photo:
-            lost.append(why)
+            lost[why] += 1
             continue
-        labels, named = {}, entry.get("mask_path")
+        labels = beside.labels(photo, named=entry.get("mask_path"))
+        if entry.get("mask_path") and "valid" not in labels:
+            lost["lack the mask of their mask_path"] += 1
         if entry.get("depth_file_path"):
             labels["depths"] = join(file.parent, entry["depth_file_path"])
-        labels |= beside.labels(photo, named=named)
-        if named and "valid" not in labels:
-            lost.append("lack the mask of their mask_path")
-        found.append((entry, Shot(photo, file, labels, None, camera, unit=unit)))
-    names = [f"{file}: transform_matrix of {entry['file_path']}" for entry, _ in found]
-    poses = rigid([entry.get("transform_matrix") for entry, _ in found], names)
+        shots.append(Shot(photo, file, labels, entry.get("transform_matrix"), camera, unit=unit))
+    names = [f"{file}: transform_matrix of {basename(shot.photo)}" for shot in shots]
+    poses = rigid([shot.pose for shot in shots], names)
     poses[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
-    return [shot._replace(pose=pose) for (_, shot), pose in zip(found, poses)]
+    return [shot._replace(pose=pose) for shot, pose in zip(shots, poses)]
 
 
 def list_colmap(scene):
@@ -1138,7 +1083,7 @@ def list_colmap(scene):
             lens_of(cameras[int(number)])
     with naming(file, "not COLMAP's images"):
         images = sorted(colmap_rows(file), key=lambda row: natural(row[-1]))
-        kept = [row for row in images if beside.first([join(folder, row[-1])])]
+        kept = [row for row in images if beside.first([folder], [row[-1]])]
         if not kept:
             raise ValueError(f"none of its {len(images)} photos is in {folder}")
         # World to camera is a unit quaternion (w, v), of the rotation 1 + 2 w [v]x + 2 [v]x [v]x,
@@ -1151,9 +1096,8 @@ def list_colmap(scene):
         poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
         shots = []
         for (number, *_, camera, name), pose in zip(kept, poses):
-            photo, camera = join(folder, name), cameras[int(camera)]
-            labels = beside.labels(photo, name)
-            shots.append(Shot(photo, file, labels, pose, camera, number=int(number)))
+            photo, about = join(folder, name), dict(camera=cameras[int(camera)], number=int(number))
+            shots.append(Shot(photo, file, beside.labels(photo, name), pose, **about))
     if len(images) > len(kept):
         warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
     return shots
@@ -1187,22 +1131,15 @@ def colmap_rows(path):
             yield *head, *take(f"{2 * length}i")
 
 
-class Chunks(list):
-    """The scenes of RealEstate10K, which are too many to be looked at before they are drawn."""
-
-
 def open_chunks(path):
     """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, lists of
     scenes, and index.json, which says where which is."""
     file = path / "index.json"
     with naming(file, "not the index of RealEstate10K's files"):
-        index = json.loads(file.read_text())
-        chunks = Chunks(PosedFolder(path, list_chunk, path / f, key) for key, f in index.items())
-        if not chunks:
+        index = json.loads(file.read_text()).items()
+        if not index:
             raise ValueError("it lists no scenes")
-    for scene in chunks:
-        scene.has_depth = scene.has_masks = False  # which its file need not be read for
-    return chunks
+        return [PosedFolder(path, list_chunk, path / name, key) for key, name in index]
 
 
 def list_chunk(scene):
@@ -1215,9 +1152,8 @@ def list_chunk(scene):
             raise ValueError(f"its cameras are {list(cameras.shape)}, its images {len(images)}")
         names = [join(scene.file, scene.name, f"{i}.jpg") for i in range(len(images))]
         poses = np.linalg.inv(rigid(cameras[:, 6:].reshape(-1, 3, 4), names))
-        intrinsics = [dict(zip(SIZES, [*camera, 1, 1])) for camera in cameras[:, :4].tolist()]
-        return [Shot(name, scene.file, {}, pose, camera, image.numpy())
-                for name, pose, camera, image in zip(names, poses, intrinsics, images)]  # fmt: skip
+        return [Shot(name, scene.file, {}, pose, dict(zip(SIZES, [*camera, 1, 1])), image.numpy())
+                for name, pose, camera, image in zip(names, poses, cameras[:, :4].tolist(), images)]
 
 
 @functools.lru_cache(8)
@@ -1241,23 +1177,19 @@ def list_scannet(scene, K, ids):
 # -------------------------------------------------------------------------------------------------
 # Views of scenes
 
-VIEW_KEYS = ("images", "extrinsics", "Ks", "depths", "masks", "valid")
-
 
 class NoViews(ValueError):
     """A scene lacks the frames that are to be drawn from it."""
 
 
-def some(scenes):
-    """At most 64 scenes, evenly spread, which are looked at in place of thousands."""
-    return [scenes[i] for i in range(0, len(scenes), -(-len(scenes) // 64))]
+def some(scenes, most=64):
+    """At most so many scenes, evenly spread, which are looked at in place of thousands."""
+    return [scenes[i] for i in range(0, len(scenes), -(-len(scenes) // most))]
 
 
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
     """What `sample_views` draws from: first and last context frames, and their gaps, [P] each.
-
-    Raises NoViews if there are none.
-    """
+    Raises NoViews if there are none."""
     count, between = len(numbers), num_context - 2 + (target == "between")  # frames needed between
     # Numbers rise by 1 or more, so a pair is at most max_gap frames apart.
     first, step = np.indices((count, min(count, max_gap + 1))).reshape(2, -1)
@@ -1273,13 +1205,13 @@ def context_pairs(numbers, num_context, min_gap, max_gap, target):
 
 
 def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="between"):
-    """Draw frames to train on: num_context context frames and a target frame.
+    """Draw frames to train on: ([num_context context frames], target frame), all indices.
 
     numbers: the frames' own, rising, in which gaps are counted; an int N means 0 to N - 1.
     The first and the last context frame are min_gap to max_gap apart, or as far as possible if all
     are closer; the others lie evenly between. The target lies strictly between the first and the
     last and is no context frame. With target "any" it is any frame from the first to the last.
-    Returns ([num_context indices], index). Raises NoViews if there are too few frames.
+    Raises NoViews if there are too few frames.
     """
     numbers = np.arange(numbers) if isinstance(numbers, int) else np.asarray(numbers)
     firsts, lasts, gaps = context_pairs(numbers, num_context, min_gap, max_gap, target)
@@ -1317,35 +1249,30 @@ class Views(torch.utils.data.Dataset):
         if target not in ("between", "any"):
             raise ValueError(f"the target is between the context views or any, not {target!r}")
         self.scenes, self.size, self.seed, self.length = scenes, (height, width), seed, length
-        self.sampling = dict(num_context=num_context, min_gap=min_gap, max_gap=max_gap)
-        self.sampling["target"] = target
-        if isinstance(scenes, Rooms):
-            absent = "valid"
-        else:  # thousands of scenes in chunks are not looked at
-            absent = "depths" if isinstance(scenes, Chunks) or not self._have_depth() else None
-        self.keys = tuple(k for k in VIEW_KEYS if k != absent)
+        gaps = dict(min_gap=min_gap, max_gap=max_gap)
+        self.sampling = dict(gaps, num_context=num_context, target=target)
+        rooms = isinstance(scenes, Rooms)
+        self.keys = ["images", "extrinsics", "Ks", "masks"] + ["valid"] * (not rooms)
+        self.keys += ["depths"] * (rooms or self._any_depth())
 
-    def _have_depth(self):
+    def _any_depth(self):
         """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
-        scenes, failed, close = some(self.scenes), [], []
+        scenes = [scene for scene in some(self.scenes) if scene.lists != list_chunk]
+        deep, said = any(scene.has_depth for scene in scenes), collections.defaultdict(list)
         for scene in scenes:
+            if deep and not scene.has_depth:
+                said["have unknown depth"].append(f"{scene.name} has no depth")
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
                 if gaps.max() < (least := self.sampling["min_gap"]):
-                    few = f"{len(scene)} frames are too few for gaps of {least}"
-                    close.append(f"{scene.name}: {few}")
+                    few = f"{scene.name}: {len(scene)} frames are too few for gaps of {least}"
+                    said["take their largest gap"].append(few)
             except NoViews as error:
-                failed.append(f"{scene.name}: {error}")
-        if len(failed) == len(scenes):
-            raise ValueError(failed[0])
-        deep = any(scene.has_depth for scene in scenes)
-        flat = [f"{scene.name} has no depth" for scene in scenes if deep and not scene.has_depth]
-        for found, effect in (
-            (failed, "are left out"), (close, "take their largest gap"),
-            (flat, "have unknown depth"),
-        ):  # fmt: skip
-            if found:
-                warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
+                said["are left out"].append(f"{scene.name}: {error}")
+        for effect, found in said.items():
+            if effect == "are left out" and len(found) == len(scenes):
+                raise ValueError(found[0])
+            warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
         return deep
 
     def __len__(self):
@@ -1376,27 +1303,21 @@ class Views(torch.utils.data.Dataset):
         }
 
     def point_range(self):
-        """(near, far) of the captures' own points, None where they have none.
-
-        In distances between the first and the last context camera: of the points' depths in
-        context views, over 100 draws from each of up to 16 scenes, the 1st percentile times 0.8
-        and the 99th times 1.25.
-        """
-        if isinstance(self.scenes, (Rooms, Chunks)):
-            return None
-        rng, found = np.random.default_rng(0), []
-        for scene in self.scenes[:: -(-len(self.scenes) // 16)]:
+        """(near, far) of the captures' own points, None where they have none. In distances between
+        the first and the last context camera: of the points' depths in context views, over 100
+        draws from each of up to 16 scenes, the 1st percentile times 0.8 and the 99th times 1.25."""
+        rng, found = np.random.default_rng(0), [np.zeros(0)]
+        for scene in [] if isinstance(self.scenes, Rooms) else some(self.scenes, 16):
             depths = scene.point_depths()
             for _ in range(100 if depths else 0):
                 context, _ = sample_views(scene.numbers, rng, **self.sampling)
-                ends = [scene.shots[i].pose[:3, 3] for i in (context[0], context[-1])]
-                baseline = np.linalg.norm(ends[0] - ends[1])
+                first, last = (scene.shots[i].pose[:3, 3] for i in (context[0], context[-1]))
+                baseline = np.linalg.norm(first - last)
                 found += [depths[i] / baseline for i in context if baseline > 1e-9]
-        found = np.concatenate(found or [np.zeros(0)])
-        if not (found > 0).any():
-            return None
-        near, far = np.percentile(found[found > 0], (1, 99)) * (0.8, 1.25)
-        return float(near), float(far)
+        found = np.concatenate(found)
+        if (found > 0).any():
+            near, far = np.percentile(found[found > 0], (1, 99)) * (0.8, 1.25)
+            return float(near), float(far)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1406,30 +1327,26 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Photos(torch.utils.data.Dataset):
-    """Single photos [3, height, width] in 0..1, of a folder or of rooms.
-
-    Those of a folder, sub-folders included, are scaled to cover the size and cropped about the
-    centre. Without a folder they are `count` views of rooms, eight of each.
-    Raises ValueError if the folder holds no photo.
-    """
+    """Single photos [3, height, width] in 0..1: those of a folder and its sub-folders, scaled to
+    cover the size and cropped about the centre, or without a folder `count` views of rooms, eight
+    of each. Raises ValueError if the folder holds no photo."""
 
     def __init__(self, path, height, width, count=0, split="train"):
-        self.size, self.count, self.files = (height, width), count, None
+        self.size, self.count, self.files = (height, width), count, []
         self.rooms, self.kept = Rooms(split), {}
         if path is not None:
             found = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
             self.files = [f for f in found if f.is_file()]
-            self.count = len(self.files)
             if not self.files:
                 raise ValueError(f"{path}: no photos ({', '.join(PHOTO_SUFFIXES)}) in it or below")
 
     def __len__(self):
-        return self.count
+        return len(self.files) or self.count
 
     def __getitem__(self, i):
         if self.files:
-            photo = open_rgb(self.files[i], self.files[i].parent)
-            return Crop(photo, *self.size).colours()
+            shot = Shot(self.files[i], self.files[i].parent, {})
+            return read_shot(shot, Framing(self.size))["images"]
         if i not in self.kept:  # a view takes a tenth of a second to draw, and bytes are small
             room = self.rooms[i // 8]
             frame = int(np.random.default_rng([i, len(room)]).integers(len(room)))
@@ -1463,41 +1380,31 @@ class Crops(torch.utils.data.Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index])
-        photo = self.photos[int(rng.integers(len(self.photos)))]
-        windows = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])
-        crops = torch.stack([jitter(cut_out(photo, window, self.size), rng) for window in windows])
-        first_to_second = np.linalg.inv(windows[1]) @ windows[0]
-        return {
-            "crops": crops, "windows": torch.from_numpy(windows[:, :2]).float(),
-            "first_to_second": torch.from_numpy(first_to_second[:2]).float(),
-        }  # fmt: skip
+        photo = self.photos[int(rng.integers(len(self.photos)))].expand(2, -1, -1, -1)
+        maps = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])  # [2, 3, 3]
+        windows = torch.from_numpy(maps[:, :2]).float()
+        size, options = (2, 3, self.size, self.size), dict(align_corners=False)
+        grid = torch.nn.functional.affine_grid(windows, size, **options)
+        cut = torch.nn.functional.grid_sample(photo, grid, padding_mode="border", **options)
+        first_to_second = torch.from_numpy(np.linalg.inv(maps[1]) @ maps[0])[:2].float()
+        crops = torch.stack([jitter(crop, rng) for crop in cut])
+        return {"crops": crops, "windows": windows, "first_to_second": first_to_second}
 
 
 def crop_window(rng, scales, warp):
     """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1.
-
     It takes between scales[0] and scales[1] of the photo's sides, and lies inside the photo. With
     a warp of 0 it is upright; with 1 it is turned by up to 20 degrees, up to an eighth longer or
-    shorter, and mirrored half the time.
-    """
+    shorter, and mirrored half the time."""
     scale, turn = rng.uniform(*scales), warp * rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(warp * rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
-    mirror = mirror if warp else 1
-    c, s = np.cos(turn), np.sin(turn)
+    c, s, mirror = np.cos(turn), np.sin(turn), mirror if warp else 1
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
     reach = np.abs(A).sum(1)  # half its bounding box
     A, reach = A / max(1, reach.max()), reach / max(1, reach.max())
     window = np.eye(3)
     window[:2, :2], window[:2, 2] = A, rng.uniform(-1, 1, 2) * (1 - reach)
     return window
-
-
-def cut_out(photo, window, size):
-    """The part of a photo [3, H, W] that a window shows, [3, size, size]."""
-    theta = torch.from_numpy(window[None, :2]).float()
-    grid = torch.nn.functional.affine_grid(theta, (1, 3, size, size), align_corners=False)
-    options = dict(padding_mode="border", align_corners=False)
-    return torch.nn.functional.grid_sample(photo[None], grid, **options)[0]
 
 
 def jitter(photo, rng):
@@ -1509,17 +1416,15 @@ def jitter(photo, rng):
     return (photo + 0.01 * noise).clamp(0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pairs of views, and labelled photos, to probe with (evaluate.py)
+# -------------------------------------------------------------------------------------------------
+# Pairs of views, to find correspondences in (evaluate.py)
 
 BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`.
-
-    least_overlap: share of a view that the other must show for the pair to count.
-    """
+    """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. A pair
+    counts where a view shows the share `least_overlap` of the other."""
 
     def __init__(self, entries, height, width, least_overlap=0.0):
         self.entries, self.size, self.least_overlap = entries, (height, width), least_overlap
@@ -1533,10 +1438,9 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def pairs(path, count, height, width, seed):
-    """Pairs of views to find correspondences in: of ScanNet-1500 (a folder with test.npz) its own;
-    of RGB-D captures any two frames, which count if they have 30 % in common; without a path of
-    rooms, as many from each of BINS, all with 30 % in common. Where there are more than `count`,
-    seed says which are taken."""
+    """At most `count` pairs, chosen by seed: of ScanNet-1500 (a folder with test.npz) its own; of
+    RGB-D captures any two frames, which count if they have 30 % in common; without a path of rooms,
+    as many from each of BINS, all with 30 % in common."""
     rng, found, least = np.random.default_rng(seed), [], 0.0
     if path is None:
         rooms = Rooms("probe")
@@ -1547,15 +1451,12 @@ def pairs(path, count, height, width, seed):
         found = scannet_pairs(Path(path))
     else:
         scenes, least = scenes_with_depth(path), 0.3
-        ends = np.cumsum([len(scene) * (len(scene) - 1) // 2 for scene in scenes])
-        chosen = range(ends[-1])
-        if len(chosen) > count:
-            chosen = np.sort(rng.choice(len(chosen), count, replace=False))
-        for k in chosen:
-            scene = int(np.searchsorted(ends, k, side="right"))
-            k = int(k - ends[scene - 1]) if scene else int(k)  # of (i, j) with i < j, along j
-            j = int((1 + np.sqrt(1 + 8 * k)) // 2)
-            found.append((scenes[scene], k - j * (j - 1) // 2, j))
+        starts = np.cumsum([0, *(len(scene) * (len(scene) - 1) // 2 for scene in scenes)])
+        chosen = np.sort(rng.choice(starts[-1], min(count, starts[-1]), replace=False))
+        for scene, start, end in zip(scenes, starts, starts[1:]):
+            two = np.stack(np.tril_indices(len(scene), -1)[::-1], 1)  # all (i, j) with i < j
+            here = chosen[(chosen >= start) & (chosen < end)] - start
+            found += [(scene, *ij) for ij in two[here].tolist()]
     if not found:
         raise BadFile(f"{path}: no two frames to compare")
     if len(found) > count:
@@ -1611,45 +1512,21 @@ def scannet_pairs(path):
         Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
         if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
-    frames, scenes = {}, {}
+    frames, scenes = collections.defaultdict(set), {}
     for name, *two in listed:
-        frames[name] = sorted({*frames.get(name, ()), *two})
+        frames[name].update(two)
     for name, ids in frames.items():
         if name not in Ks or not (path / name).is_dir():
             raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
-        lists = functools.partial(list_scannet, K=Ks[name].astype(float), ids=ids)
+        lists = functools.partial(list_scannet, K=Ks[name].astype(float), ids=sorted(ids))
         scenes[name] = PosedFolder(path / name, lists)
         scenes[name].shots  # a pose that is missing ends it here
-    return [(scenes[name], frames[name].index(i), frames[name].index(j)) for name, i, j in listed]
+    return [(scenes[name], *map(sorted(frames[name]).index, two)) for name, *two in listed]
 
 
-# -- windows on photos
-
-
-class Framing(NamedTuple):
-    """Which part of a photo a probe sees, and how large. Sizes are (H, W) in pixels."""
-
-    size: tuple | None = None  # photos cover it, cropped about the centre; None: whole photos
-    short: int = 0  # whole photos are scaled to this shorter side, 0: to none
-    crop: tuple = ()  # window at a random place that training sees, (): all
-    jitter: tuple = (1.0, 1.0)  # training photos are scaled by a factor between these
-    mirror: bool = False  # training mirrors every second photo
-    both: bool = False  # a test sees a photo and its mirror image
-    slide: tuple = ()  # window's side and stride that a test slides, (): one window
-    pad: bool = False  # windows get borders up to multiples of 14
-
-    def scaled(self, height, width):
-        """(H, W) at which a photo of that size is looked at."""
-        factor = self.jitter[0]
-        if self.short and self.size is None:  # as mmsegmentation's (2048, 512)
-            factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
-        return tuple(max(1, round(factor * s)) for s in self.size or (height, width))
-
-    def window(self, *size):
-        """(H, W) of a window of that size with its borders."""
-        step = 14 if self.pad else 1
-        return tuple(-(-s // step) * step for s in size)
-
+# -------------------------------------------------------------------------------------------------
+# Labelled photos, to train and to test probes on (evaluate.py): windows on photos, and the file
+# that keeps what is computed of them
 
 # What the public code of the probes does: see README, Probing
 PUBLISHED = {
@@ -1678,34 +1555,33 @@ class Labelled(torch.utils.data.Dataset):
     def __init__(self, entries, key, framing, training, count=0, copies=1):
         if count and count < len(entries):  # evenly spread
             entries = [entries[i * len(entries) // count] for i in range(count)]
-        self.entries, self.key, self.framing = entries, key, framing
-        self.training, self.copies = training, copies
+        self.entries, self.key, self.framing, self.copies = entries, key, framing, copies
         self.part = "train" if training else "test"
 
     def __len__(self):
         return len(self.entries) * self.copies
 
     def __getitem__(self, n):
-        entry, rng, framing = self.entries[n // self.copies], np.random.default_rng(n), self.framing
-        if not self.training:
-            frame = self.load(entry, framing._replace(jitter=(1.0, 1.0)))
+        entry, framing = self.entries[n // self.copies], self.framing
+        if self.part == "test":
+            frame = self.load(entry, framing)
             return frame | look(frame["images"], framing)
-        scale = rng.uniform(*framing.jitter)
-        framing = framing._replace(jitter=(scale, scale), slide=(), both=False)
-        frame = random_window(self.load(entry, framing), framing, rng)
+        rng, framing = np.random.default_rng(n), framing._replace(slide=(), both=False)
+        frame = self.load(entry, framing, rng.uniform(*framing.jitter))
+        frame = random_window(frame, framing, rng)
         images = frame.pop("images")
         return padded(frame, framing.window(*images.shape[-2:])) | look(images, framing)
 
-    def load(self, entry, framing):
+    def load(self, entry, framing, factor=1.0):
         """{"images", key} of an entry; of a room one view."""
         if isinstance(entry, Shot):
-            frame = read_shot(entry, framing)
+            frame = read_shot(entry, framing, factor)
         else:
             scene, i = entry
             if isinstance(scene, Rooms):
-                scene, i = scene[i], np.random.default_rng(i)
-                i = int(i.integers(len(scene)))
-            frame = scene.frame(i, *framing.scaled(480, 640))
+                scene, rng = scene[i], np.random.default_rng(i)
+                i = int(rng.integers(len(scene)))
+            frame = scene.frame(i, *framing.scaled(480, 640, factor))
             if self.key == "normals" and self.key not in frame:
                 frame["normals"] = normals_from_depth(frame["depths"], frame["Ks"])
             elif self.key == "classes":
@@ -1736,9 +1612,7 @@ def padded(frame, size):
 
 def random_window(frame, framing, rng):
     """A frame cut to a window at a random place, padded where it is too small; maybe mirrored.
-
-    As mmsegmentation, of ten places the first that no class fills by more than three quarters.
-    """
+    As mmsegmentation, of ten places the first that no class fills by more than three quarters."""
     if framing.crop:
         H, W = (max(s, c) for s, c in zip(frame["images"].shape[-2:], framing.crop))
         frame = padded(frame, (H, W))
@@ -1761,10 +1635,10 @@ def look(image, framing):
     H, W = image.shape[-2:]
     side, stride = framing.slide or (max(H, W), 1)
     height, width = min(side, H), min(side, W)
+    P, Q = framing.window(height, width)
     # The last window ends with the photo
     tops, lefts = ([min(i, s - w) for i in range(0, s - w + stride, stride)]
                    for s, w in ((H, height), (W, width)))  # fmt: skip
-    P, Q = framing.window(height, width)
     images, places = [], []
     for top, left in itertools.product(tops, lefts):
         window = {"images": image[:, top : top + height, left : left + width]}
@@ -1778,10 +1652,9 @@ def look(image, framing):
 def joined(windows, places, size):
     """Windows [n, ..., P, Q] at their places (see `Labelled`) in the whole, the mean of all; then
     at the size (H, W). [..., H, W]"""
-    places = places.tolist()
-    H, W = (max(p[k] + p[k + 2] for p in places) for k in (0, 1))
+    H, W = (places[:, :2] + places[:, 2:4]).amax(0).tolist()
     total, count = windows.new_zeros(*windows.shape[1:-2], H, W), windows.new_zeros(H, W)
-    for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places):
+    for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places.tolist()):
         window = window.flip(-1) if mirrored else window
         y, x = (P - height) // 2, (Q - width) // 2
         here = (..., slice(top, top + height), slice(left, left + width))
@@ -1820,23 +1693,23 @@ class Shelf:
         self.file, self.records, self.end = open(path, "wb"), [], 0
 
     def append(self, *tensors):
-        arrays = [small(tensor).contiguous().numpy() for tensor in tensors]
-        starts = itertools.accumulate((a.nbytes for a in arrays), initial=self.end)
-        self.records.append([(s, a.shape, a.dtype) for s, a in zip(starts, arrays)])
-        self.end += sum(a.nbytes for a in arrays)
+        record, arrays = [], [small(tensor).contiguous().numpy() for tensor in tensors]
+        for array in arrays:
+            record.append((array.dtype, "r", self.end, array.shape))
+            self.end += array.nbytes
+        self.records.append(record)
         with naming(self.file.name, "cannot be written"):
             self.file.writelines(arrays)
             self.file.flush()
 
     def shapes(self, i):
-        return [shape for _, shape, _ in self.records[i]]
+        return [shape for *_, shape in self.records[i]]
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
-        maps = (np.memmap(self.file.name, dtype, "r", start, shape)
-                for start, shape, dtype in self.records[i])  # fmt: skip
+        maps = (np.memmap(self.file.name, *about) for about in self.records[i])
         return [full(torch.from_numpy(np.array(m))) for m in maps]
 
 
@@ -1857,17 +1730,19 @@ def scratch(folder, need):
         yield Path(path)
 
 
-# -- labelled photos
+# -------------------------------------------------------------------------------------------------
+# Where labelled photos lie: benchmarks' folders and lists, RGB-D captures and rooms
 
 
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
-    """Labelled frames to train and to test a probe on, and the classes' names (or None).
+    """`Labelled` frames to train and to test a probe on, and the classes' names (or None).
 
-    path: a folder in one of the layouts in README, Probing; None for procedural rooms. train_count
-    and test_count frames are evenly spread; 0 are all (of rooms, 200). classes: a file of the
-    classes' names, one a line. copies: windows of each training photo. Raises ValueError: which
-    path was expected.
+    path: a folder in one of the task's LAYOUTS, or for depth and normals an RGB-D capture; None for
+    procedural rooms. train_count and test_count frames are evenly spread; 0 are all (of rooms,
+    200). classes: a file of the classes' names, one a line. copies: windows of each training photo.
+    Raises ValueError: which path was expected.
     """
+    key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
     names = CLASSES[1:] if path is None and task == "segmentation" else None
     if path is None:
         rooms = Rooms("probe")
@@ -1877,11 +1752,11 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
         parts = [[(rooms, start + i) for i in range(count or 200)]
                  for start, count in ((0, train_count), (half, test_count))]  # fmt: skip
     elif found := layout_of(task, Path(path)):
-        (_, lists, names_of_parts, *own), mark = found
+        (_, lists, arguments, *own), mark = found
         if not lists:  # such as KITTI's eigen_train_files_with_gt.txt
             known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
             raise BadFile(f"{mark}: not a list that is read here; those are {known}")
-        parts = [lists(Path(path), part) for part in names_of_parts]
+        parts = [lists(Path(path), key, *of_part) for of_part in arguments]
         if len(parts) == 1:  # every fifth is to test on
             parts = [shot for k, shot in enumerate(parts[0]) if k % 5 != 4], parts[0][4::5]
         if own:
@@ -1894,20 +1769,22 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
     elif task == "segmentation":
         raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
                          "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
-    else:
-        parts = posed_frames(task, path)
+    else:  # of every four frames of captures in a row the last is to test on
+        frames = [(scene, i) for scene in scenes_with_depth(path) for i in range(len(scene))]
+        if task == "normals":
+            warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
+        parts = [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
     for part, entries in zip(("train", "test"), parts):
         if not entries:
             raise ValueError(f"{path}: no frames to {part} on")
-    key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
     return (Labelled(parts[0], key, framing, True, train_count, copies),
             Labelled(parts[1], key, framing, False, test_count), names)  # fmt: skip
 
 
-def farthest(path):
-    """Metres that depth is probed to: 20 on ScanNet++, as the paper's code does, else 10."""
-    lists = ("splits/nvs_sem_train.txt", "scannetpp_train.txt")
-    return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
+def layout_of(task, folder):
+    """The first of the task's LAYOUTS that has a mark in the folder, and the mark; or None."""
+    return next(((row, found) for row in LAYOUTS[task] for mark in row[0]
+                 for found in sorted(folder.glob(mark))), None)  # fmt: skip
 
 
 def scenes_with_depth(path):
@@ -1918,12 +1795,67 @@ def scenes_with_depth(path):
     return scenes
 
 
-def posed_frames(task, path):
-    """(scene, i) of RGB-D captures: of every four frames in a row the last is to test on."""
-    frames = [(scene, i) for scene in scenes_with_depth(path) for i in range(len(scene))]
-    if task == "normals":
-        warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
-    return [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
+def farthest(path):
+    """Metres that depth is probed to: 20 on ScanNet++, as the paper's code does, else 10."""
+    lists = ("splits/nvs_sem_train.txt", "scannetpp_train.txt")
+    return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
+
+
+def in_folders(path, key, photos, labels):
+    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
+    photos, labels, shots = path / photos, path / labels, []
+    for folder in (photos, labels):
+        if not folder.is_dir():
+            raise BadFile(f"{folder}: no such folder")
+    for photo in sorted(photos.iterdir(), key=natural):
+        if photo.suffix.lower() in PHOTO_SUFFIXES:
+            paths = [labels / (photo.stem + suffix) for suffix in (".png", ".npy")]
+            label = next(filter(Path.is_file, paths), None)
+            if label is None:
+                raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
+            shots.append(Shot(photo, photos, {key: label}))
+    return shots
+
+
+def voc2012(path, key, part):
+    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
+    file = path / f"ImageSets/Segmentation/{part}.txt"
+    photos, labels = path / "JPEGImages", path / "SegmentationClass"
+    stems = [line.split()[0] for line in lines_of(file)]
+    return [Shot(photos / f"{stem}.jpg", file, {key: labels / f"{stem}.png"}) for stem in stems]
+
+
+def scannetpp(path, key, part, labels):
+    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
+    those with labels data/SCENE/dslr/render_depth/NAME.png or semantics/SCENE/NAME.JPG.png. They
+    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
+    file, shots = path / f"splits/nvs_sem_{part}.txt", []
+    for scene in map(str.strip, lines_of(file)):
+        for label in sorted((path / labels.format(scene)).glob("*.png"), key=natural):
+            stem = label.stem.removesuffix(".JPG")
+            photo = path / f"undistorted/{scene}/{stem}.JPG.jpg"
+            if key == "depths" or not photo.is_file():
+                photo = path / f"data/{scene}/dslr/resized_images/{stem}.JPG"
+            shots.append(Shot(photo, file, {key: label}))
+    if not shots:
+        what = f"none of the scenes in {file} has labels in {labels.format('SCENE')}/"
+        raise BadFile(f"{path}: {what}")
+    return shots
+
+
+def listed_depth(path, key, name, below, finish):
+    """By a list of lines "photo depth focal": see DEPTH_LISTS."""
+    files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
+    if not files:
+        raise BadFile(f"{path / name}: expected, beside the other split's file")
+    lines = [line.split() for line in lines_of(files[0])]
+    if not lines or any(len(line) < 2 for line in lines):
+        raise BadFile(f'{files[0]}: a line is not "photo depth focal"')
+    lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
+    roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
+    root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
+    return [Shot(root / photo, files[0], {key: root / depth}, finish=finish)
+            for photo, depth in lines]  # fmt: skip
 
 
 def eigen_crop(frame, labels, framing):
@@ -1943,80 +1875,6 @@ def nyu_crop(frame, labels, framing):
     return {key: tensor[window] for key, tensor in frame.items()}
 
 
-DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
-    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
-     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
-    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
-    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
-)  # fmt: skip
-
-
-def listed_depth(path, part):
-    """By lists of lines "photo depth focal"; part: see DEPTH_LISTS."""
-    name, below, finish = part
-    files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
-    if not files:
-        raise BadFile(f"{path / name}: expected, beside the other split's file")
-    lines = [line.split() for line in lines_of(files[0])]
-    if not lines or any(len(line) < 2 for line in lines):
-        raise BadFile(f'{files[0]}: a line is not "photo depth focal"')
-    lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
-    roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
-    root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
-    return [Shot(root / photo, files[0], {"depths": root / depth}, finish=finish)
-            for photo, depth in lines]  # fmt: skip
-
-
-def scannetpp(path, part, key):
-    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
-    those with data/SCENE/dslr/render_depth/NAME.png, or with semantics/SCENE/NAME.JPG.png. Labels
-    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
-    where = "data/{}/dslr/render_depth" if key == "depths" else "semantics/{}"
-    file, shots = path / "splits" / f"nvs_sem_{part}.txt", []
-    for scene in map(str.strip, lines_of(file)):
-        labels = (path / where.format(scene)).glob("*.png")
-        for label in sorted(labels, key=lambda p: natural(p.name)):
-            stem = label.stem.removesuffix(".JPG")
-            photo = path / "undistorted" / scene / f"{stem}.JPG.jpg"
-            if key == "depths" or not photo.is_file():
-                photo = path / "data" / scene / "dslr/resized_images" / f"{stem}.JPG"
-            shots.append(Shot(photo, file, {key: label}))
-    if not shots:
-        what = f"none of the scenes in {file} has labels in {where.format('SCENE')}/"
-        raise BadFile(f"{path}: {what}")
-    return shots
-
-
-def in_folders(path, part, key, photos, labels, suffixes=(".png",)):
-    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
-    photos, labels = path / photos.format(part), path / labels.format(part)
-    for folder in (photos, labels):
-        if not folder.is_dir():
-            raise BadFile(f"{folder}: no such folder")
-    shots = []
-    pictures = [p for p in photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
-    for photo in sorted(pictures, key=lambda p: natural(p.name)):
-        paths = [labels / (photo.stem + suffix) for suffix in suffixes]
-        label = next((p for p in paths if p.is_file()), None)
-        if label is None:
-            raise BadFile(f"{paths[0]}: no such file, which {photo.name} goes with")
-        shots.append(Shot(photo, photos, {key: label}))
-    return shots
-
-
-def voc2012(path, part):
-    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
-    file = path / f"ImageSets/Segmentation/{part}.txt"
-    photos, labels = path / "JPEGImages", path / "SegmentationClass"
-    stems = [line.split()[0] for line in lines_of(file)]
-    return [Shot(photos / f"{s}.jpg", file, {"classes": labels / f"{s}.png"}) for s in stems]
-
-
-VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-       "train", "tvmonitor")  # fmt: skip
-
-
 def normals_from_depth(depths, K):
     """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product
     of the differences to the neighbours; 0 at the border, and where a neighbour is unknown or more
@@ -2024,8 +1882,7 @@ def normals_from_depth(depths, K):
     points = camera_points(depths, K).permute(2, 0, 1)
     across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
-    normals = torch.linalg.cross(down, across, dim=0)
-    normals = normals / normals.norm(dim=0).clamp(min=1e-12)
+    normals = torch.nn.functional.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
     z = depths[1:-1, 1:-1]
     smooth = z > 0
     for other in (depths[1:-1, 2:], depths[1:-1, :-2], depths[2:, 1:-1], depths[:-2, 1:-1]):
@@ -2033,37 +1890,45 @@ def normals_from_depth(depths, K):
     return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
 
 
-# All layouts: what marks a folder, and how its frames are listed. Of labelled photos also the parts
-# to train and to test on (if it is one, every fifth is), and of label maps of classes the first
-# class's number (where that is 0, 255 = none) and the classes' names.
+DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
+    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
+     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
+    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
+    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
+)  # fmt: skip
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")  # fmt: skip
+
+# All layouts: what marks a folder, and the function that lists its frames. Of labelled photos also
+# the function's arguments for the parts to train and to test on (if it is one, every fifth is), and
+# of label maps of classes the first class's number (where that is 0, 255 = none) and their names.
 LAYOUTS = {
     "capture": (
         ([join(f, t) for f in ("", "nerfstudio", "dslr/nerfstudio") for t in TRANSFORMS],
-         lambda folder, mark: PosedFolder(mark.parent)),
+         lambda folder, mark: [PosedFolder(mark.parent)]),
         ([f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
           for kind in ("bin", "txt")],
-         lambda folder, mark: PosedFolder(folder, list_colmap, mark)),
-        (("*.torch", "train/*.torch"), lambda folder, mark: open_chunks(mark.parent)),
+         lambda folder, mark: [PosedFolder(folder, list_colmap, mark)]),
+        (["*.torch", "train/*.torch"], lambda folder, mark: open_chunks(mark.parent)),
     ),
     "depth": (
         *(([f + name for f in ("", "train_test_inputs/") for name, *_ in lists],
            listed_depth, lists) for lists in DEPTH_LISTS),
-        (("splits",), functools.partial(scannetpp, key="depths"), ("train", "val")),
-        (("*train*.txt", "train_test_inputs/*train*.txt"), None, ()),
+        (["splits"], scannetpp,
+         [(part, "data/{}/dslr/render_depth") for part in ("train", "val")]),
+        (["*train*.txt", "train_test_inputs/*train*.txt"], None, []),
     ),
     "normals": (
-        (("train/image", "train/normal"),
-         functools.partial(in_folders, key="normals", photos="{}/image", labels="{}/normal",
-                           suffixes=(".png", ".npy")), ("train", "test")),
-        (("image", "normal"),
-         functools.partial(in_folders, key="normals", photos="image", labels="normal",
-                           suffixes=(".png", ".npy")), ("",)),
+        (["train/image", "train/normal"], in_folders,
+         [(f"{part}/image", f"{part}/normal") for part in ("train", "test")]),
+        (["image", "normal"], in_folders, [("image", "normal")]),
     ),
     "segmentation": (
-        (("images", "annotations"),
-         functools.partial(in_folders, key="classes", photos="images/{}", labels="annotations/{}"),
-         ("training", "validation"), 1, tuple(f"class_{i}" for i in range(1, 151))),
-        (("semantics",), functools.partial(scannetpp, key="classes"), ("train", "val"), 0, None),
-        (("JPEGImages", "ImageSets"), voc2012, ("train", "val"), 0, VOC),
+        (["images", "annotations"], in_folders,  # ADE20K
+         [(f"images/{part}", f"annotations/{part}") for part in ("training", "validation")],
+         1, tuple(f"class_{i}" for i in range(1, 151))),
+        (["semantics"], scannetpp, [("train", "semantics/{}"), ("val", "semantics/{}")], 0, None),
+        (["JPEGImages", "ImageSets"], voc2012, [["train"], ["val"]], 0, VOC),
     ),
 }  # fmt: skip

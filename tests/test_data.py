@@ -1471,7 +1471,7 @@ def test_photos_of_a_folder_and_below(tmp_path):
     Image.fromarray(deep).save(tmp_path / "c.png")
     assert (data.Photos(tmp_path, 28, 42)[1] - 30_000 / 65_535).abs().max() < 0.01
     (tmp_path / "broken.jpg").write_bytes(b"not a photo")
-    with pytest.raises(ValueError, match="broken.jpg: a photo that cannot be read"):
+    with pytest.raises(ValueError, match="broken.jpg: an image that cannot be read"):
         data.Photos(tmp_path, 28, 42)[1]  # b, broken, c, deep/er/a
 
 
