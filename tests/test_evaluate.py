@@ -1057,9 +1057,10 @@ def test_the_final_norm_is_the_protocols_unless_told(monkeypatch):
 
 def test_weights_that_are_not_numbers_are_not_measured():
     state = M.load_vit("dinov2_vits14", "random").state_dict()
-    torch.save({k: torch.full_like(v, torch.nan) for k, v in state.items()}, "nan.pth")
-    with pytest.raises(SystemExit, match="nan.pth: features that are NaN"):
-        evaluate(f"--task correspondence {QUICK['correspondence']} --weights nan.pth")
+    for number, said in ((torch.nan, "NaN or infinite numbers in "), (1e30, "features that are NaN")):
+        torch.save({k: torch.full_like(v, number) for k, v in state.items()}, "bad.pth")
+        with pytest.raises(SystemExit, match=f"bad.pth: {said}"):
+            evaluate(f"--task correspondence {QUICK['correspondence']} --weights bad.pth")
 
 
 def test_help_needs_no_task(capsys):
