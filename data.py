@@ -18,6 +18,7 @@ Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
 (arXiv 2602.06032). A sample depends on (seed, index) alone, so a resumed run sees the same data.
 """
 
+import argparse
 import collections
 import colorsys
 import contextlib
@@ -30,6 +31,7 @@ import re
 import shutil
 import struct
 import tempfile
+import time
 import warnings
 from os.path import basename, dirname, isdir, join, splitext
 from pathlib import Path
@@ -567,6 +569,11 @@ LABELS = {"depths": "a depth map", "valid": "a mask", "masks": "a mask", "classe
 
 class BadFile(ValueError):
     """One sentence that names a file and what is wrong with it."""
+
+
+def sentence_of(error):
+    """What a ValueError says; a loader's process puts its traceback before that."""
+    return re.sub(r"^[\w.]*(BadFile|ValueError): ", "", str(error).strip().splitlines()[-1])
 
 
 @contextlib.contextmanager
@@ -1932,3 +1939,36 @@ LAYOUTS = {
         (["JPEGImages", "ImageSets"], voc2012, [["train"], ["val"]], 0, VOC),
     ),
 }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------
+# python -m data FOLDER: does the disk or the network wait?
+
+
+def throughput(path, height, width, workers, samples):
+    """Images a second that `Views` of a capture (None: of rooms) load at, by so many processes."""
+    scenes = open_scenes(path) if path else Rooms("train")
+    views = Views(scenes, height, width, length=samples)
+    started, images = time.time(), 0
+    for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=workers):
+        images += len(sample["context"]["images"]) + 1
+    return images / (time.time() - started)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="How fast a capture loads, for train.py --workers")
+    parser.add_argument("folder", nargs="?", help="the capture; default: procedural rooms")
+    for name, default in (("height", 224), ("width", 224), ("workers", 4), ("samples", 100)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    a = parser.parse_args(arguments)
+    if min(a.height, a.width, a.samples) < 1 or a.workers < 0:
+        raise SystemExit("--height, --width and --samples must be at least 1, --workers 0")
+    try:
+        rate = throughput(a.folder, a.height, a.width, a.workers, a.samples)
+    except ValueError as error:
+        raise SystemExit(sentence_of(error)) from None
+    print(f"{rate:.1f} images of {a.height} x {a.width} a second by {a.workers} processes")
+
+
+if __name__ == "__main__":
+    main()

@@ -899,8 +899,7 @@ def sentence(error):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, RuntimeError):
         raise error
-    # A data worker puts its traceback before the sentence
-    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    return data.sentence_of(error)
 
 
 def main(arguments=None):

@@ -1482,3 +1482,15 @@ def test_photos_of_rooms_are_their_frames():
     frames = (room.frame(i, 24, 32)["images"] for i in range(len(room)))
     assert any((frame - first).abs().max() < 0.003 for frame in frames)
     assert torch.equal(photos[9], first) and len(photos) == 20
+
+
+def test_how_fast_a_capture_loads_is_a_commands_output(tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 4.0])
+    monkeypatch.setattr(data.time, "time", lambda: next(clock))
+    data.main("--height 8 --width 10 --workers 0 --samples 6".split())
+    # Two context views and a target each
+    assert capsys.readouterr().out == "4.5 images of 8 x 10 a second by 0 processes\n"
+    with pytest.raises(SystemExit, match=f"^{tmp_path}/nothing: "):
+        data.main([str(tmp_path / "nothing"), "--workers", "1"])
+    with pytest.raises(SystemExit, match="--samples must be at least 1"):
+        data.main(["--samples", "0"])
