@@ -563,8 +563,6 @@ MODELS = {  # COLMAP's cameras in the order of their numbers, and their paramete
     "OPENCV": "fl_x fl_y cx cy k1 k2 p1 p2",
     "OPENCV_FISHEYE": "fl_x fl_y cx cy k1 k2 k3 k4",
 }
-LABELS = {"depths": "a depth map", "valid": "a mask", "masks": "a mask", "classes": "a mask",
-          "normals": "a normal map"}  # fmt: skip
 
 
 class BadFile(ValueError):
@@ -607,7 +605,7 @@ class Shot(NamedTuple):
 
     photo: str
     listed_in: Path  # what names the photo
-    labels: dict  # paths by the keys of LABELS
+    labels: dict  # paths of its depths, normals, classes, masks, valid: see `read_label`
     pose: np.ndarray | None = None  # (4, 4) camera-to-world, OpenCV axes
     camera: dict | None = None  # by transforms.json's keys
     packed: np.ndarray | None = None  # the photo's bytes, where its path is no file
@@ -700,9 +698,10 @@ def read_label(key, path, shot, crop):
     """A crop of a label map, a picture or a .npy, by nearest pixels: depths [H, W] in metres, 0
     where unknown; normals [3, H, W], unit vectors, 0 where unknown; classes [H, W] int64 from 0, -1
     where there is none; masks [H, W] int64; valid [H, W] bool."""
-    picture = open_picture(path, LABELS[key], shot.listed_in)
-    exact, channels = isinstance(picture, np.ndarray), 3 if key == "normals" else 1
-    with naming(path, f"{LABELS[key]} that cannot be used"):
+    what = {"depths": "a depth map", "normals": "a normal map"}.get(key, "a mask")
+    picture, channels = open_picture(path, what, shot.listed_in), 3 if key == "normals" else 1
+    exact = isinstance(picture, np.ndarray)
+    with naming(path, f"{what} that cannot be used"):
         if channels == 3 and not exact:
             picture = picture.convert("RGB")
         bands = np.atleast_3d(picture).transpose(2, 0, 1)
@@ -800,9 +799,10 @@ def lens_of(camera):
         raise ValueError("no focal length: fl_x or camera_angle_x must be above 0, and w and h")
     model = camera.get("camera_model") or "OPENCV"
     model = "OPENCV_FISHEYE" if camera.get("is_fisheye") else model  # instant-ngp's key
+    known = parameters(model) + ["k3", "k4"] * (model == "OPENCV")
     bends = {k: float(given[k]) for k in DISTORTION if given.get(k)}
-    for key in bends.keys() - {*parameters(model), *(("k3", "k4") if model == "OPENCV" else ())}:
-        raise ValueError(f"camera model {model} has no {key}")
+    if excess := bends.keys() - known:
+        raise ValueError(f"camera model {model} has no {min(excess)}")
     if bends or model == "OPENCV_FISHEYE":
         return model == "OPENCV_FISHEYE", *(bends.get(k, 0.0) for k in DISTORTION)
 
@@ -876,11 +876,9 @@ PHOTOS = ("images", *SCANNETPP, "rgb")  # folders that photos are looked for in
 
 
 def open_scenes(path, split=None):
-    """The captures of a folder, as a list: itself, or those in data/*/, scenes/*/ or */.
-
-    split: a text file of scenes' names, one a line; other scenes are left out. No scene is read
-    yet. Raises ValueError if there is none, saying what was looked for.
-    """
+    """A list of the captures of a folder: itself, or those in data/*/, scenes/*/ or */. No scene is
+    read yet. split: a text file of scenes' names, one a line; others are left out. Raises
+    ValueError if there is none, saying what was looked for."""
     path = Path(path)
     if not path.is_dir():
         raise BadFile(f"{path}: no such folder")
@@ -1022,10 +1020,8 @@ class Beside:
 
 def list_transforms(scene):
     """nerfstudio, instant-ngp, ScanNet++ and FiT3D: of TRANSFORMS the first whose photos are there.
-
     Poses are camera-to-world with OpenGL's axes; depth is a picture in depth_unit_scale_factor
-    (0.001) metres or a .npy in metres. is_bad and test_frames are left out.
-    """
+    (0.001) metres or a .npy in metres. is_bad and test_frames are left out."""
     said = f"found none of {', '.join(TRANSFORMS)}"
     for file in filter(Path.is_file, (scene.path / mark for mark in TRANSFORMS)):
         scene.file, lost = file, collections.Counter()
@@ -1216,8 +1212,8 @@ def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="bet
 
     numbers: the frames' own, rising, in which gaps are counted; an int N means 0 to N - 1.
     The first and the last context frame are min_gap to max_gap apart, or as far as possible if all
-    are closer; the others lie evenly between. The target lies strictly between the first and the
-    last and is no context frame. With target "any" it is any frame from the first to the last.
+    are closer; the others lie evenly between. The target "between" lies strictly between the first
+    and the last and is no context frame; "any" is any frame from the first to the last.
     Raises NoViews if there are too few frames.
     """
     numbers = np.arange(numbers) if isinstance(numbers, int) else np.asarray(numbers)
@@ -1234,7 +1230,19 @@ def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="bet
     return sorted(context), int(rng.choice(targets))
 
 
-class Views(torch.utils.data.Dataset):
+class Samples(torch.utils.data.Dataset):
+    """What all data sets here share: `length` samples, each made by `sample(index)`."""
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of {self.length}")
+        return self.sample(index)
+
+
+class Views(Samples):
     """Samples of context and target views; views[index] is a function of (seed, index) alone.
 
     Args:
@@ -1282,11 +1290,9 @@ class Views(torch.utils.data.Dataset):
             warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
         return deep
 
-    def __len__(self):
-        return self.length
-
-    def _draw(self, rng):
-        """A scene, its context frames and its target."""
+    def draw(self, index):
+        """A sample's scene, its context frames and its target."""
+        rng = np.random.default_rng([self.seed, index])
         for _ in range(1000):
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
             try:
@@ -1295,10 +1301,8 @@ class Views(torch.utils.data.Dataset):
                 failed = f"{scene.name}: {error}"
         raise ValueError(failed)
 
-    def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(f"sample {index} of {self.length}")
-        scene, context, target = self._draw(np.random.default_rng([self.seed, index]))
+    def sample(self, index):
+        scene, context, target = self.draw(index)
         unknown = {"depths": torch.zeros(self.size)}
         views = [unknown | scene.frame(i, *self.size) for i in (*context, target)]
         return {
@@ -1333,24 +1337,22 @@ class Views(torch.utils.data.Dataset):
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class Photos(torch.utils.data.Dataset):
+class Photos(Samples):
     """Single photos [3, height, width] in 0..1: those of a folder and its sub-folders, scaled to
     cover the size and cropped about the centre, or without a folder `count` views of rooms, eight
     of each. Raises ValueError if the folder holds no photo."""
 
     def __init__(self, path, height, width, count=0, split="train"):
-        self.size, self.count, self.files = (height, width), count, []
+        self.size, self.length, self.files = (height, width), count, []
         self.rooms, self.kept = Rooms(split), {}
         if path is not None:
             found = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in PHOTO_SUFFIXES)
             self.files = [f for f in found if f.is_file()]
+            self.length = len(self.files)
             if not self.files:
                 raise ValueError(f"{path}: no photos ({', '.join(PHOTO_SUFFIXES)}) in it or below")
 
-    def __len__(self):
-        return len(self.files) or self.count
-
-    def __getitem__(self, i):
+    def sample(self, i):
         if self.files:
             shot = Shot(self.files[i], self.files[i].parent, {})
             return read_shot(shot, Framing(self.size))["images"]
@@ -1361,7 +1363,7 @@ class Photos(torch.utils.data.Dataset):
         return self.kept[i] / 255
 
 
-class Crops(torch.utils.data.Dataset):
+class Crops(Samples):
     """Two crops of one photo and their overlap; crops[index] is a function of (seed, index) alone.
 
     Args:
@@ -1380,12 +1382,7 @@ class Crops(torch.utils.data.Dataset):
         self.photos, self.size, self.scales, self.warp = photos, size, scales, warp
         self.seed, self.length = seed, length
 
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(f"sample {index} of {self.length}")
+    def sample(self, index):
         rng = np.random.default_rng([self.seed, index])
         photo = self.photos[int(rng.integers(len(self.photos)))].expand(2, -1, -1, -1)
         maps = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])  # [2, 3, 3]
@@ -1429,17 +1426,15 @@ def jitter(photo, rng):
 BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs(Samples):
     """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. A pair
     counts where a view shows the share `least_overlap` of the other."""
 
     def __init__(self, entries, height, width, least_overlap=0.0):
         self.entries, self.size, self.least_overlap = entries, (height, width), least_overlap
+        self.length = len(entries)
 
-    def __len__(self):
-        return len(self.entries)
-
-    def __getitem__(self, n):
+    def sample(self, n):
         scene, *frames = self.entries[n]
         return tuple(scene.frame(i, *self.size) for i in frames)
 
@@ -1471,9 +1466,9 @@ def pairs(path, count, height, width, seed):
     return Pairs(found, height, width, least)
 
 
-def room_pair(room, rng, degrees, tries=20):
-    """(room, i, j) of frames whose cameras are turned by so much; None if none is found."""
-    for _ in range(tries):
+def room_pair(room, rng, degrees):
+    """(room, i, j) of frames whose cameras are turned by so much; None if 20 tries find none."""
+    for _ in range(20):
         i, j = (int(k) for k in rng.integers(len(room), size=2))
         to_b = torch.linalg.inv(torch.from_numpy(room.pose(j))) @ torch.from_numpy(room.pose(i))
         if i == j or not degrees[0] <= rotation_angle(to_b) < degrees[1]:
@@ -1548,7 +1543,7 @@ BORDER = {"depths": 0.0, "normals": 0.0, "classes": -1,
           "images": torch.tensor([0.485, 0.456, 0.406])[:, None, None]}  # fmt: skip
 
 
-class Labelled(torch.utils.data.Dataset):
+class Labelled(Samples):
     """Photos and what is to be read off them, `key`: "depths" [H, W], "normals" [3, H, W] or
     "classes" [H, W] (-1 = none).
 
@@ -1563,12 +1558,9 @@ class Labelled(torch.utils.data.Dataset):
         if count and count < len(entries):  # evenly spread
             entries = [entries[i * len(entries) // count] for i in range(count)]
         self.entries, self.key, self.framing, self.copies = entries, key, framing, copies
-        self.part = "train" if training else "test"
+        self.part, self.length = "train" if training else "test", len(entries) * copies
 
-    def __len__(self):
-        return len(self.entries) * self.copies
-
-    def __getitem__(self, n):
+    def sample(self, n):
         entry, framing = self.entries[n // self.copies], self.framing
         if self.part == "test":
             frame = self.load(entry, framing)
@@ -1691,10 +1683,8 @@ def full(tensor):
 
 class Shelf:
     """Tensors in a file, a few per frame, of any shape, two bytes a number: shelf[i] is a list.
-
     What is read is mapped for as long as it is copied, so that the file never counts as the
-    process's memory. Raises ValueError where the disk is full.
-    """
+    process's memory. Raises ValueError where the disk is full."""
 
     def __init__(self, path):
         self.file, self.records, self.end = open(path, "wb"), [], 0
