@@ -543,6 +543,53 @@ def write_sheet(path, panels, warning=None):
     replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=text))
 
 
+# ------------------------------------------------------------------------------ many processes
+@contextlib.contextmanager
+def many_processes():
+    """Under torchrun: join the others. The first one prints; an error is said once."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, count = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it restarts processes: addresses of dead ones are in it
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+        dist.barrier()
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if isinstance(error, RuntimeError) and "Connection" in str(error):
+            raise SystemExit(1) from None  # another process has ended, and says why
+        if rank:  # where all fail alike, torchrun ends this one before it says so too
+            time.sleep(5)
+        raise
+    dist.destroy_process_group()
+
+
+def left_by_restart(settings):
+    """The folder to go on in after torchrun has restarted its processes: the run of that name or
+    the newest of its kind, where it has a checkpoint; else None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return None
+    found = list(Path("runs").glob(f"{settings['name'] or kind(settings) + '-*'}/checkpoint.pt"))
+    return max(found, key=os.path.getmtime).parent if found else None
+
+
+def any_process(flag):
+    """Whether it is true in any process: they stop after the same step."""
+    if dist.is_initialized():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dist.all_reduce(said := torch.tensor(int(flag), device=device), dist.ReduceOp.MAX)
+        return bool(said)
+    return flag
+
+
 # ------------------------------------------------------------------------------ the run
 def move(batch, device):
     """A batch's tensors, however nested, to a device."""
@@ -750,24 +797,6 @@ class Run:
         signal.signal(signum, signal.SIG_DFL)
 
 
-def left_by_restart(settings):
-    """The folder to go on in after torchrun has restarted its processes: the run of that name or
-    the newest of its kind, where it has a checkpoint; else None."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        return None
-    found = list(Path("runs").glob(f"{settings['name'] or kind(settings) + '-*'}/checkpoint.pt"))
-    return max(found, key=os.path.getmtime).parent if found else None
-
-
-def any_process(flag):
-    """Whether it is true in any process: they stop after the same step."""
-    if dist.is_initialized():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dist.all_reduce(said := torch.tensor(int(flag), device=device), dist.ReduceOp.MAX)
-        return bool(said)
-    return flag
-
-
 def train(settings):
     """Train until the last step or until Ctrl-C."""
     folder = settings["resume"] if "resume" in settings else left_by_restart(settings)
@@ -846,34 +875,6 @@ def report(run):
     if run.stage.warning:
         banner(run.stage.warning)
     print("Next,", run.stage.then.format(weights=weights, teacher=run.settings.get("teacher")))
-
-
-@contextlib.contextmanager
-def many_processes():
-    """Under torchrun: join the others. The first one prints; an error is said once."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, count = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it restarts processes: addresses of dead ones are in it
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    try:
-        yield
-        dist.barrier()
-    except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if isinstance(error, RuntimeError) and "Connection" in str(error):
-            raise SystemExit(1) from None  # another process has ended, and says why
-        if rank:  # where all fail alike, torchrun ends this one before it says so too
-            time.sleep(5)
-        raise
-    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
