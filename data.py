@@ -525,7 +525,6 @@ class Room:
         dy, dx = CORNERS.T / 4
         finer = see((rows[again] + dy).ravel(), (columns[again] + dx).ravel())[0]
         image[:, again[:, 0]] = finer.reshape(3, -1, 4).mean(2)
-
         frame = {"images": image.astype(np.float32), "depths": t.astype(np.float32),
                  "normals": matmul(rotation.T, normal.astype(np.float32)),
                  "masks": self.all.instance[which], "classes": self.all.label[which]}  # fmt: skip
@@ -549,7 +548,7 @@ class Rooms:
 
 
 # -------------------------------------------------------------------------------------------------
-# Photos on disk. LAYOUTS, at the end of this file, says what marks a layout and which function
+# Reading photos. LAYOUTS, at the end of this file, says what marks a layout and which function
 # lists its frames as `Shot`s. `read_shot` undistorts, scales and crops a photo and its labels.
 
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
@@ -896,7 +895,7 @@ def open_scenes(path, split=None):
     kept = [scene for scene in scenes if scene.name in wanted]
     if not kept:
         raise BadFile(f"{split}: none of its {len(wanted)} scenes is in {path}")
-    if lacking := len(wanted) - len(kept):
+    if (lacking := len(wanted) - len(kept)) > 0:
         warnings.warn(f"{split}: {lacking} of its {len(wanted)} scenes are not in {path}")
     return kept
 
@@ -1880,10 +1879,9 @@ def normals_from_depth(depths, K):
     across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
     normals = torch.nn.functional.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
-    z = depths[1:-1, 1:-1]
-    smooth = z > 0
-    for other in (depths[1:-1, 2:], depths[1:-1, :-2], depths[2:, 1:-1], depths[:-2, 1:-1]):
-        smooth &= (other > 0) & ((other - z).abs() < 0.05 * z)
+    z, sides = depths[1:-1, 1:-1], (depths[1:-1, 2:], depths[1:-1, :-2])
+    near = torch.stack([*sides, depths[2:, 1:-1], depths[:-2, 1:-1]])
+    smooth = ((z > 0) & (near > 0) & ((near - z).abs() < 0.05 * z)).all(0)
     return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
 
 
