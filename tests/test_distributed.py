@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from test_train import capture
+from test_train import capture, youngest_child
 
 SCRIPT = str(Path(train.__file__))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -115,8 +115,7 @@ def test_torchrun_restarts_a_killed_process_from_the_checkpoint():
     finished(start(TORCHRUN, *options, "whole"))
     process = start([*TORCHRUN, "--max-restarts", "1"], *options, "killed")
     wait_for_steps(process, "killed", 5)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(youngest_child(process), signal.SIGKILL)
     finished(process)
     assert metrics("killed") == metrics("whole")
     whole, killed = (load_file(f"runs/{name}/student.safetensors") for name in ("whole", "killed"))

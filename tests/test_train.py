@@ -548,6 +548,13 @@ def begun(*arguments, steps=2, **limits):
     return process
 
 
+def youngest_child(process):
+    """Its process id, by the kernel's list: "id (name) state parent ..."."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    ids = [int(s.split()[0]) for s in stats if int(s.rpartition(")")[2].split()[1]) == process.pid]
+    return max(ids)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(signum):
     """As Ctrl-C in a terminal or the end of a job: it reaches the loader's process too."""
@@ -561,8 +568,7 @@ def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(signum):
 def test_after_a_kill_of_the_loader_or_of_all_a_resumed_run_is_the_same():
     train.main([*TINY.split(), "--name", "whole", "--steps", "10"])
     process = begun(*TINY.split(), "--name", "run", "--steps", "10", steps=4)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(youngest_child(process), signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in out
     assert "a process that loads data was killed" in out.splitlines()[-1]
