@@ -983,9 +983,9 @@ class Beside:
 
     def __init__(self, path):
         self.places = [path, *(above / name for above in (path, path.parent) for name in PHOTOS)]
-        self.path, self.ids = path, [path / "instance_segmentation"]  # and up to ScanNet++'s scene
-        while (path := self.ids[-1].parent).name in INNER:
-            self.ids.append(path.parent / "instance_segmentation")
+        inner = itertools.takewhile(lambda p: p.name in INNER, [path, *path.parents])
+        roots = [path, *(p.parent for p in inner)]  # up to the scene, of ScanNet++
+        self.path, self.ids = path, [join(root, "instance_segmentation") for root in roots]
         self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
     def first(self, folders, names):
@@ -1066,7 +1066,7 @@ def read_transforms(file, lost):
         if entry.get("depth_file_path"):
             labels["depths"] = join(file.parent, entry["depth_file_path"])
         shots.append(Shot(photo, file, labels, entry.get("transform_matrix"), camera, unit=unit))
-    names = [f"{file}: transform_matrix of {basename(shot.photo)}" for shot in shots]
+    names = [f"{file}: transform_matrix of {shot.photo}" for shot in shots]
     poses = rigid([shot.pose for shot in shots], names)
     poses[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
     return [shot._replace(pose=pose) for shot, pose in zip(shots, poses)]
