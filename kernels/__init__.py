@@ -3,7 +3,8 @@
     from kernels import rasterize
 
 The Triton kernels, in the order in which they run: projection.py (3D to image), tiles.py (which
-Gaussians touch which tile, in order of depth) and blend.py (front to back into pixels).
+Gaussians touch which tile, in order of depth), and blend.py or, for a Mixture, mixture.py (front to
+back into pixels).
 torch_backend.py does the same in plain PyTorch, without a GPU and as the oracle of the tests.
 """
 
@@ -67,13 +68,16 @@ def rasterize(
         C]), alphas [B, V, height, width], and, with labels, means [B, V, labels.max() + 1, C].
 
     Raises:
-        ValueError: an argument's shape, dtype or device does not fit, a value is NaN or infinite,
-            a camera requires gradients, or the backend does not run on these tensors.
+        ValueError: an argument's shape, dtype or device does not fit, a value is NaN or infinite
+            (the triton backend does not look into features), a camera requires gradients, or the
+            backend does not run on these tensors.
     """
     scene = means, covars, opacities, features, viewmats, Ks
     scene = *scene, width, height, near_plane, far_plane, eps2d
     _check(scene, labels)
     if _choose_backend(backend, means, features, precision) == "torch":
+        if not torch.compiler.is_compiling():  # values are not known then
+            _check_values(scene)
         with torch.autocast(means.device.type, enabled=False):
             return torch_backend.rasterize(*scene, at, labels)
     out, alphas = _rasterize_triton(scene, precision)
@@ -93,22 +97,28 @@ def _label_means(out, labels):
 
 def _rasterize_triton(scene, precision, tile=TILE):
     from .blend import blend  # here, so that the torch backend works without triton
+    from .mixture import blend_mixture, check_mixture
     from .projection import project
-    from .tiles import list_tiles
+    from .tiles import NotFinite, list_tiles
 
     means, covars, opacities, features, viewmats, Ks, width, height, *limits = scene
-    tokens, indices, mix = features if isinstance(features, Mixture) else (features, None, None)
-    if indices is not None:
-        indices, mix = indices.int().contiguous(), mix.contiguous()
-    (B, V), opacities = viewmats.shape[:2], opacities.contiguous()
+    tokens, *factors = features if isinstance(features, Mixture) else (features,)
+    (B, V), tokens = viewmats.shape[:2], tokens.contiguous()
     tensors = [t.contiguous() for t in (means, covars, opacities, viewmats, Ks)]
-    projected = project(*tensors, width, height, *map(float, limits))
-    means2d, conics, depths, radii = (t.flatten(0, 1) for t in projected)  # [I, N, ...]
-    gaussians, ranges = list_tiles(means2d.detach(), depths, radii, width, height, tile)
-    out, alphas, _, _ = blend(
-        means2d, conics, opacities, tokens.contiguous(), indices, mix, gaussians, ranges,
-        V, width, height, tile, precision, _interpreted(),
-    )  # fmt: skip
+    splats, depths, radii, bad = project(*tensors, width, height, *map(float, limits))
+    splats, depths, radii = (t.flatten(0, 1) for t in (splats, depths, radii))  # [I, N, ...]
+    save = torch.is_grad_enabled() and (splats.requires_grad or tokens.requires_grad)
+    if factors:
+        factors = [factors[0].int().contiguous(), factors[1].contiguous()]
+        check_mixture(*factors, tokens, bad)
+    try:
+        lists = list_tiles(splats.detach(), depths, radii, bad, width, height, tile)
+    except NotFinite:
+        _check_values(scene)
+        raise
+    rest = V, width, height, tile, precision, _interpreted(), save
+    blend_it = blend_mixture if factors else blend
+    out, alphas, _, _ = blend_it(splats, tokens, *factors, *lists, *rest)
     return out.unflatten(0, (B, V)), alphas.unflatten(0, (B, V))
 
 
@@ -174,24 +184,22 @@ def _check(scene, labels):
         raise ValueError(f"0 < near_plane < far_plane must hold, not {near_plane} and {far_plane}")
     if eps2d < 0:
         raise ValueError(f"eps2d is a variance and cannot be {eps2d}")
-    if not torch.compiler.is_compiling():  # values are not known then
-        _check_values({name: tensor.detach() for name, (tensor, _, _) in table.items()})
 
 
-def _check_values(tensors):
-    M, indices = tensors["features"].shape[1], tensors.pop("indices", None)
-    tensors.pop("labels", None)
-    if indices is not None and indices.numel():
-        low, high = torch.stack(indices.aminmax()).tolist()
-        if low < 0 or high >= M:
-            raise ValueError(f"indices must lie in 0..{M - 1}, where the mixture's tokens are")
-    # Sums wait for the device once; if they are off, or overflow, look for the culprit.
-    # Of large features look at the first channel: what makes NaN makes it in all of them.
-    if tensors["features"].numel() > 2**20:
-        tensors["features"] = tensors["features"][..., 0]
-    means = tensors["means"]
-    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors.values()]
-    if not torch.isfinite(torch.stack([t.to(means.dtype) for t in sums])).all():
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} has values that are NaN or infinite")
+def _check_values(scene):
+    """ValueError for what is NaN or infinite, and for indices without a token. Of large features it
+    looks at the first channel: what makes NaN makes it in all of them."""
+    features = scene[3]
+    if isinstance(features, Mixture):
+        low, high = features.indices.aminmax() if features.indices.numel() else (0, 0)
+        if low < 0 or high >= features.tokens.shape[1]:
+            last = features.tokens.shape[1] - 1
+            raise ValueError(f"indices must lie in 0..{last}, where the mixture's tokens are")
+    tokens = features.tokens if isinstance(features, Mixture) else features
+    tensors = dict(zip(("means", "covars", "opacities", "features", "viewmats", "Ks"), scene))
+    tensors["features"] = tokens[..., 0] if tokens.numel() > 2**20 else tokens
+    if isinstance(features, Mixture):
+        tensors["weights"] = features.weights
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has values that are NaN or infinite")

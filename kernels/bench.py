@@ -36,6 +36,17 @@ from .tiles import sort_ranges
 
 # Bytes/s of memory and float operations/s of TF32 products, of which the floor is made
 RATES = {"H100": (3.35e12, 495e12), "H200": (4.8e12, 495e12), "A100": (1.55e12, 156e12)}
+# Of which a time is predicted: warp instructions/s at 65 % of what four schedulers a multiprocessor
+# issue, bytes/s of L2 and of memory as seen in practice; and the compute capability
+CARDS = {"H100": (0.65 * 132 * 4 * 1.755e9, 5.5e12, 3.0e12, 90),
+         "A100": (0.65 * 108 * 4 * 1.41e9, 4.0e12, 1.3e12, 80)}  # fmt: skip
+# The paper's workload: Gaussians in view, their pairs with tiles, the share of a tile's list that
+# is walked before every pixel is opaque, and pixels
+IN_VIEW, PAIRS, WALKED, PIXELS = 0.993e6, 2.27e6, 0.93, 576 * 880
+SORT, LAUNCHES = 6300, 13  # warp instructions that a tile's sort issues; device operations a call
+SUMMARY = {"dense bf16": "blend_forward_kernel bf16", "dense tf32": "blend_forward_kernel tf32",
+           "mixture bf16": "mixture_forward_kernel bf16",
+           "C = 3": "blend_forward_kernel tf32, C = 3"}  # fmt: skip
 VERSIONS = {package.name: package.version for package in distributions()}
 
 
@@ -239,11 +250,41 @@ def sorting(device):
     for what, shape in shapes.items():
         lengths = torch.tensor(shape, device=device)
         ends = lengths.cumsum(0)
-        ranges, tile = torch.stack([ends - lengths, ends], 1), torch.repeat_interleave(lengths)
+        offsets, tile = F.pad(ends, (1, 0)), torch.repeat_interleave(lengths)
         keys = torch.randperm(len(tile), device=device)
-        ours = clock(lambda: sort_ranges(keys.clone(), ranges, max(shape)))
+        ours = clock(lambda: sort_ranges(keys.clone(), offsets, max(shape)))
         library = clock(lambda: torch.sort((tile << 32) | keys))
         yield dict(workload=f"sort {what}", ours=ours, torch_sort=library)
+
+
+def predicted(name, slots, card):
+    """Milliseconds of one of SUMMARY on the paper's workload, by a model that nothing was measured
+    for (+-40 %): {"blending": the largest of issuing, L2 and memory, "call": with all else}."""
+    issue, L2, memory, _ = CARDS[card]
+    C, size = 3 if name == "C = 3" else 384, 2 if "bf16" in name else 4
+    row = 32 + (32 if "mixture" in name else C * size)  # bytes that blending reads of a Gaussian
+    times = (
+        WALKED * PAIRS * TILE * TILE * slots / 32 / issue, WALKED * PAIRS * row / L2,
+        (IN_VIEW * row + PIXELS * (C * size + 4)) / memory,
+    )  # fmt: skip
+    projection = 2 * PIXELS * (13 + 11) * 4 / memory
+    lists = PAIRS * 4 * 8 / memory + PIXELS / TILE**2 * SORT / issue
+    call = max(times) + projection + lists + LAUNCHES * 4e-6  # seconds a launch
+    return {"blending": round(1e3 * max(times), 2), "call": round(1e3 * call, 2)}
+
+
+def slots_report(rows):
+    """Lines about a compile report: predictions, marked as such, and last the slots on sm_90."""
+    slots = {(row["kernel"], row["target"]): row.get("slots") for row in rows}
+    lines = []
+    for card, (*_, target) in CARDS.items():
+        for name, kernel in SUMMARY.items():
+            if (kernel, target) in slots:
+                times = predicted(name, slots[kernel, target], card)
+                lines.append(dict(predicted=name, card=card, **times))
+    found = {name: slots.get((kernel, 90)) for name, kernel in SUMMARY.items()}
+    text = ", ".join(f"{name} {n}" for name, n in found.items())
+    return lines, f"slots per (pixel, Gaussian), C = 384, sm_90: {text}"
 
 
 def row_text(row):
@@ -291,6 +332,18 @@ def aims(rows):
     return [(what, aim, None if math.isnan(found) else found) for what, aim, found in table]
 
 
+def report_compiled(targets, report, show):
+    """Fill in "compiled", "predicted" and "slots"; show(row) shows a row as it is made."""
+    report["compiled"] = []
+    for row in compile_report(targets):
+        report["compiled"].append(row)
+        show(row)
+    report["predicted"], report["slots"] = slots_report(report["compiled"])
+    for row in report["predicted"]:
+        show(row)
+    print(report["slots"])
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description=__doc__, allow_abbrev=False,
@@ -299,13 +352,14 @@ def main():
     add = parser.add_argument
     add("--garden", metavar="FILE", help="the garden's points and cameras (.npz)")
     add("--out", default="bench.json", type=Path, metavar="FILE", help="to write everything to")
-    add("--compile", nargs="+", type=int, metavar="SM", help="only the compile report, as JSON")
+    add("--compile", nargs="+", type=int, metavar="SM", help="only the compile report")
     given = parser.parse_args()
     if _interpreted():
         raise SystemExit("TRITON_INTERPRET is set: the interpreter's times say nothing; unset it")
-    for row in compile_report(given.compile or ()):
-        print(json.dumps(row), flush=True)
     if given.compile:
+        report = dict(triton=VERSIONS.get("triton"), date=str(date.today()))
+        report_compiled(given.compile, report, lambda row: print(json.dumps(row), flush=True))
+        given.out.write_text(json.dumps(report, indent=1))
         return
     beside = Path(__file__).parents[2] / "shared/data/garden.npz"
     scene = garden(given.garden or (beside if beside.is_file() else None))
@@ -333,8 +387,8 @@ def main():
                 what = dict(workload=name, C=C, card=card)
                 keep("floors", what | dict(floor=floor(demanded, card)))
         print("\nWhat the compiler makes of the kernels. Stack is spilled registers, in bytes.")
-        for row in compile_report((80, 90)):
-            keep("compiled", row)
+        report_compiled((80, 90), report, lambda row: print(row_text(row), flush=True))
+        given.out.write_text(json.dumps(report, indent=1))
     print(f"Written to {given.out}")
 
 

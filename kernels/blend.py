@@ -1,27 +1,28 @@
 """Blending: a tile's Gaussians, front to back, into its pixels. Features are a matrix product.
 
-For pixel p and the Gaussians k = 1, 2, ... of its tile in order of depth, with the image mean m and
-the conic (A, B, C):
+For pixel p and the Gaussians k = 1, 2, ... of its tile in order of depth, each a splat (m, o, cap,
+A, B, C) of projection.py:
 
-    d     = m_k - p
-    q_k   = 1/2 (A d_x^2 + C d_y^2) + B d_x d_y
-    a_k   = min(0.99, opacity_k exp(-q_k)),  0 where below 1/255
-    R_k   = prod_{j<=k} (1 - a_j)                             transmittance after k
-    w_k   = a_k R_k / (1 - a_k),  0 from where R_k <= 1e-4    blending has stopped before k
-    out_p = sum_k w_k f_k,    alpha_p = sum_k w_k = 1 - T_p,  T_p = R at the last k that was blended
+    (x, y) = m_k - p
+    q_k    = o + A x^2 + B x y + C y^2
+    a_k    = min(2^q_k, cap_k),  0 where below 1/255
+    R_k    = prod_{j<=k} (1 - a_j)                             transmittance after k
+    w_k    = a_k R_{k-1},  0 from where R_k <= 1e-4            blending has stopped before k
+    out_p  = sum_k w_k f_k,    alpha_p = sum_k w_k = 1 - T_p,  T_p = R at the last k blended
 
-A program owns one tile of P pixels and one block of channels, and takes its Gaussians in chunks of
-K. The weights w [P, K] of a chunk cost a scan along K and no memory. Then out [P, channels] +=
-w @ f [K, channels] runs on tensor cores: one channel more is one column more of a matrix product.
+A program owns a tile of P = TILE x TILE pixels and up to BLOCKS blocks of BLOCK_C channels, and
+takes its Gaussians in chunks of K. The weights w [P, K] of a chunk are made once for all channels.
+Then out [P, channels] += w @ f [K, channels] runs on tensor cores: one channel more
+is one column more of a matrix product.
 
-Features may come factored: f_k = sum_j mix_kj token_(index_kj), a mixture of J rows of a table
-[M, channels]. Mixtures are made a chunk at a time, so that features [N, channels] never exist.
+R and w come of one scan of the pairs (1 - a, a) along k, by (l1, w1) then (l2, w2) -> (l1 l2,
+l1 w2). Weights are [KI, TILE, KO, TILE]: Gaussian ko KI + ki, pixel row and column. Triton's usual
+layout has KI in the registers of a thread, rows over the warps, KO = 4 and columns over the lanes.
+So most of the scan needs no word from another thread.
 
 R is a running product, not the exponential of a sum of logs: two Gaussians of alpha 0.99 leave
 R = 1e-4 within 2e-6 of itself, and the stopping rule has to decide as the reference does.
 """
-
-from typing import Optional  # which older versions of torch infer schemas from
 
 import torch
 import triton
@@ -33,316 +34,454 @@ from . import torch_backend
 MAX_ALPHA = tl.constexpr(torch_backend.MAX_ALPHA)
 MIN_ALPHA = tl.constexpr(torch_backend.MIN_ALPHA)
 MIN_TRANSMITTANCE = tl.constexpr(torch_backend.MIN_TRANSMITTANCE)
+LN2 = tl.constexpr(0.6931471805599453)
+KO = tl.constexpr(4)  # with the 8 columns of a tile the 32 lanes of a warp
 
-# Gaussians a chunk and channels a program. Not timed yet: chosen by what the compiler makes of them
-# for sm_80 and sm_90 (`python -m kernels.bench`). No forward kernel spills registers, and most
-# leave room for four programs a multiprocessor. The backward kernel of float32 features spills up
-# to 304 bytes on sm_80 in TF32, which smaller blocks did not cure. Mixtures need more registers.
-FORWARD = dict(K=16, BLOCK_C=64, num_warps=4)
-BACKWARD = dict(K=16, BLOCK_C=32, num_warps=4)
-BACKWARD_MIXED = dict(K=16, BLOCK_C=16, num_warps=4)
+
+# ------------------------------------------------------------------------------ of all four kernels
 
 
 @triton.jit
-def pixel_centres(tile, tiles_x, TILE: tl.constexpr):
-    """Integer coordinates [P] of a tile's pixels, row by row; their centres lie at +0.5."""
-    p = tl.arange(0, TILE * TILE)
-    return tile % tiles_x * TILE + p % TILE, tile // tiles_x * TILE + p // TILE
-
-
-@triton.jit
-def get_tile(ranges_ptr, width, height, tiles_x, tiles, TILE: tl.constexpr):
-    """The program's image; coordinates, index and existence [P] of its pixels; range of pairs."""
+def get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE: tl.constexpr):
+    """The program's image, where its pairs begin, how many they are, and its pixels: columns
+    [TILE], rows [TILE], index and existence [P]."""
     image = (tl.program_id(0) // tiles).to(tl.int64)
-    x, y = pixel_centres(tl.program_id(0) % tiles, tiles_x, TILE)
-    start = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2)
-    end = tl.load(ranges_ptr + tl.program_id(0).to(tl.int64) * 2 + 1)
-    return image, (x, y), (image * height + y) * width + x, (x < width) & (y < height), start, end
+    tile = tl.program_id(0) % tiles
+    start = tl.load(offsets_ptr + tl.program_id(0))
+    count = (tl.load(offsets_ptr + tl.program_id(0) + 1) - start).to(tl.int32)
+    x = tile % tiles_x * TILE + tl.arange(0, TILE)
+    y = tile // tiles_x * TILE + tl.arange(0, TILE)
+    pixel = tl.reshape((image * height + y[:, None]) * width + x[None, :], [TILE * TILE])
+    inside = tl.reshape((x < width)[None, :] & (y < height)[:, None], [TILE * TILE])
+    return image, start, count, (x, y), pixel, inside
 
 
 @triton.jit
-def load_chunk(splats, k, used):
-    """Index, mean, conic and opacity [K] of the pairs k; opacity 0 where not used."""
-    gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N = splats
-    n = tl.load(gaussians_ptr + k, used, 0).to(tl.int64)
-    mean_ptr, conic_ptr = means2d_ptr + (image_N + n) * 2, conics_ptr + (image_N + n) * 3
-    mean = tl.load(mean_ptr, used, 0.0), tl.load(mean_ptr + 1, used, 0.0)
-    A, B = tl.load(conic_ptr, used, 1.0), tl.load(conic_ptr + 1, used, 0.0)
-    conic = A, B, tl.load(conic_ptr + 2, used, 1.0)
-    return n, mean, conic, tl.load(opacities_ptr + scene_N + n, used, 0.0)
+def centres(xy):
+    """Pixel centres along the columns and rows of weights [KI, TILE, KO, TILE]."""
+    x, y = xy[0].to(tl.float32) + 0.5, xy[1].to(tl.float32) + 0.5
+    return x[None, None, None, :], y[None, :, None, None]
 
 
 @triton.jit
-def pair_alpha(xy, mean, conic, opacity):
-    """Offsets d_x, d_y, falloff exp(-q) and alpha, each [P, K], of pixels [P] and Gaussians [K]."""
-    dx = mean[0][None, :] - (xy[0][:, None] + 0.5)
-    dy = mean[1][None, :] - (xy[1][:, None] + 0.5)
-    A, B, C = conic
-    q = 0.5 * (A[None, :] * dx * dx + C[None, :] * dy * dy) + B[None, :] * dx * dy
-    falloff = tl.exp(-tl.maximum(q, 0.0))
-    alpha = tl.minimum(opacity[None, :] * falloff, MAX_ALPHA)
-    return dx, dy, falloff, tl.where(alpha >= MIN_ALPHA, alpha, 0.0)
+def places(KI: tl.constexpr):
+    """[KI, KO]: which Gaussian of a chunk is where in the weights."""
+    return tl.arange(0, KO)[None, :] * KI + tl.arange(0, KI)[:, None]
 
 
 @triton.jit
-def load_token(factors, n, used, j, J: tl.constexpr):
-    """Rows [K] of the j-th tokens of the Gaussians n, and their weights [K]."""
-    indices_ptr, mix_ptr, scene_N, scene_M = factors
-    at = (scene_N + n) * J + j
-    return scene_M + tl.load(indices_ptr + at, used, 0), tl.load(mix_ptr + at, used, 0.0)
+def load_splats(splats_ptr, n, used):
+    """Rows [KI, KO, 8] of the Gaussians n. Where not used, cap is 0, and so is alpha."""
+    at = n.to(tl.int64)[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    return tl.load(splats_ptr + at, used[:, :, None], 0.0)
 
 
 @triton.jit
-def load_features(features_ptr, factors, n, used, c, C, DTYPE: tl.constexpr, J: tl.constexpr):
-    """Features [K, channels c] of the Gaussians n: their own rows, or mixtures of J rows."""
-    used_c = used[:, None] & (c < C)[None, :]
-    if J == 0:
-        row = factors[3] + n
-        return tl.load(features_ptr + row[:, None] * C + c[None, :], used_c, 0.0).to(DTYPE)
-    f = tl.zeros([n.shape[0], c.shape[0]], tl.float32)
-    for j in tl.static_range(J):
-        row, mix = load_token(factors, n, used, j, J)
-        token = tl.load(features_ptr + row[:, None] * C + c[None, :], used_c, 0.0)
-        f += mix[:, None] * token.to(tl.float32)
-    return f.to(DTYPE)
+def columns(rows, KI: tl.constexpr):
+    """The first seven columns of rows [KI, KO, 8], each [KI, 1, KO, 1]."""
+    x0246, x1357 = tl.split(tl.reshape(rows, [KI, 1, KO, 1, 4, 2]))
+    x04, x26 = tl.split(tl.reshape(x0246, [KI, 1, KO, 1, 2, 2]))
+    x15, x37 = tl.split(tl.reshape(x1357, [KI, 1, KO, 1, 2, 2]))
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, _ = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    """One instruction. Not pure, or the compiler makes it again in the layout of the product."""
+    if FAST:
+        asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=False, pack=1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def pair_alpha(splat, xy, FAST: tl.constexpr):
+    """Offsets x, y, and alpha, each [KI, TILE, KO, TILE]."""
+    mx, my, o, cap, A, B, C = splat
+    x, y = mx - xy[0], my - xy[1]
+    q = (B * x + C * y) * y + (A * x * x + o)
+    alpha = tl.minimum(exp2(q, FAST), cap)
+    return x, y, tl.where(alpha >= MIN_ALPHA, alpha, 0.0)
+
+
+@triton.jit
+def behind(l1, w1, l2, w2):
+    return l1 * l2, l1 * w2
+
+
+@triton.jit
+def last_of(x, KI: tl.constexpr):
+    """x [KI, ...] at ki = KI - 1."""
+    final = tl.arange(0, KI)[:, None, None, None] == KI - 1
+    return tl.max(tl.where(final, x, 0.0), 0)
+
+
+@triton.jit
+def scan(alpha, w, before, KI: tl.constexpr):
+    """Of values w [KI, TILE, KO, TILE] what passes all Gaussians in front: w_k R_{k-1}, and R_k.
+    before [TILE, KO, TILE]: R before the chunk, the same for all ko. Also returns R after it."""
+    R, w = tl.associative_scan((1 - alpha, w), 0, behind)  # within a thread
+    # Between the KO groups; the first carries what is before
+    head = tl.arange(0, KO)[None, :, None] == 0
+    group = last_of(R, KI) * tl.where(head, before, 1.0)
+    ones = tl.full(group.shape, 1.0, tl.float32)
+    after, front = tl.associative_scan((group, ones), 1, behind)
+    front = tl.where(head, before, front)
+    after = tl.broadcast_to(tl.min(after, 1, keep_dims=True), after.shape)
+    return w * front[None], R * front[None], after
+
+
+@triton.jit
+def as_matrix(w, P: tl.constexpr, K: tl.constexpr):
+    """[KI, TILE, KO, TILE] -> [P, K]"""
+    return tl.reshape(tl.permute(w, (1, 3, 2, 0)), [P, K])
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    """x for a product. Tensor cores cut float32 off to TF32's 10 bits: half a unit of the last of
+    them, added before, makes that rounding."""
+    if FAST and DTYPE == tl.float32 and PRECISION == "tf32":
+        return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+# ------------------------------------------------------------------------------ forward
 
 
 @triton.jit
 def blend_forward_kernel(
-    means2d_ptr,  # [I, N, 2] pixels
-    conics_ptr,  # [I, N, 3]
-    opacities_ptr,  # [B, N]
-    features_ptr,  # [B, M, C]; M = N unless factored
-    indices_ptr,  # [B, N, J] int32, of a scene's features; read if J
-    mix_ptr,  # [B, N, J] float32; read if J
+    splats_ptr,  # [I, N, 8]
+    features_ptr,  # [B, N, C]
     gaussians_ptr,  # [pairs] int32
-    ranges_ptr,  # [I * tiles, 2] int64
+    offsets_ptr,  # [I * tiles + 1] int64
     out_ptr,  # out [I, H, W, C]
-    transmittance_ptr,  # out [I, H, W]: T
-    last_ptr,  # out [I, H, W] int32: one past the last pair that was blended, within the tile
-    N, M, C, V, width, height, tiles_x, tiles,
-    TILE: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr,
+    alphas_ptr,  # out [I, H, W]
+    transmittance_ptr,  # out [I, H, W]: T; written if SAVE
+    last_ptr,  # out [I, H, W] int32: one past the last pair that was blended; written if SAVE
+    N, C, V, width, height, tiles_x, tiles,
+    TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    image, xy, pixel, inside, start, end = get_tile(ranges_ptr, width, height, tiles_x, tiles, TILE)
-    image_N, scene_N = image * N, image // V * N
-    splats = gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N
-    factors = indices_ptr, mix_ptr, scene_N, image // V * M
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    acc = tl.zeros([TILE * TILE, BLOCK_C], tl.float32)
-    R_before = tl.full([TILE * TILE], 1.0, tl.float32)  # R before the chunk, also past the stop
-    T = tl.full([TILE * TILE], 1.0, tl.float32)
-    last = tl.zeros([TILE * TILE], tl.int32)
-    chunk = start
-    while (chunk < end) & (tl.max(R_before, 0) > MIN_TRANSMITTANCE):
-        k = chunk + tl.arange(0, K)
-        n, mean, conic, opacity = load_chunk(splats, k, k < end)
-        _, _, _, alpha = pair_alpha(xy, mean, conic, opacity)
-        R = R_before[:, None] * tl.cumprod(1 - alpha, 1)
-        # alpha > 0: a parallel scan may round the R of a skipped Gaussian above an earlier R
-        blended = (R > MIN_TRANSMITTANCE) & (alpha > 0)
-        w = tl.where(blended, alpha * R / (1 - alpha), 0.0)
-        f = load_features(features_ptr, factors, n, k < end, c, C, DOT_DTYPE, J)
+    P: tl.constexpr = TILE * TILE
+    K: tl.constexpr = KI * KO
+    tile = get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE)
+    image, start, count, xy, pixel, inside = tile
+    splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
+    gaussians_ptr += start
+    c = tl.program_id(1) * (BLOCK_C * BLOCKS) + tl.arange(0, BLOCK_C)
+    acc = ()
+    for i in tl.static_range(BLOCKS):
+        acc = acc + (tl.zeros([P, BLOCK_C], tl.float32),)
+    R_after = tl.full([TILE, KO, TILE], 1.0, tl.float32)
+    alphas = tl.zeros([TILE, KO, TILE], tl.float32)
+    T = tl.full([TILE, KO, TILE], 1.0, tl.float32)
+    last = tl.zeros([TILE, KO, TILE], tl.int32)
+
+    # Loads run a chunk ahead. Past the end features are the last Gaussian's; their weight is 0
+    k, place = tl.arange(0, K), places(KI)
+    row = tl.load(gaussians_ptr + tl.minimum(k, count - 1), tl.minimum(k, count - 1) >= 0, 0)
+    n = tl.load(gaussians_ptr + place, place < count, 0)
+    ahead = load_splats(splats_ptr, n, place < count)
+    n = tl.load(gaussians_ptr + K + place, K + place < count, 0)
+    chunk = 0
+    while (chunk < count) & (tl.max(R_after) > MIN_TRANSMITTANCE):
+        at, f = features_ptr + row.to(tl.int64)[:, None] * C + c[None, :], ()
+        for i in tl.static_range(BLOCKS):
+            f = f + (tl.load(at + i * BLOCK_C, (c + i * BLOCK_C < C)[None, :], 0.0),)
+        splats, next = ahead, chunk + K
+        row = tl.load(gaussians_ptr + tl.minimum(next + k, count - 1))
+        ahead = load_splats(splats_ptr, n, next + place < count)
+        n = tl.load(gaussians_ptr + next + K + place, next + K + place < count, 0)
+
+        _, _, alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
+        w, R, R_after = scan(alpha, alpha, R_after, KI)
+        w = tl.where(R > MIN_TRANSMITTANCE, w, 0.0)
+        alphas += tl.sum(w, 0)
+        if SAVE:
+            T = tl.minimum(T, tl.min(tl.where(w > 0, R, 1.0), 0))
+            number = (chunk + 1 + place)[:, None, :, None]
+            last = tl.maximum(last, tl.max(tl.where(w > 0, number, 0), 0))
+
         # [P, K] @ [K, BLOCK_C] -> [P, BLOCK_C]
-        acc = tl.dot(w.to(DOT_DTYPE), f, acc, input_precision=PRECISION)
-        T = tl.minimum(T, tl.min(tl.where(blended, R, 1.0), 1))
-        number = (k - start + 1).to(tl.int32)
-        last = tl.maximum(last, tl.max(tl.where(blended, number[None, :], 0), 1))
-        R_before = tl.min(R, 1)
+        w, sums = as_matrix(operand(w, DTYPE, PRECISION, FAST), P, K), ()
+        for i in tl.static_range(BLOCKS):
+            f_i = operand(f[i], DTYPE, PRECISION, FAST)
+            sums = sums + (tl.dot(w, f_i, acc[i], input_precision=PRECISION),)
+        acc = sums
         chunk += K
 
-    at, inside_c = pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), inside_c)
+    at = out_ptr + pixel[:, None] * C + c[None, :]
+    for i in tl.static_range(BLOCKS):
+        inside_c = inside[:, None] & (c + i * BLOCK_C < C)[None, :]
+        tl.store(at + i * BLOCK_C, acc[i].to(out_ptr.dtype.element_ty), inside_c)
     if tl.program_id(1) == 0:
-        tl.store(transmittance_ptr + pixel, T, inside)
-        tl.store(last_ptr + pixel, last, inside)
+        tl.store(alphas_ptr + pixel, tl.reshape(tl.sum(alphas, 1), [P]), inside)
+        if SAVE:
+            tl.store(transmittance_ptr + pixel, tl.reshape(tl.min(T, 1), [P]), inside)
+            tl.store(last_ptr + pixel, tl.reshape(tl.max(last, 1), [P]), inside)
 
 
-# Backward. Given v_out [P, C] and v_alpha [P], per pixel:
+# ------------------------------------------------------------------------------ backward
+# Given v_out [P, C] and v_alpha [P], per pixel:
 #
 #     v_f_k = sum_p w_k v_out_p                                 = w' @ v_out, a matrix product
 #     g_k   = v_out_p . f_k + v_alpha_p, the gradient by w_k    = v_out @ f', another
 #     S_k   = sum_{j>k} w_j g_j                                 what lies behind k
-#     v_a_k = T_k g_k - S_k / (1 - a_k),   T_k = R_k / (1 - a_k)
+#     v_a_k = R_{k-1} g_k - S_k / (1 - a_k)
+#     v_q_k = ln 2 a_k v_a_k where a was not cut off at 0.99
 #
-# and, where alpha was not cut off at 0.99 (a = opacity exp(-q), so that v_q = -a v_a):
+# The gradients by a splat are sums over p of v_q times 1, x, y, x^2, xy, y^2. With (u, v) = p from
+# the tile's centre, and (r, s) the mean from there, x = r - u and y = s - v. So one more product
+# makes all six from the moments M = v_q' @ [1, u, v, u^2, uv, v^2], where (u, v) are the same for
+# all Gaussians, and exact in TF32:
 #
-#     v_opacity = sum_p exp(-q) v_a
-#     v_A = sum_p 1/2 d_x^2 v_q,    v_B = sum_p d_x d_y v_q,    v_C = sum_p 1/2 d_y^2 v_q
-#     v_m = sum_p (A d_x + B d_y, B d_x + C d_y) v_q
+#     v_o = M_1,    X = r M_1 - M_u,    Y = s M_1 - M_v         sums of v_q x and v_q y
+#     v_A = r (X - M_u) + M_uu,    v_B = s X - r M_v + M_uv,    v_C = s (Y - M_v) + M_vv
+#     v_mx = 2 A X + B Y,    v_my = B X + 2 C Y
 #
 # Chunks are taken back to front. R before a chunk is R after it divided by the chunk's product,
 # starting from the stored T; S is carried along. Within a chunk, what lies behind k is the chunk's
 # total minus the sum up to k: what rounding loses is relative to the chunk, not to the whole ray.
-@triton.jit
-def alpha_backward(dx, dy, falloff, alpha, conic, opacity, v_a):
-    """What pixels add to v_m, (v_A, v_B, v_C) and v_opacity, each [P, K], by v_a [P, K]."""
-    A, B, C = conic
-    raw = opacity[None, :] * falloff
-    v_a = tl.where((alpha > 0) & (raw <= MAX_ALPHA), v_a, 0.0)
-    v_q = -raw * v_a
-    v_mx = (A[None, :] * dx + B[None, :] * dy) * v_q
-    v_my = (B[None, :] * dx + C[None, :] * dy) * v_q
-    return (v_mx, v_my), (0.5 * dx * dx * v_q, dx * dy * v_q, 0.5 * dy * dy * v_q), falloff * v_a
 
 
 @triton.jit
-def add_sums(ptr, columns, used):
-    """The sums over pixels of columns [P, K] to neighbours in memory."""
-    for i in tl.static_range(len(columns)):
-        tl.atomic_add(ptr + i, tl.sum(columns[i], 0), used, sem="relaxed")
+def chunk_backward(splats, xy, place, last, T, KI: tl.constexpr, FAST: tl.constexpr):
+    """Alpha and R before each [KI, TILE, KO, TILE], and R before the chunk [TILE, KO, TILE], of the
+    chunk whose Gaussians are number `place` of the tile, where T is R after it."""
+    _, _, alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
+    alpha = tl.where(place[:, None, :, None] < last[None], alpha, 0.0)
+    ones = tl.full(T.shape, 1.0, tl.float32)
+    R_before, _, product = scan(alpha, tl.full(alpha.shape, 1.0, tl.float32), ones, KI)
+    T = T / product
+    return alpha, R_before * T[None], T
 
 
 @triton.jit
-def add_features(v_features_ptr, factors, n, used, c, C, v_f, J: tl.constexpr):
-    """v_f [K, channels c] to where `load_features` loads from."""
-    used_c = used[:, None] & (c < C)[None, :]
-    if J == 0:
-        row = factors[3] + n
-        tl.atomic_add(v_features_ptr + row[:, None] * C + c[None, :], v_f, used_c, sem="relaxed")
-    for j in tl.static_range(J):
-        row, mix = load_token(factors, n, used, j, J)
-        at = row[:, None] * C + c[None, :]
-        tl.atomic_add(v_features_ptr + at, mix[:, None] * v_f, used_c, sem="relaxed")
+def alpha_backward(alpha, R_before, g, S):
+    """v_q [KI, TILE, KO, TILE], and S [TILE, KO, TILE] with the chunk behind it, from S behind."""
+    wg = alpha * R_before * g
+    group = tl.sum(wg, 0)  # of a thread's Gaussians
+    total = tl.broadcast_to(tl.sum(group, 1, keep_dims=True), group.shape)
+    rest = S + total - (tl.cumsum(group, 1) - group)  # behind the start of a thread's Gaussians
+    v_a = R_before * g - (rest[None] - tl.cumsum(wg, 0)) / (1 - alpha)
+    return tl.where(alpha < MAX_ALPHA, alpha * v_a * LN2, 0.0), S + total
+
+
+@triton.jit
+def splats_backward(v_splats_ptr, splats_ptr, n, used, xy, v_q, FAST: tl.constexpr):
+    """Add what v_q [P, K] says to the gradients by the splats n [K]."""
+    TILE: tl.constexpr = xy[0].shape[0]
+    p, column = tl.arange(0, TILE * TILE)[:, None], tl.arange(0, 16)[None, :]
+    centre: tl.constexpr = 0.5 * (TILE - 1)
+    u, v = (p % TILE).to(tl.float32) - centre, (p // TILE).to(tl.float32) - centre
+    powers = tl.where(column == 0, 1.0, tl.where(column == 1, u, tl.where(column == 2, v, 0.0)))
+    squares = tl.where(column == 3, u * u, tl.where(column == 4, u * v, v * v))
+    powers = tl.where((column > 2) & (column < 6), squares, powers)
+    precision: tl.constexpr = "tf32x3" if FAST else "ieee"
+    M = tl.dot(tl.trans(v_q), powers, input_precision=precision)  # [K, P] @ [P, 16] -> [K, 16]
+    M1, Mu, Mv = column_of(M, 0), column_of(M, 1), column_of(M, 2)
+    Muu, Muv, Mvv = column_of(M, 3), column_of(M, 4), column_of(M, 5)
+
+    splat_ptr, v_ptr = splats_ptr + n * 8, v_splats_ptr + n * 8
+    r = tl.load(splat_ptr, used, 0.0) - (tl.min(xy[0], 0) + 0.5 * TILE)
+    s = tl.load(splat_ptr + 1, used, 0.0) - (tl.min(xy[1], 0) + 0.5 * TILE)
+    A, B = tl.load(splat_ptr + 4, used, 0.0), tl.load(splat_ptr + 5, used, 0.0)
+    C = tl.load(splat_ptr + 6, used, 0.0)
+    X, Y = r * M1 - Mu, s * M1 - Mv
+    tl.atomic_add(v_ptr, 2 * A * X + B * Y, used, sem="relaxed")
+    tl.atomic_add(v_ptr + 1, B * X + 2 * C * Y, used, sem="relaxed")
+    tl.atomic_add(v_ptr + 2, M1, used, sem="relaxed")
+    tl.atomic_add(v_ptr + 4, r * (X - Mu) + Muu, used, sem="relaxed")
+    tl.atomic_add(v_ptr + 5, s * X - r * Mv + Muv, used, sem="relaxed")
+    tl.atomic_add(v_ptr + 6, s * (Y - Mv) + Mvv, used, sem="relaxed")
+
+
+@triton.jit
+def column_of(M, i: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, M.shape[1])[None, :] == i, M, 0.0), 1)
+
+
+@triton.jit
+def load_block(ptr, at, inside, c, C, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+               FAST: tl.constexpr):  # fmt: skip
+    """Rows `at` [R] of a matrix of C columns, columns c [BLOCK_C], for a product."""
+    block = tl.load(ptr + at[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0)
+    return operand(block, DTYPE, PRECISION, FAST)
 
 
 @triton.jit
 def blend_backward_kernel(
-    means2d_ptr, conics_ptr, opacities_ptr, features_ptr, indices_ptr, mix_ptr,  # as forward
-    gaussians_ptr, ranges_ptr, transmittance_ptr, last_ptr,  # as forward
+    splats_ptr, features_ptr, gaussians_ptr, offsets_ptr,  # as forward
+    transmittance_ptr, last_ptr,  # as forward
     v_out_ptr, v_alphas_ptr,  # [I, H, W, C] and [I, H, W]
-    v_means2d_ptr, v_conics_ptr, v_opacities_ptr, v_features_ptr,  # out float32, added to
-    N, M, C, V, width, height, tiles_x, tiles,
-    TILE: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr,
-    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr,
+    v_splats_ptr,  # out [I, N, 8], added to; None: not wanted
+    v_features_ptr,  # out [B, N, C] float32, added to; None: not wanted
+    N, C, V, width, height, tiles_x, tiles,
+    TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    image, xy, pixel, inside, start, end = get_tile(ranges_ptr, width, height, tiles_x, tiles, TILE)
-    image_N, scene_N = image * N, image // V * N
-    splats = gaussians_ptr, means2d_ptr, conics_ptr, opacities_ptr, image_N, scene_N
-    factors = indices_ptr, mix_ptr, scene_N, image // V * M
-    T = tl.load(transmittance_ptr + pixel, inside, 1.0)  # after the chunk
-    last = tl.load(last_ptr + pixel, inside, 0)
-    v_alpha_out = tl.load(v_alphas_ptr + pixel, inside, 0.0)
-    S = tl.zeros([TILE * TILE], tl.float32)  # behind the chunk
-    chunks = tl.cdiv(tl.max(last, 0), K)
-    for i in range(chunks):
-        number = (chunks - 1 - i) * K + tl.arange(0, K)
-        k = start + number
-        used = k < end
-        n, mean, conic, opacity = load_chunk(splats, k, used)
-        dx, dy, falloff, alpha = pair_alpha(xy, mean, conic, opacity)
-        alpha = tl.where(number[None, :] < last[:, None], alpha, 0.0)
-        R = tl.cumprod(1 - alpha, 1)
-        T_before = T / tl.min(R, 1)
-        T_k = T_before[:, None] * R / (1 - alpha)
-        w = alpha * T_k
+    P: tl.constexpr = TILE * TILE
+    K: tl.constexpr = KI * KO
+    tile = get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE)
+    image, start, count, xy, pixel, inside = tile
+    splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
+    c = tl.arange(0, BLOCK_C)
+    T, last = load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE)
+    v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
+    S = tl.zeros([TILE, KO, TILE], tl.float32)  # behind the chunk
+    v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
 
-        g = tl.zeros([TILE * TILE, K], tl.float32) + v_alpha_out[:, None]
-        for first in range(0, C, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            f = load_features(features_ptr, factors, n, used, c, C, DOT_DTYPE, J)
-            at, inside_c = pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
-            v_out = tl.load(v_out_ptr + at, inside_c, 0.0).to(DOT_DTYPE)
-            # [P, BLOCK_C] @ [BLOCK_C, K] -> [P, K], and [K, P] @ [P, BLOCK_C] -> [K, BLOCK_C]
-            g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
-            v_f = tl.dot(tl.trans(w.to(DOT_DTYPE)), v_out, input_precision=PRECISION)
-            add_features(v_features_ptr, factors, n, used, c, C, v_f, J)
+    chunks = tl.cdiv(tl.max(last), K)
+    for chunk in range(chunks):
+        first = (chunks - 1 - chunk) * K
+        k, place = first + tl.arange(0, K), first + places(KI)
+        row = tl.load(gaussians_ptr + start + k, k < count, 0).to(tl.int64)
+        n = tl.load(gaussians_ptr + start + place, place < count, 0)
+        splats = load_splats(splats_ptr, n, place < count)
+        alpha, R_before, T = chunk_backward(splats, xy, place, last, T, KI, FAST)
+        w = as_matrix(operand(alpha * R_before, DTYPE, PRECISION, FAST), P, K)
+        g = tl.zeros([P, K], tl.float32) + v_alpha[:, None]
+        for i in range(BLOCKS):
+            c_i = c + i * BLOCK_C
+            if BLOCKS > 1:  # else it is held
+                v_out = load_block(v_out_ptr, pixel, inside, c_i, C, DTYPE, PRECISION, FAST)
+            if v_splats_ptr is not None:
+                f = load_block(features_ptr, row, k < count, c_i, C, DTYPE, PRECISION, FAST)
+                # [P, BLOCK_C] @ [BLOCK_C, K] -> [P, K]
+                g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
+            if v_features_ptr is not None:
+                # [K, P] @ [P, BLOCK_C] -> [K, BLOCK_C]
+                v_f = tl.dot(tl.trans(w), v_out, input_precision=PRECISION)
+                at = v_features_ptr + (image // V * N + row)[:, None] * C + c_i[None, :]
+                used = (k < count)[:, None] & (c_i < C)[None, :]
+                tl.atomic_add(at, v_f, used, sem="relaxed")
+        if v_splats_ptr is not None:
+            g = tl.permute(tl.reshape(g, [TILE, TILE, KO, KI]), (3, 0, 2, 1))
+            v_q, S = alpha_backward(alpha, R_before, g, S)
+            v_q, v_ptr = as_matrix(v_q, P, K), v_splats_ptr + image * N * 8
+            splats_backward(v_ptr, splats_ptr, row, k < count, xy, v_q, FAST)
 
-        total = tl.sum(w * g, 1)
-        behind = S[:, None] + total[:, None] - tl.cumsum(w * g, 1)
-        v_a = T_k * g - behind / (1 - alpha)
-        v_mean, v_conic, v_opacity = alpha_backward(dx, dy, falloff, alpha, conic, opacity, v_a)
-        add_sums(v_means2d_ptr + (image_N + n) * 2, v_mean, used)
-        add_sums(v_conics_ptr + (image_N + n) * 3, v_conic, used)
-        add_sums(v_opacities_ptr + scene_N + n, (v_opacity,), used)
-        S += total
-        T = T_before
+
+@triton.jit
+def load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE: tl.constexpr):
+    """T and last of the pixels [P], both [TILE, KO, TILE]: the same for all ko."""
+    T = tl.reshape(tl.load(transmittance_ptr + pixel, inside, 1.0), [TILE, 1, TILE])
+    last = tl.reshape(tl.load(last_ptr + pixel, inside, 0), [TILE, 1, TILE])
+    shape: tl.constexpr = [TILE, KO, TILE]
+    return tl.broadcast_to(T, shape), tl.broadcast_to(last, shape)
 
 
-def launch_options(block, C, dtype, tile, precision, J, interpret):
-    """Keyword arguments for a kernel: from a block such as FORWARD, the channels and type of the
-    features, the tile's width, the precision of float32 products ("tf32", "tf32x3" or "ieee") and
-    how many tokens a feature mixes (0: not factored).
+# ------------------------------------------------------------------------------ launcher, autograd
 
-    Half-precision features meet weights rounded to the same type; sums are float32. In Triton's
-    interpreter all is float32, as it multiplies bfloat16 wrongly and float32 exactly.
+
+def launch_options(C, dtype, tile, precision, interpret, backward=False):
+    """Keyword arguments for a kernel of features with C channels of a type; precision is of float32
+    products ("tf32", "tf32x3" or "ieee").
+
+    Sizes are chosen by counting instructions for sm_90 (`python -m kernels.bench`), not by time
+    yet. Half-precision features meet weights rounded to the same type; sums are float32. In
+    Triton's interpreter all is float32, as it multiplies bfloat16 wrongly and float32 exactly.
     """
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    most = 16 if precision == "tf32x3" and J else block["BLOCK_C"]  # else it spills
-    block_c = min(most, max(16, triton.next_power_of_2(C)))  # tl.dot wants 16 at least
-    dot = dict(DOT_DTYPE=types[dtype], PRECISION=precision)
+    single = dtype == torch.float32
+    exact = single and precision != "tf32"  # takes more registers
+    wide = C > 64 and not (exact or backward)
+    most = 128 if wide else 32 if exact else 64
+    block_c = min(most, max(16, triton.next_power_of_2(C)))  # tl.dot wants 16
+    blocks = triton.cdiv(C, block_c)
+    options = dict(TILE=tile, BLOCK_C=block_c, DTYPE=types[dtype], PRECISION=precision)
+    options |= dict(KI=8 if backward or exact or single and wide else 16, FAST=not interpret)
+    options |= dict(BLOCKS=blocks if backward else min(blocks, 3) if wide else 1)
+    options |= dict(num_warps=8 if wide else 4, num_stages=1, enable_fp_fusion=True)
     if interpret:
-        dot = dict(DOT_DTYPE=tl.float32, PRECISION="ieee")
-    return block | dot | dict(BLOCK_C=block_c, TILE=tile, J=J)
+        options |= dict(DTYPE=tl.float32, PRECISION="ieee")
+    return options
 
 
-def _launch(kernel, inputs, others, V, width, height, tile, precision, interpret):
-    """inputs: the eight tensors that come first in both kernels; others: the rest."""
-    means2d, features, indices = inputs[0], inputs[3], inputs[4]
-    (I, N, _), (_, M, C) = means2d.shape, features.shape
-    J = 0 if indices is None else indices.shape[-1]
-    forward = kernel is blend_forward_kernel
-    block = FORWARD if forward else BACKWARD_MIXED if J else BACKWARD
-    options = launch_options(block, C, features.dtype, tile, precision, J, interpret)
-    tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
-    sizes = N, M, C, V, width, height, tiles_x, tiles_x * tiles_y
-    if I:
-        grid = I * tiles_x * tiles_y, triton.cdiv(C, options["BLOCK_C"]) if forward else 1
-        with torch.cuda.device_of(means2d):  # triton launches on the current device
-            kernel[grid](*inputs, *others, *sizes, **options)
+def launch(kernel, tensors, sizes, options, grid):
+    if grid[0]:
+        with torch.cuda.device_of(tensors[0]):  # triton launches on the current device
+            kernel[grid](*tensors, *sizes, **options)
 
 
-def _blend_outputs(means2d, features, width, height):
-    image = means2d.new_empty(len(means2d), height, width)
+def tiles_of(width, height, tile):
+    """How many tiles lie side by side, and in all."""
+    tiles_x = triton.cdiv(width, tile)
+    return tiles_x, tiles_x * triton.cdiv(height, tile)
+
+
+def new_images(splats, features, width, height):
+    """Empty out, alphas, transmittance and last."""
+    image = splats.new_empty(len(splats), height, width)
     out = features.new_empty(*image.shape, features.shape[-1])
     return out, image, torch.empty_like(image), torch.empty_like(image, dtype=torch.int32)
 
 
+def gradients(splats, features, of_splats, of_features):
+    """Zeros to add both gradients to, float32; empty where not asked for."""
+    options = dict(dtype=torch.float32, device=splats.device)
+    both = (splats, of_splats), (features, of_features)
+    return tuple(torch.zeros(t.shape if asked else 0, **options) for t, asked in both)
+
+
+def as_asked(gradients, inputs, wanted):
+    """In the type of the inputs; None where not asked for."""
+    return [v.to(t.dtype) if asked else None for v, t, asked in zip(gradients, inputs, wanted)]
+
+
 @torch.library.custom_op("splat::blend", mutates_args=())
 def blend(
-    means2d: Tensor, conics: Tensor, opacities: Tensor, features: Tensor,
-    indices: Optional[Tensor], mix: Optional[Tensor], gaussians: Tensor, ranges: Tensor,
-    V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
+    splats: Tensor, features: Tensor, gaussians: Tensor, offsets: Tensor,
+    V: int, width: int, height: int, tile: int, precision: str, interpret: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Contiguous tensors, shaped as the kernel's, float32 but for features -> features
-    [I, H, W, C] in their type, alphas, and for the backward transmittance and last [I, H, W]."""
-    out, alphas, transmittance, last = _blend_outputs(means2d, features, width, height)
-    inputs = means2d, conics, opacities, features, indices, mix, gaussians, ranges
-    rest = V, width, height, tile, precision, interpret
-    _launch(blend_forward_kernel, inputs, (out, transmittance, last), *rest)
-    torch.sub(1, transmittance, out=alphas)
-    return out, alphas, transmittance, last
+    """Contiguous tensors, shaped as the kernel's -> features [I, H, W, C] in their type, alphas
+    [I, H, W] and, for a backward pass (if save), transmittance and last [I, H, W]."""
+    images, (_, N, C) = new_images(splats, features, width, height), features.shape
+    options = launch_options(C, features.dtype, tile, precision, interpret) | dict(SAVE=save)
+    tiles_x, tiles = tiles_of(width, height, tile)
+    grid = len(splats) * tiles, triton.cdiv(C, options["BLOCK_C"] * options["BLOCKS"])
+    tensors = splats, features, gaussians, offsets, *images
+    launch(blend_forward_kernel, tensors, (N, C, V, width, height, tiles_x, tiles), options, grid)
+    return images
 
 
 @torch.library.custom_op("splat::blend_backward", mutates_args=())
 def blend_backward(
-    means2d: Tensor, conics: Tensor, opacities: Tensor, features: Tensor,
-    indices: Optional[Tensor], mix: Optional[Tensor], gaussians: Tensor, ranges: Tensor,
+    splats: Tensor, features: Tensor, gaussians: Tensor, offsets: Tensor,
     transmittance: Tensor, last: Tensor, v_out: Tensor, v_alphas: Tensor,
     V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients by means2d, conics, opacities and features, in float32 (half-precision atomic
-    additions are slow, and lose digits)."""
-    inputs = means2d, conics, opacities, features, indices, mix, gaussians, ranges
-    v = tuple(torch.zeros_like(t, dtype=torch.float32) for t in inputs[:4])
-    others = transmittance, last, v_out.contiguous(), v_alphas.contiguous(), *v
-    rest = V, width, height, tile, precision, interpret
-    _launch(blend_backward_kernel, inputs, others, *rest)
+    of_splats: bool, of_features: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients by splats and by features, float32; empty where not asked for. (Half-precision
+    atomic additions are slow, and lose digits.)"""
+    v, (_, N, C) = gradients(splats, features, of_splats, of_features), features.shape
+    options = launch_options(C, features.dtype, tile, precision, interpret, backward=True)
+    tiles_x, tiles = tiles_of(width, height, tile)
+    tensors = splats, features, gaussians, offsets, transmittance, last
+    tensors += v_out.contiguous(), v_alphas.contiguous()
+    tensors += v[0] if of_splats else None, v[1] if of_features else None
+    sizes = N, C, V, width, height, tiles_x, tiles
+    grid = (len(splats) * tiles * (of_splats or of_features),)
+    launch(blend_backward_kernel, tensors, sizes, options, grid)
     return v
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:8], *output[2:])
-    ctx.rest = inputs[8:]
+    ctx.save_for_backward(*inputs[:4], *output[2:])
+    ctx.rest = inputs[4:-1]
 
 
 def _backward(ctx, v_out, v_alphas, _transmittance, _last):
-    *v, v_features = blend_backward(*ctx.saved_tensors, v_out, v_alphas, *ctx.rest)
-    return *v, v_features.to(ctx.saved_tensors[3].dtype), *[None] * 10
+    wanted = ctx.needs_input_grad[:2]
+    v = blend_backward(*ctx.saved_tensors, v_out, v_alphas, *ctx.rest, *wanted)
+    return *as_asked(v, ctx.saved_tensors, wanted), *[None] * 9
 
 
-blend.register_fake(lambda *inputs: _blend_outputs(inputs[0], inputs[3], *inputs[9:11]))
-blend_backward.register_fake(
-    lambda *inputs: tuple(torch.empty_like(t, dtype=torch.float32) for t in inputs[:4])
-)
+blend.register_fake(lambda *inputs: new_images(inputs[0], inputs[1], *inputs[5:7]))
 blend.register_autograd(_backward, setup_context=_save)
+blend_backward.register_fake(lambda splats, f, *rest: gradients(splats, f, *rest[-2:]))

@@ -10,16 +10,27 @@ Forward, with camera rotation R, translation t, focal lengths f and centre c:
 
 The determinant is expanded into det(M covar M') + eps2d (a' + d') + eps2d^2: for a long thin
 Gaussian float32 rounding loses the first term, and the expansion keeps the other two.
+
+Blending reads one row of 8 numbers a Gaussian, a splat:
+
+    (m_x, m_y, o, cap, A, B, C, 0)     o = log2 opacity, cap = min(opacity, 0.99),
+                                       (A, B, C) = -log2(e) (d / 2, -b, a / 2) / det
+
+At an offset (x, y) from m the Gaussian has alpha = min(2^(o + A x^2 + B x y + C y^2), cap).
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .torch_backend import MIN_ALPHA as _MIN_ALPHA
+from . import torch_backend
 
-MIN_ALPHA = tl.constexpr(_MIN_ALPHA)
+MAX_ALPHA = tl.constexpr(torch_backend.MAX_ALPHA)
+MIN_ALPHA = tl.constexpr(torch_backend.MIN_ALPHA)
+LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 BLOCK = 128  # Gaussians per program; memory-bound, and not sensitive to it
 
 
@@ -31,7 +42,7 @@ def load_vector(ptr, valid=True):
 
 @triton.jit
 def store_vector(ptr, v, valid):
-    for i in tl.static_range(3):
+    for i in tl.static_range(len(v)):
         tl.store(ptr + i, v[i], valid)
 
 
@@ -100,10 +111,10 @@ def project_forward_kernel(
     opacities_ptr,  # [B, N]
     viewmats_ptr,  # [B, V, 4, 4]
     Ks_ptr,  # [B, V, 3, 3]
-    means2d_ptr,  # out [B, V, N, 2] pixels
-    conics_ptr,  # out [B, V, N, 3] inverse image covariance: xx, xy, yy
+    splats_ptr,  # out [B, V, N, 8]
     depths_ptr,  # out [B, V, N]
     radii_ptr,  # out [B, V, N, 2] half size in pixels of the box where alpha >= 1/255; -1: none
+    bad_ptr,  # out [1] int32: 1 if an argument is NaN or infinite; else untouched
     N, V, width, height, near_plane, far_plane, eps2d,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -112,41 +123,53 @@ def project_forward_kernel(
     valid = i < N
     gaussian, out = image // V * N + i, image * N + i
     R, t, f, c = load_camera(viewmats_ptr + image * 16, Ks_ptr + image * 9)
-    x, y, depth = add(transform(R, load_vector(means_ptr + gaussian * 3, valid)), t)
+    mean = load_vector(means_ptr + gaussian * 3, valid)
+    covar = load_covar(covars_ptr + gaussian * 9, valid)
+    opacity = tl.load(opacities_ptr + gaussian, valid, 0.0)
+    x, y, depth = add(transform(R, mean), t)
     visible = valid & (depth > near_plane) & (depth < far_plane)
     z = tl.where(visible, depth, 1.0)
     slope_x, slope_y = tl.where(visible, x, 0.0) / z, tl.where(visible, y, 0.0) / z
+
+    # A sum of all arguments is NaN or infinite if one of them is
+    total = x + y + depth + opacity + f[0] + f[1] + c[0] + c[1]
+    for i in tl.static_range(3):
+        total += covar[i][0] + covar[i][1] + covar[i][2]
+    bad = valid & ((total - total) != 0)
+    if tl.max(bad.to(tl.int32), 0) > 0:
+        tl.atomic_max(bad_ptr, 1)
 
     # Image covariance [[a, b], [b, d]]
     u, _ = clamp_slope(slope_x, f[0], c[0], width)
     w, _ = clamp_slope(slope_y, f[1], c[1], height)
     M0, M1 = row_of_M(f[0], z, u, R[0], R[2]), row_of_M(f[1], z, w, R[1], R[2])
-    covar = load_covar(covars_ptr + gaussian * 9, valid)
     covar_M1 = transform(covar, M1)
     a, b, d = dot(M0, transform(covar, M0)), dot(M0, covar_M1), dot(M1, covar_M1)
     det = a * d - b * b + eps2d * (a + d) + eps2d * eps2d
     a, d = a + eps2d, d + eps2d
 
     # alpha >= 1/255 is q <= ln(255 opacity): an ellipse, half as wide as sqrt(2 q variance)
-    opacity = tl.load(opacities_ptr + gaussian, valid, 0.0)
     reach = 2 * tl.log(tl.maximum(opacity, 1e-12) / MIN_ALPHA)
     visible = visible & (det > 0) & (a > 0) & (reach >= 0)
     det = tl.where(visible, det, 1.0)
     reach = tl.maximum(reach, 0.0)
     rx = tl.where(visible, tl.sqrt(reach * tl.maximum(a, 0.0)), -1.0)
     ry = tl.where(visible, tl.sqrt(reach * tl.maximum(d, 0.0)), -1.0)
-
-    tl.store(means2d_ptr + out * 2, f[0] * slope_x + c[0], valid)
-    tl.store(means2d_ptr + out * 2 + 1, f[1] * slope_y + c[1], valid)
-    store_vector(conics_ptr + out * 3, (d / det, -b / det, a / det), valid)
     tl.store(depths_ptr + out, depth, valid)
     tl.store(radii_ptr + out * 2, rx, valid)
     tl.store(radii_ptr + out * 2 + 1, ry, valid)
 
+    m = f[0] * slope_x + c[0], f[1] * slope_y + c[1]
+    o, cap = tl.log2(tl.maximum(opacity, 1e-30)), tl.minimum(opacity, MAX_ALPHA)
+    half = -0.5 / det * LOG2E
+    splat = m[0], m[1], o, cap, half * d, -2 * half * b, half * a, tl.zeros([BLOCK], tl.float32)
+    store_vector(splats_ptr + out * 8, splat, valid)
 
-# Backward. v_t is the gradient of the loss by t. With Q = inv(S2) = [[A, B], [B, C]], of which B is
-# stored once, the symmetric gradient by Q is G = [[v_A, v_B/2], [v_B/2, v_C]], and
+
+# Backward. v_t is the gradient of the loss by t. A splat's (A, B, C) hold inv(S2) = Q:
 #
+#     Q = -ln 2 [[2 A, B], [B, 2 C]],    G = -log2(e) / 2 [[v_A, v_B], [v_B, v_C]], gradient by Q
+#     v_opacity = log2(e) v_o / opacity
 #     v_S2    = -Q G Q = [[v_a, v_b], [v_b, v_d]]
 #     v_covar = M' v_S2 M
 #     v_J     = 2 v_S2 J (R covar R') = 2 v_S2 (M covar) R'
@@ -162,10 +185,11 @@ def project_forward_kernel(
 #
 # A program walks over the views of its Gaussians, so that the sums need no atomics.
 @triton.jit
-def conic_backward(Q, v_Q):
-    """v_S2 = (v_a, v_b, v_d) by the stored entries (A, B, C) of Q and their gradient."""
-    A, B, C = Q
-    v_A, v_B, v_C = v_Q[0], 0.5 * v_Q[1], v_Q[2]  # G
+def conic_backward(conic, v_conic):
+    """v_S2 = [[v_a, v_b], [v_b, v_d]] by a splat's (A, B, C) and their gradient."""
+    A, B, C = conic[0] * (-2 * LN2), conic[1] * -LN2, conic[2] * (-2 * LN2)  # Q
+    scale = -0.5 * LOG2E
+    v_A, v_B, v_C = v_conic[0] * scale, v_conic[1] * scale, v_conic[2] * scale  # G
     g00, g01 = v_A * A + v_B * B, v_A * B + v_B * C  # G Q
     g10, g11 = v_B * A + v_C * B, v_B * B + v_C * C
     return -(A * g00 + B * g10), -(A * g01 + B * g11), -(B * g01 + C * g11)
@@ -198,11 +222,11 @@ def jacobian_backward(v_S2, M0, M1, R, covar):
 
 @triton.jit
 def project_backward_kernel(
-    means_ptr, covars_ptr, viewmats_ptr, Ks_ptr, conics_ptr, radii_ptr,  # as forward
-    v_means2d_ptr,  # [B, V, N, 2]
-    v_conics_ptr,  # [B, V, N, 3]
+    means_ptr, covars_ptr, opacities_ptr, viewmats_ptr, Ks_ptr, splats_ptr, radii_ptr,  # as forward
+    v_splats_ptr,  # [B, V, N, 8]; by cap and the last number it is not read
     v_means_ptr,  # out [B, N, 3]
     v_covars_ptr,  # out [B, N, 3, 3]
+    v_opacities_ptr,  # out [B, N]
     N, V, width, height,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +237,7 @@ def project_backward_kernel(
     mean = load_vector(means_ptr + gaussian * 3, valid)
     covar = load_covar(covars_ptr + gaussian * 9, valid)
     zero = tl.zeros([BLOCK], tl.float32)
-    v_mean, v_covar = (zero, zero, zero), (zero, zero, zero, zero, zero, zero)
+    v_mean, v_covar, v_o = (zero, zero, zero), (zero, zero, zero, zero, zero, zero), zero
     for v in range(V):
         # What the forward pass computed
         image = scene * V + v
@@ -227,10 +251,10 @@ def project_backward_kernel(
         M0, M1 = row_of_M(f[0], z, u, R[0], R[2]), row_of_M(f[1], z, w, R[1], R[2])
 
         # All gradients are linear in these three, so what is not visible adds nothing
-        v_mx = tl.load(v_means2d_ptr + at * 2, visible, 0.0)
-        v_my = tl.load(v_means2d_ptr + at * 2 + 1, visible, 0.0)
-        v_conic = load_vector(v_conics_ptr + at * 3, visible)
-        v_S2 = conic_backward(load_vector(conics_ptr + at * 3, visible), v_conic)
+        v_mx, v_my, v_o_here = load_vector(v_splats_ptr + at * 8, visible)
+        v_o += v_o_here
+        v_conic = load_vector(v_splats_ptr + at * 8 + 4, visible)
+        v_S2 = conic_backward(load_vector(splats_ptr + at * 8 + 4, visible), v_conic)
         v_covar = add(v_covar, covar_backward(v_S2, M0, M1))
         v_J00, v_J02, v_J11, v_J12 = jacobian_backward(v_S2, M0, M1, R, covar)
         v_u = tl.where(s_u, -f[0] / z * v_J02, 0.0)
@@ -241,6 +265,8 @@ def project_backward_kernel(
         v_z = v_z / (z * z) - (v_u * u + v_w * w) / z
         v_mean = add(v_mean, transform_back(R, (v_x, v_y, v_z)))
 
+    opacity = tl.load(opacities_ptr + gaussian, valid, 1.0)
+    tl.store(v_opacities_ptr + gaussian, v_o * LOG2E / tl.maximum(opacity, 1e-30), valid)
     store_vector(v_means_ptr + gaussian * 3, v_mean, valid)
     xx, xy, xz, yy, yz, zz = v_covar
     store_vector(v_covars_ptr + gaussian * 9, (xx, xy, xz), valid)
@@ -250,7 +276,8 @@ def project_backward_kernel(
 
 def _project_outputs(means, viewmats):
     B, N, V = *means.shape[:2], viewmats.shape[1]
-    return tuple(means.new_empty(B, V, N, *last) for last in ((2,), (3,), (), (2,)))
+    outputs = (means.new_empty(B, V, N, *last) for last in ((8,), (), (2,)))
+    return *outputs, means.new_zeros(1, dtype=torch.int32)
 
 
 @torch.library.custom_op("splat::project", mutates_args=())
@@ -258,49 +285,49 @@ def project(
     means: Tensor, covars: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor,
     width: int, height: int, near_plane: float, far_plane: float, eps2d: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Contiguous float32 tensors, shaped as the kernel's -> means2d, conics, depths, radii.
-    Differentiable: means and covars by means2d and conics."""
+    """Contiguous float32 tensors, shaped as the kernel's -> splats, depths, radii, bad.
+    Differentiable: means, covars and opacities by splats."""
     outputs = _project_outputs(means, viewmats)
     (B, N), V = opacities.shape, viewmats.shape[1]
     if B * V * N:
         with torch.cuda.device_of(means):  # triton launches on the current device
             project_forward_kernel[(triton.cdiv(N, BLOCK), B * V)](
                 means, covars, opacities, viewmats, Ks, *outputs,
-                N, V, float(width), float(height), near_plane, far_plane, eps2d, BLOCK=BLOCK,
+                N, V, float(width), float(height), near_plane, far_plane, eps2d,
+                BLOCK=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
     return outputs
 
 
 @torch.library.custom_op("splat::project_backward", mutates_args=())
 def project_backward(
-    means: Tensor, covars: Tensor, viewmats: Tensor, Ks: Tensor, conics: Tensor, radii: Tensor,
-    v_means2d: Tensor, v_conics: Tensor, width: int, height: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients by means and covars."""
-    v_means, v_covars = torch.zeros_like(means), torch.zeros_like(covars)
-    if conics.numel():
-        B, V, N, _ = conics.shape
+    means: Tensor, covars: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor,
+    splats: Tensor, radii: Tensor, v_splats: Tensor, width: int, height: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients by means, covars and opacities."""
+    inputs = means, covars, opacities, viewmats, Ks, splats, radii, v_splats.contiguous()
+    (B, N), V = opacities.shape, viewmats.shape[1]
+    if B * V * N:
+        v = tuple(map(torch.empty_like, inputs[:3]))
         with torch.cuda.device_of(means):
             project_backward_kernel[(triton.cdiv(N, BLOCK), B)](
-                means, covars, viewmats, Ks, conics, radii, v_means2d.contiguous(),
-                v_conics.contiguous(), v_means, v_covars,
-                N, V, float(width), float(height), BLOCK=BLOCK,
-            )  # fmt: skip
-    return v_means, v_covars
+                *inputs, *v, N, V, float(width), float(height), BLOCK=BLOCK, enable_fp_fusion=True
+            )
+        return v
+    return tuple(map(torch.zeros_like, inputs[:3]))
 
 
 def _save(ctx, inputs, output):
-    means, covars, _, viewmats, Ks, *ctx.rest = inputs
-    _, conics, depths, radii = output
-    ctx.save_for_backward(means, covars, viewmats, Ks, conics, radii)
-    ctx.mark_non_differentiable(depths, radii)
+    splats, depths, radii, bad = output
+    ctx.save_for_backward(*inputs[:5], splats, radii)
+    ctx.size = inputs[5:7]
+    ctx.mark_non_differentiable(depths, radii, bad)
 
 
-def _backward(ctx, v_means2d, v_conics, _depths, _radii):
-    v_means, v_covars = project_backward(*ctx.saved_tensors, v_means2d, v_conics, *ctx.rest[:2])
-    return v_means, v_covars, *[None] * 8
+def _backward(ctx, v_splats, _depths, _radii, _bad):
+    return *project_backward(*ctx.saved_tensors, v_splats, *ctx.size), *[None] * 7
 
 
 project.register_fake(lambda *inputs: _project_outputs(inputs[0], inputs[3]))
-project_backward.register_fake(lambda *inputs: tuple(map(torch.empty_like, inputs[:2])))
+project_backward.register_fake(lambda *inputs: tuple(map(torch.empty_like, inputs[:3])))
 project.register_autograd(_backward, setup_context=_save)

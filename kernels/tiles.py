@@ -4,10 +4,10 @@ A Gaussian's box (mean -+ radius) covers a rectangle of tiles, and makes one pai
 
     count   how many pairs each tile has; an exclusive sum gives each tile its range of the list
     place   each pair somewhere in its tile's range, as one key: depth bits << 32 | Gaussian
-    sort    runs of RUN keys within each range, a program each; a key's place is how many keys of
-            its run are smaller
+    sort    runs of RUN keys within each range, a program each
     merge   neighbouring runs, twice as long every pass, until the longest tile has one run; a key's
-            place is its place in its own run and how many keys of the other run are smaller
+            place is its place in its own run and how many keys of the other run are smaller. Tiles
+            of at most RUN pairs, which is all of them as a rule, need no pass
 
 Depths are positive, and the bits of positive floats sort as the floats do. Where a pair is placed
 depends on timing, but no two keys of a tile are equal. So the sorted list is the same on every run,
@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128  # Gaussians per program
-RUN = 256  # keys that a program sorts, at most, in RUN^2 comparisons; not timed yet
+FEW = 8  # tiles that a lane goes through alone; more of one Gaussian are shared by all lanes
+RUN = 512  # keys that a program sorts, at most; a tile of the paper's workload has 286, at most 437
 NEVER = tl.constexpr(2**63 - 1)  # sorts behind every key
 
 
@@ -35,78 +36,109 @@ def pixel_span(mean, radius, size):
 
 
 @triton.jit
+def add_pair(next_ptr, keys_ptr, tile, key, todo, PLACE: tl.constexpr):
+    """Count a pair of a Gaussian and a tile or, with PLACE, put its key where the tile has room."""
+    if PLACE:
+        left = tl.atomic_add(next_ptr + tile, -1, todo, sem="relaxed")
+        tl.store(keys_ptr + left - 1, key, todo)
+    else:
+        tl.atomic_add(next_ptr + tile, 1, todo, sem="relaxed")
+
+
+@triton.jit
+def of_lane(x, lane):
+    """x [BLOCK] of one lane, as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0]) == lane, x, 0), 0)
+
+
+@triton.jit
 def pair_kernel(
-    means2d_ptr,  # [I, N, 2]
+    splats_ptr,  # [I, N, 8]: means in the first two
     radii_ptr,  # [I, N, 2]; -1: not visible
     depths_ptr,  # [I, N]; read if PLACE
-    next_ptr,  # [I * tiles] int64: how many pairs each tile has; its next free place if PLACE
+    next_ptr,  # [I * tiles] int64: how many pairs each tile has; with PLACE, where its range ends
     keys_ptr,  # out [P] int64: depth bits << 32 | index in 0..N-1; written if PLACE
     size,  # I * N
     N, width, height, tiles_x, tiles_y,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, PLACE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Count the pairs of every tile or, with PLACE, write them."""
+    """Count the pairs of every tile or, with PLACE, write them, every range from its end."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < size
     rx = tl.load(radii_ptr + at * 2, valid, -1.0)
     ry = tl.load(radii_ptr + at * 2 + 1, valid, -1.0)
-    x0, x1 = pixel_span(tl.load(means2d_ptr + at * 2, valid, 0.0), rx, width)
-    y0, y1 = pixel_span(tl.load(means2d_ptr + at * 2 + 1, valid, 0.0), ry, height)
+    x0, x1 = pixel_span(tl.load(splats_ptr + at * 8, valid, 0.0), rx, width)
+    y0, y1 = pixel_span(tl.load(splats_ptr + at * 8 + 1, valid, 0.0), ry, height)
     left, top = x0 // TILE, y0 // TILE
     across, down = (x1 + TILE - 1) // TILE - left, (y1 + TILE - 1) // TILE - top
     seen = valid & (rx >= 0) & (x1 > x0) & (y1 > y0)
     count = tl.where(seen, across * down, 0)
     across = tl.maximum(across, 1)  # a divisor below
+    first = (at // N * tiles_y + top) * tiles_x + left
+    key = at % N
     if PLACE:
         depth = tl.load(depths_ptr + at, valid, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
-        key = (depth << 32) | (at % N)
-    for i in range(tl.max(count, 0)):  # lanes whose Gaussian is done sit idle
-        tile = (at // N * tiles_y + top + i // across) * tiles_x + left + i % across
-        place = tl.atomic_add(next_ptr + tile, 1, i < count, sem="relaxed")
-        if PLACE:
-            tl.store(keys_ptr + place, key, i < count)
+        key = (depth << 32) | key
+
+    # Every lane goes through the first tiles of its Gaussian
+    for i in range(tl.minimum(tl.max(count, 0), FEW)):
+        tile = first + i // across * tiles_x + i % across
+        add_pair(next_ptr, keys_ptr, tile, key, i < count, PLACE)
+    # All lanes share the other tiles of one large Gaussian after another
+    lane = tl.arange(0, BLOCK)
+    large = tl.min(tl.where(count > FEW, lane, BLOCK), 0)
+    while large < BLOCK:
+        of_first, of_across = of_lane(first, large), of_lane(across, large)
+        of_count, of_key = of_lane(count, large), of_lane(key, large)
+        for start in range(FEW, of_count, BLOCK):
+            j = start + lane
+            tile = of_first + j // of_across * tiles_x + j % of_across
+            add_pair(next_ptr, keys_ptr, tile, of_key, j < of_count, PLACE)
+        large = tl.min(tl.where((count > FEW) & (lane > large), lane, BLOCK), 0)
 
 
 @triton.jit
-def load_run(ranges_ptr, range_ptr, number_ptr, count, RUN: tl.constexpr):
+def load_run(offsets_ptr, range_ptr, number_ptr, count, RUN: tl.constexpr):
     """A program's range and where in the keys its run begins; 0, 0 and 0 without a run."""
-    r = tl.load(range_ptr + tl.program_id(0))
-    start = tl.load(ranges_ptr + r * 2, r < count, 0)
-    end = tl.load(ranges_ptr + r * 2 + 1, r < count, 0)
-    return start, end, start + tl.load(number_ptr + tl.program_id(0)) * RUN
+    if range_ptr is None:  # one run a range
+        start = tl.load(offsets_ptr + tl.program_id(0))
+        end = tl.load(offsets_ptr + tl.program_id(0) + 1)
+        first = start
+    else:
+        r = tl.load(range_ptr + tl.program_id(0))
+        start = tl.load(offsets_ptr + r, r < count, 0)
+        end = tl.load(offsets_ptr + r + 1, r < count, 0)
+        first = start + tl.load(number_ptr + tl.program_id(0)) * RUN
+    return start, end, first
 
 
 @triton.jit
 def sort_kernel(
     keys_ptr,  # [P] int64
-    sorted_ptr,  # out [P] int64: in each range runs of RUN keys, sorted
-    ranges_ptr,  # [R, 2] int64
-    range_ptr,  # [programs] int64: which range a program's run lies in; R for none
-    number_ptr,  # [programs] int64: which run of that range it is
+    sorted_ptr,  # out [P] int64: in each range runs of RUN keys, sorted; int32: their lower halves
+    offsets_ptr,  # [R + 1] int64: where each range begins, and the last ends
+    range_ptr,  # [programs] int64: which range a program's run lies in; R for none; None: in order
+    number_ptr,  # [programs] int64: which run of that range it is; None: the only one
     count,  # R
     RUN: tl.constexpr,
 ):
-    start, end, first = load_run(ranges_ptr, range_ptr, number_ptr, count, RUN)
+    start, end, first = load_run(offsets_ptr, range_ptr, number_ptr, count, RUN)
     end = tl.minimum(end, first + RUN)
     i = first + tl.arange(0, RUN)
-    key = tl.load(keys_ptr + i, i < end, NEVER)
-    place = tl.zeros([RUN], tl.int32)
-    for j in range(first, end, 16):
-        other = tl.load(keys_ptr + j + tl.arange(0, 16), j + tl.arange(0, 16) < end, NEVER)
-        place += tl.sum((other[None, :] < key[:, None]).to(tl.int32), 1)
-    tl.store(sorted_ptr + first + place, key, i < end)
+    key = tl.sort(tl.load(keys_ptr + i, i < end, NEVER))
+    tl.store(sorted_ptr + i, key.to(sorted_ptr.dtype.element_ty), i < end)
 
 
 @triton.jit
 def merge_kernel(
     keys_ptr,  # [P] int64: in each range runs of `length` keys, sorted
-    merged_ptr,  # out [P] int64: runs of 2 * length
-    ranges_ptr, range_ptr, number_ptr, count,  # as sort_kernel's; a program merges RUN keys
+    merged_ptr,  # out [P] int64: runs of 2 * length; int32: their lower halves
+    offsets_ptr, range_ptr, number_ptr, count,  # as sort_kernel's; a program merges RUN keys
     length,
     steps,  # of the binary search: bits of length
     RUN: tl.constexpr,
 ):  # fmt: skip
-    start, end, first = load_run(ranges_ptr, range_ptr, number_ptr, count, RUN)
+    start, end, first = load_run(offsets_ptr, range_ptr, number_ptr, count, RUN)
     i = first - start + tl.arange(0, RUN)  # within the range
     valid = start + i < end
     key = tl.load(keys_ptr + start + i, valid, 0)
@@ -119,72 +151,85 @@ def merge_kernel(
         smaller = open & (tl.load(keys_ptr + middle, open, NEVER) < key)
         low = tl.where(smaller, middle + 1, low)
         high = tl.where(open & (smaller == 0), middle, high)
-    tl.store(merged_ptr + start + (i - run % 2 * length) + (low - other), key, valid)
+    place = start + (i - run % 2 * length) + (low - other)
+    tl.store(merged_ptr + place, key.to(merged_ptr.dtype.element_ty), valid)
 
 
 # A CUDA graph cannot hold it: the host reads how long the lists are
 @torch.library.custom_op("splat::list_tiles", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def list_tiles(
-    means2d: Tensor, depths: Tensor, radii: Tensor, width: int, height: int, tile: int
+    splats: Tensor, depths: Tensor, radii: Tensor, bad: Tensor, width: int, height: int, tile: int
 ) -> tuple[Tensor, Tensor]:
-    """Means2d [I, N, 2], depths [I, N] and radii [I, N, 2] (-1: not visible) of I images,
-    contiguous float32, all but depths in pixels; tiles are square, `tile` pixels wide.
+    """Splats [I, N, 8], depths [I, N] and radii [I, N, 2] (-1: not visible) of I images,
+    contiguous float32, all but depths in pixels; bad [1] int32; tiles are `tile` pixels wide.
 
-    Returns gaussians [P] int32, every tile's Gaussians (0..N-1) front to back, and ranges
-    [I * tiles_y * tiles_x, 2] int64, where each tile's lie, row by row. Waits for the device once,
-    to learn P and the longest list.
+    Returns gaussians [P] int32, every tile's Gaussians (0..N-1) front to back, and offsets
+    [I * tiles_y * tiles_x + 1] int64, where each tile's begin and the last's end, row by row.
+    Waits for the device once, for P, the longest list and bad. NotFinite: bad is not 0.
     """
     I, N = depths.shape
     tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
-    counts = torch.zeros(I * tiles_y * tiles_x, dtype=torch.int64, device=depths.device)
+    R = I * tiles_y * tiles_x
+    # counts[r + 1] is for range r; summed up, offsets[r + 1] is where it ends
+    counts = torch.zeros(R + 1, dtype=torch.int64, device=depths.device)
     if I * N == 0:
-        return counts.new_empty(0, dtype=torch.int32), counts.new_zeros(len(counts), 2)
+        return counts.new_empty(0, dtype=torch.int32), counts
 
     def pairs(next_place, keys, PLACE):
         pair_kernel[(triton.cdiv(I * N, BLOCK),)](
-            means2d, radii, depths, next_place, keys, I * N, N, float(width), float(height),
-            tiles_x, tiles_y, TILE=tile, BLOCK=BLOCK, PLACE=PLACE,
+            splats, radii, depths, next_place, keys, I * N, N, float(width), float(height),
+            tiles_x, tiles_y, TILE=tile, BLOCK=BLOCK, FEW=FEW, PLACE=PLACE,
         )  # fmt: skip
 
     with torch.cuda.device_of(depths):  # triton launches on the current device
-        pairs(counts, None, PLACE=False)
-        ends = counts.cumsum(0)
-        ranges = torch.stack([ends - counts, ends], 1)
-        P, longest = torch.stack([ends[-1], counts.max()]).tolist()
+        pairs(counts[1:], None, PLACE=False)
+        offsets = counts.cumsum(0)
+        status = torch.cat([offsets[-1:], counts.max()[None], bad])
+        P, longest, bad = status.tolist()
+        if bad:
+            raise NotFinite("arguments of rasterize are so large that their sums overflow float32")
         keys = counts.new_empty(P)
         if P:
-            pairs(ends - counts, keys, PLACE=True)
-            keys = sort_ranges(keys, ranges, longest)
-    return keys.int(), ranges  # the lower half of a key is the Gaussian
+            pairs(offsets[1:].clone(), keys, PLACE=True)
+            return sort_ranges(keys, offsets, longest), offsets
+    return keys.int(), offsets
+
+
+class NotFinite(ValueError):
+    """An argument has values that are NaN or infinite."""
 
 
 @list_tiles.register_fake
-def _(means2d, depths, radii, width, height, tile):
+def _(splats, depths, radii, bad, width, height, tile):
     P = torch.library.get_ctx().new_dynamic_size()
     tiles = depths.shape[0] * triton.cdiv(width, tile) * triton.cdiv(height, tile)
-    ranges = depths.new_empty(tiles, 2, dtype=torch.int64)
-    return depths.new_empty(P, dtype=torch.int32), ranges
+    offsets = depths.new_empty(tiles + 1, dtype=torch.int64)
+    return depths.new_empty(P, dtype=torch.int32), offsets
 
 
-def sort_ranges(keys, ranges, longest):
-    """Keys [P] int64 sorted within every range of ranges [R, 2], the longest of which is `longest`.
-
-    No two keys of a range are equal. Returns [P]; overwrites the keys.
+def sort_ranges(keys, offsets, longest):
+    """Keys [P] int64 sorted within every range of offsets [R + 1], the longest of which has
+    `longest`. No two keys of a range are equal. Returns their lower halves [P] int32, which are the
+    Gaussians; overwrites the keys.
     """
+    R, result = len(offsets) - 1, torch.empty_like(keys, dtype=torch.int32)
     run = min(RUN, max(16, triton.next_power_of_2(longest)))
-    runs = (ranges[:, 1] - ranges[:, 0] + run - 1) // run
+    if longest <= run:
+        sort_kernel[(R,)](keys, result, offsets, None, None, R, RUN=run)
+        return result
+    runs = (offsets.diff() + run - 1) // run
     ends = runs.cumsum(0)
     # There are at most P / RUN + R runs. Only the device knows which, and is not waited for
-    program = torch.arange(len(keys) // run + len(ranges), device=keys.device)
+    program = torch.arange(len(keys) // run + R, device=keys.device)
     owner = torch.searchsorted(ends, program, right=True)
-    number = program - (ends - runs)[owner.clamp(max=len(ranges) - 1)]
-    of_program = ranges, owner, number, len(ranges)
+    number = program - (ends - runs)[owner.clamp(max=R - 1)]
+    of_program = offsets, owner, number, R
     done = torch.empty_like(keys)
     sort_kernel[(len(program),)](keys, done, *of_program, RUN=run)
     length = run
     while length < longest:
-        keys, done = done, keys
+        keys, done = done, result if 2 * length >= longest else keys
         steps = length.bit_length()
         merge_kernel[(len(program),)](keys, done, *of_program, length, steps, RUN=run)
         length *= 2
-    return done
+    return result

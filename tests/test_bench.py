@@ -17,13 +17,16 @@ TARGETS = ("80", "90")
 
 
 @pytest.fixture(scope="module")
-def report():
+def report(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.bench", "--compile", *TARGETS]
+    out = tmp_path_factory.mktemp("bench") / "bench.json"
+    command = [sys.executable, "-m", "kernels.bench", "--out", out, "--compile", *TARGETS]
     root = Path(__file__).parent.parent
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    return {(row["kernel"], row["target"]): row for row in map(json.loads, run.stdout.splitlines())}
+    report = json.loads(out.read_text())
+    assert run.stdout.splitlines()[-1] == report["slots"]
+    return {(row["kernel"], row["target"]): row for row in report["compiled"]}
 
 
 def test_every_kernel_compiles(report):
@@ -38,18 +41,32 @@ def test_every_kernel_compiles(report):
 @pytest.mark.parametrize("target", [80, 90])
 def test_blending_forward_keeps_its_registers(report, target):
     rows = {name: row for (name, t), row in report.items() if t == target}
-    spilled = {name: row["stack"] for name, row in rows.items() if "blend_forward" in name}
-    assert spilled == {name: 0 for name in spilled} and len(spilled) == 14
+    spilled = {name: row["stack"] for name, row in rows.items() if "_forward_kernel" in name}
+    assert spilled == {name: 0 for name in spilled} and len(spilled) == 1 + 5 * 7
+
+
+@pytest.mark.parametrize("kernel,most", [
+    ("blend_forward_kernel bf16", 40), ("blend_forward_kernel tf32", 60),
+    ("mixture_forward_kernel bf16", 40), ("blend_forward_kernel tf32, C = 3", 28),
+    ("blend_backward_kernel tf32", 230), ("mixture_backward_kernel bf16", 120),
+])  # fmt: skip
+def test_instructions_do_not_grow(report, kernel, most):
+    """Issue slots per (pixel, Gaussian) on sm_90: README's, with some room for other compilers."""
+    assert 10 < report[kernel, 90]["slots"] <= most
+
+
+def test_384_channels_cost_hardly_more_than_3(report):
+    wide, narrow = (report[f"blend_forward_kernel {k}", 90] for k in ("bf16", "bf16, C = 3"))
+    assert wide["slots"] / narrow["slots"] <= 1.6
 
 
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("kernel", ["blend_forward_kernel", "blend_backward_kernel"])
-@pytest.mark.parametrize(
-    "dtype", ["tf32", "tf32x3", "fp16", "bf16", "tf32 factored", "bf16 factored"]
-)
+@pytest.mark.parametrize("kernel", ["blend", "mixture"])
+@pytest.mark.parametrize("dtype", ["tf32", "tf32x3", "fp16", "bf16"])
 def test_products_run_on_tensor_cores(report, kernel, dtype, target):
-    assert report[f"{kernel} {dtype}", target]["tensor_core"] > 0
-    assert report[f"{kernel} ieee", target]["tensor_core"] == 0
+    assert report[f"{kernel}_forward_kernel {dtype}", target]["tensor_core"] > 0
+    assert report[f"{kernel}_backward_kernel {dtype}", target]["tensor_core"] > 0
+    assert report[f"{kernel}_forward_kernel ieee", target]["tensor_core"] == 0
 
 
 # --------------------------------------------------------------------------- the bench itself
@@ -77,6 +94,21 @@ def test_what_a_gaussian_on_four_tiles_demands():
     needed = bench.floor((memory, 2 * products), "NVIDIA H100 80GB HBM3")
     assert needed == {"bytes": 1, "products": 2}
     assert bench.floor((1, 1), "a card not known") is None
+
+
+def test_predictions_are_the_model():
+    """Halved slots halve what instructions bound; a mixture's time does not see the features."""
+    rows = [dict(kernel=kernel, target=target, slots=400.0)
+            for kernel in bench.SUMMARY.values() for target in (80, 90)]  # fmt: skip
+    lines, last = bench.slots_report(rows)
+    assert last.startswith("slots per (pixel, Gaussian), C = 384, sm_90: dense bf16 400.0")
+    by = {(row["predicted"], row["card"]): row["blending"] for row in lines}
+    instructions = 0.93 * 2.27e6 * 64 * 400 / 32
+    assert by["mixture bf16", "H100"] == pytest.approx(
+        1e3 * instructions / (0.65 * 132 * 4 * 1.755e9), abs=0.01
+    )
+    assert bench.predicted("dense tf32", 1.0, "H100")["blending"] > 0.4  # memory bounds it
+    assert all(row["call"] > row["blending"] for row in lines)
 
 
 def test_errors_leave_out_pixels_where_rounding_decided():

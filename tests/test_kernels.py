@@ -414,8 +414,9 @@ def test_a_mixture_of_bfloat16_tokens(backend):
 @both_backends
 @pytest.mark.parametrize(
     "B,V,N,M,C,J",
-    [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4)],
-)
+    [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4),
+     (1, 1, 29, 100, 7, 4), (1, 2, 61, 64, 17, 3), (1, 1, 16, 32, 5, 2)],  # more than 32 in a tile
+)  # fmt: skip
 def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J):
     """Values, and gradients of all four, against the float64 loop on dense features."""
     scene = make_scene(21, B, V, N, C, width=19, height=11)
@@ -439,6 +440,41 @@ def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J)
     wanted = torch.autograd.grad((expected * g).sum() + (expected_alphas * h).sum(), wide)
     for name, a, b in zip(("means", "covars", "opacities", "tokens"), got, wanted):
         close(f"gradient of {name}", a, b, 1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("asked", [(0,), (3,), (2, 3)])
+def test_gradients_that_are_asked_for_are_those_of_all(factored, asked):
+    """And no others are made: of features alone, of Gaussians alone."""
+    scene = make_scene(31, B=2, V=2, N=19, C=5)
+    if factored:
+        scene[3] = mixture_for(scene, M=9)
+
+    def gradients(asked):
+        inputs = [*scene[:3], scene[3].tokens if factored else scene[3]]
+        inputs = [t.detach().requires_grad_(i in asked) for i, t in enumerate(inputs)]
+        features = scene[3]._replace(tokens=inputs[3]) if factored else inputs[3]
+        out, alphas = rasterize(*inputs[:3], features, *scene[4:], backend="triton")
+        g = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        loss = (out * g).sum() + (alphas.square()).sum()
+        return torch.autograd.grad(loss, [inputs[i] for i in asked])
+
+    every = gradients((0, 1, 2, 3))
+    for i, got in zip(asked, gradients(asked)):
+        assert got.abs().max() > 0
+        close(f"gradient of {NAMES[i]}", got, every[i], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_without_gradients_the_image_is_the_same(factored):
+    scene = make_scene(32, N=37, C=5, sigma=0.5)
+    if factored:
+        scene[3] = mixture_for(scene, M=9)
+    with_grad = rasterize(scene[0].requires_grad_(), *scene[1:], backend="triton")
+    with torch.no_grad():
+        without = rasterize(*scene, backend="triton")
+    for a, b in zip(with_grad, without):
+        assert torch.equal(a.detach(), b)
 
 
 # --------------------------------------------------------------------------- parts of images
@@ -507,28 +543,31 @@ def test_compiles_into_one_graph_without_a_break(mixed, compiler):
         close(f"gradient of {name}", p, q, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("op", ["project", "list_tiles", "blend"])
+@pytest.mark.parametrize("op", ["project", "list_tiles", "blend", "blend_mixture"])
 def test_operators_keep_torchs_rules(op):
     """torch.library.opcheck: schema, fake implementation and autograd registration of each."""
     from kernels.blend import blend
+    from kernels.mixture import blend_mixture
     from kernels.projection import project
     from kernels.tiles import list_tiles
 
-    means, covars, opacities, features, viewmats, Ks, width, height = make_scene(
-        23, B=1, V=2, N=9, C=3
-    )
+    scene = make_scene(23, B=1, V=2, N=9, C=3)
+    means, covars, opacities, features, viewmats, Ks, width, height = scene
     tensors = means.requires_grad_(), covars.requires_grad_(), opacities, viewmats, Ks
     arguments = *tensors, width, height, 0.01, 1e10, 0.3
-    means2d, conics, depths, radii = (
-        t.detach().flatten(0, 1).contiguous() for t in project(*arguments)
-    )
-    lists = (means2d, depths, radii, width, height, 8)
-    gaussians, ranges = list_tiles(*lists)
-    inputs = [t.requires_grad_() for t in (means2d.clone(), conics, opacities, features)]
-    options = 2, width, height, 8, "ieee", not torch.cuda.is_available()
-    blending = (*inputs, None, None, gaussians, ranges, *options)
-    calls = (project, arguments), (list_tiles, lists), (blend, blending)
-    torch.library.opcheck(*dict(zip(("project", "list_tiles", "blend"), calls))[op])
+    splats, depths, radii, bad = (t.detach() for t in project(*arguments))
+    splats, depths, radii = (t.flatten(0, 1) for t in (splats, depths, radii))
+    listing = splats, depths, radii, bad, width, height, 8
+    lists = list_tiles(*listing)
+    tokens, indices, mix = mixture_for(scene, M=5)
+    splats, features, tokens = (t.clone().requires_grad_() for t in (splats, features, tokens))
+    rest = *lists, 2, width, height, 8, "ieee", not torch.cuda.is_available(), True
+    calls = {
+        "project": (project, arguments), "list_tiles": (list_tiles, listing),
+        "blend": (blend, (splats, features, *rest)),
+        "blend_mixture": (blend_mixture, (splats, tokens, indices.int(), mix, *rest)),
+    }  # fmt: skip
+    torch.library.opcheck(*calls[op])
 
 
 # --------------------------------------------------------------------------- edges
@@ -625,7 +664,7 @@ def _with(index, value):
 
 def _poison(t):
     t = t.clone()
-    t.view(-1)[3] = float("nan")
+    t.view(-1)[4] = float("nan")
     return t
 
 
@@ -642,8 +681,17 @@ def _mixed(**changes):
     "index,name", list(enumerate(("means", "covars", "opacities", "features", "viewmats", "Ks")))
 )
 def test_nan_is_named(backend, index, name):
+    """But for features of the triton backend, which reads them once: there the image has NaN."""
+    if (backend, name) == ("triton", "features"):
+        assert rasterize(*_with(index, _poison), backend=backend)[0].isnan().any()
+        return
     with pytest.raises(ValueError, match=f"^{name} has values that are NaN"):
         rasterize(*_with(index, _poison), backend=backend)
+
+
+def test_values_whose_sum_overflows_are_said_to_be_too_large():
+    with pytest.raises(ValueError, match="so large that their sums overflow float32"):
+        rasterize(*_with(1, lambda t: t * 0 + 3e38), backend="triton")
 
 
 @pytest.mark.parametrize(
@@ -667,6 +715,8 @@ def test_nan_is_named(backend, index, name):
         (_mixed(indices=lambda t: t.float()), {}, "indices must be torch.int32 or torch.int64"),
         (_mixed(weights=lambda t: t.requires_grad_()), {}, "weights requires gradients, but is"),
         (_mixed(weights=_poison), {}, "weights has values that are NaN"),
+        (_mixed(weights=_poison), dict(backend="triton"), "weights has values that are NaN"),
+        (_mixed(indices=lambda t: t + 1), dict(backend="triton"), r"indices must lie in 0\.\.10"),
         (make_scene(dtype=torch.float64), dict(backend="triton"), "takes float32 Gaussians"),
     ],
 )

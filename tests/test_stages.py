@@ -1,5 +1,7 @@
 """The stages of the Triton rasteriser, down to the helpers: each against a few lines of torch."""
 
+import math
+
 import pytest
 import torch
 import triton
@@ -53,45 +55,76 @@ def test_clamp_slope():
 
 
 @triton.jit
-def _pixel_centres(x_ptr, y_ptr, tile, tiles_x, TILE: tl.constexpr):
-    x, y = blend.pixel_centres(tile, tiles_x, TILE)
+def _tile(offsets_ptr, out_ptr, TILE: tl.constexpr):
+    image, start, count, xy, pixel, inside = blend.get_tile(offsets_ptr, 11, 9, 3, 9, TILE)
+    out_ptr += tl.program_id(0) * (3 + TILE * TILE)
+    tl.store(out_ptr, image)
+    tl.store(out_ptr + 1, start)
+    tl.store(out_ptr + 2, count)
     i = tl.arange(0, TILE * TILE)
-    tl.store(x_ptr + i, x)
-    tl.store(y_ptr + i, y)
+    tl.store(out_ptr + 3 + i, tl.where(inside, pixel, -1))
 
 
-def test_pixel_centres_of_a_tile():
-    x, y = (torch.empty(16, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    _pixel_centres[(1,)](x, y, 7, 3, TILE=4)  # tile 7 of 3 a row: third row, second column
-    assert x.tolist() == [4, 5, 6, 7] * 4
-    assert y.tolist() == [8] * 4 + [9] * 4 + [10] * 4 + [11] * 4
+def test_a_program_finds_its_tile():
+    """Two images of 11 x 9 pixels, three times three tiles of 4 x 4 each."""
+    offsets = torch.arange(19, device=DEVICE) ** 2
+    out = torch.empty(18, 3 + 16, dtype=torch.int64, device=DEVICE)
+    _tile[(18,)](offsets, out, TILE=4)
+    for t, (image, start, count, *pixels) in enumerate(out.tolist()):
+        assert (image, start, count) == (t // 9, t * t, 2 * t + 1)
+        ys, xs = (range(4 * i, 4 * i + 4) for i in (t % 9 // 3, t % 3))
+        at = [(image * 9 + y) * 11 + x if x < 11 and y < 9 else -1 for y in ys for x in xs]
+        assert pixels == at
 
 
 @triton.jit
-def _pair_alpha(p_ptr, g_ptr, alpha_ptr, P: tl.constexpr, K: tl.constexpr):
-    i, k = tl.arange(0, P), tl.arange(0, K)
-    px, py = tl.load(p_ptr + 2 * i), tl.load(p_ptr + 2 * i + 1)
-    g = g_ptr + 6 * k
-    mean, conic = (tl.load(g), tl.load(g + 1)), (tl.load(g + 2), tl.load(g + 3), tl.load(g + 4))
-    _, _, _, alpha = blend.pair_alpha((px, py), mean, conic, tl.load(g + 5))
-    tl.store(alpha_ptr + i[:, None] * K + k[None, :], alpha)
+def _weights(splats_ptr, before_ptr, out_ptr, KI: tl.constexpr, TILE: tl.constexpr):
+    """Alpha, w, R and R after the chunk of 4 KI Gaussians, of the tile in the image's corner."""
+    P: tl.constexpr = TILE * TILE
+    K: tl.constexpr = KI * 4
+    place = blend.places(KI)
+    rows = blend.load_splats(splats_ptr, place, place < K)
+    xy = blend.centres((tl.arange(0, TILE), tl.arange(0, TILE)))
+    _, _, alpha = blend.pair_alpha(blend.columns(rows, KI), xy, False)
+    i = tl.arange(0, TILE)
+    before = tl.load(before_ptr + i[:, None, None] * TILE + i[None, None, :])
+    before = tl.broadcast_to(before, (TILE, 4, TILE))
+    w, R, after = blend.scan(alpha, alpha, before, KI)
+    at = out_ptr + tl.arange(0, P)[:, None] * K + tl.arange(0, K)[None, :]
+    tl.store(at, blend.as_matrix(alpha, P, K))
+    tl.store(at + P * K, blend.as_matrix(w, P, K))
+    tl.store(at + 2 * P * K, blend.as_matrix(R, P, K))
+    tl.store(at + 3 * P * K, blend.as_matrix(R * 0 + after[None], P, K))
 
 
-def test_pair_alpha_is_cut_off_above_and_skipped_below():
+def test_weights_of_a_chunk():
+    """Alpha is cut off above and skipped below; weights are the products of the definition."""
     g = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 12, (16, 2), generator=g).float()
-    factor = torch.randn(16, 2, 2, generator=g)
+    P, K = 16, 16
+    factor = torch.randn(K, 2, 2, generator=g)
     conic = factor @ factor.mT + 0.05 * torch.eye(2)
-    mean, opacity = 12 * torch.rand(16, 2, generator=g), torch.linspace(0, 1, 16)
-    rows = torch.cat([mean, conic[:, 0], conic[:, 1, 1:], opacity[:, None]], 1)
-    mean[-1] = rows[-1, :2] = pixels[0] + 0.5  # opacity 1, on a pixel's centre
-    alpha = torch.empty(16, 16, device=DEVICE)
-    _pair_alpha[(1,)](pixels.to(DEVICE), rows.contiguous().to(DEVICE), alpha, P=16, K=16)
-    d = pixels[:, None] + 0.5 - mean
-    raw = opacity * torch.exp(-0.5 * torch.einsum("pki,kij,pkj->pk", d, conic, d))
+    means, opacities = 4 * torch.rand(K, 2, generator=g), torch.linspace(0.01, 1, K)
+    means[-1] = 0.5  # opacity 1, on a pixel's centre
+    exponent = torch.stack([0.5 * conic[:, 0, 0], conic[:, 0, 1], 0.5 * conic[:, 1, 1]], 1)
+    splats = torch.cat([
+        means, opacities.log2()[:, None], opacities.clamp(max=0.99)[:, None],
+        -exponent / math.log(2), torch.zeros(K, 1),
+    ], 1)  # fmt: skip
+    before = torch.rand(P, generator=g)
+    out = torch.empty(4, P, K, device=DEVICE)
+    _weights[(1,)](splats.to(DEVICE), before.to(DEVICE), out, KI=4, TILE=4)
+    alpha, w, R, after = out.cpu().double()
+
+    pixels = torch.stack(torch.meshgrid(*[torch.arange(4) + 0.5] * 2, indexing="xy"), -1)
+    d = (pixels.view(P, 1, 2) - means).double()
+    raw = opacities * torch.exp(-0.5 * torch.einsum("pki,kij,pkj->pk", d, conic.double(), d))
     expected = torch.where(raw < 1 / 255, 0, raw.clamp(max=0.99))
-    torch.testing.assert_close(alpha.cpu(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(alpha, expected, rtol=1e-4, atol=1e-6)
     assert alpha.max() == torch.tensor(0.99) and (alpha == 0).any()
+    passed = torch.cumprod(torch.cat([before[:, None], 1 - expected], 1), 1)
+    torch.testing.assert_close(w, expected * passed[:, :-1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(R, passed[:, 1:], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(after, passed[:, -1:].expand(P, K), rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- projection
@@ -104,36 +137,36 @@ def test_projection_and_its_gradients(B, V, N):
     )
 
     def gradients(project, dtype):
-        inputs = [t.to(dtype).requires_grad_() for t in (means, covars)]
-        means2d, conics, visible = project(
-            *inputs, opacities.to(dtype), viewmats.to(dtype), Ks.to(dtype)
-        )
+        inputs = [t.to(dtype).requires_grad_() for t in (means, covars, opacities)]
+        splats, visible = project(*inputs, viewmats.to(dtype), Ks.to(dtype))
         g = torch.Generator().manual_seed(0)
-        loss = 0
-        for t in (means2d, conics):
-            weights = torch.randn(t.shape, generator=g).to(t) * visible[..., None]
-            loss = loss + (torch.where(visible[..., None], t, 0.0) * weights).sum()
-        return means2d.detach(), conics.detach(), visible, *torch.autograd.grad(loss, inputs)
+        weights = torch.randn(splats.shape, generator=g).to(splats) * visible[..., None]
+        weights[..., 3] = 0  # by cap no gradient flows
+        loss = (torch.where(visible[..., None], splats, 0.0) * weights).sum()
+        return splats.detach(), visible, *torch.autograd.grad(loss, inputs)
 
     def by_torch(means, covars, opacities, viewmats, Ks):
         means2d, conics, covars2d, _, visible = torch_backend.project(
             means, covars, viewmats, Ks, width, height, **LIMITS
         )
         visible = torch_backend.image_radii(covars2d, opacities, visible)[0] >= 0
-        return means2d.movedim(0, -1), conics.movedim(0, -1), visible
+        opacities = opacities[:, None].expand_as(visible)
+        exponent = torch.stack([-0.5 * conics[0], -conics[1], -0.5 * conics[2]]) / math.log(2)
+        columns = *means2d, opacities.log2(), opacities.clamp(max=0.99), *exponent, 0 * opacities
+        return torch.stack(columns, -1), visible
 
     def by_triton(*tensors):
-        means2d, conics, _, radii = projection.project(*tensors, width, height, *LIMITS.values())
-        return means2d, conics, radii[..., 0] >= 0
+        splats, _, radii, bad = projection.project(*tensors, width, height, *LIMITS.values())
+        assert not bad
+        return splats, radii[..., 0] >= 0
 
     expected, got = gradients(by_torch, torch.float64), gradients(by_triton, torch.float32)
-    visible = expected[2]
-    assert torch.equal(visible, got[2]) and (N == 1 or 0 < visible.float().mean() < 1)
-    for name, a, b in zip(("means2d", "conics"), got, expected):
-        torch.testing.assert_close(
-            a[visible].double(), b[visible], rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}"
-        )
-    for name, a, b in zip(("means", "covars"), got[3:], expected[3:]):
+    visible = expected[1]
+    assert torch.equal(visible, got[1]) and (N == 1 or 0 < visible.float().mean() < 1)
+    torch.testing.assert_close(
+        got[0][visible].double(), expected[0][visible], rtol=1e-3, atol=1e-4
+    )
+    for name, a, b in zip(("means", "covars", "opacities"), got[2:], expected[2:]):
         scale = float(b.abs().max())
         torch.testing.assert_close(
             a.double(), b, rtol=1e-3, atol=1e-5 * scale, msg=lambda m: f"gradient of {name}: {m}"
@@ -154,12 +187,12 @@ def test_tile_lists_are_complete_sorted_and_tight(seed, images, N, width, height
     radii = torch.exp(2 * torch.randn(images, N, 2, generator=g))
     radii[torch.rand(images, N, generator=g) < 0.2] = -1
     depths = 1 + torch.randint(0, 5, (images, N), generator=g).float()  # many ties
-    gaussians, ranges = tiles.list_tiles(
-        means2d.to(DEVICE), depths.to(DEVICE), radii.to(DEVICE), width, height, tile
-    )
+    splats = torch.nn.functional.pad(means2d, (0, 6))
+    tensors = (t.to(DEVICE) for t in (splats, depths, radii, torch.zeros(1, dtype=torch.int32)))
+    gaussians, offsets = tiles.list_tiles(*tensors, width, height, tile)
     tiles_x, tiles_y = -(-width // tile), -(-height // tile)
-    assert ranges.shape == (images * tiles_x * tiles_y, 2)
-    for t, (start, end) in enumerate(ranges.tolist()):
+    assert offsets.shape == (images * tiles_x * tiles_y + 1,) and offsets[0] == 0
+    for t, (start, end) in enumerate(zip(offsets.tolist(), offsets[1:].tolist())):
         image, ty, tx = t // (tiles_x * tiles_y), t // tiles_x % tiles_y, t % tiles_x
         listed = gaussians[start:end].tolist()
         assert listed == sorted(listed, key=lambda n: (float(depths[image, n]), n))
@@ -179,9 +212,27 @@ def test_tile_lists_are_complete_sorted_and_tight(seed, images, N, width, height
         assert set(listed) <= set(torch.nonzero(may_touch)[:, 0].tolist())
 
 
+def test_a_gaussian_over_many_tiles_is_in_every_one_once():
+    """All lanes share its tiles: more of them than a program has lanes, and two such at once."""
+    width, height, tile = 131, 97, 8
+    means2d = torch.tensor([[[60.0, 50.0], [3.0, 3.0], [70.0, 40.0], [20.0, 20.0]]])
+    radii = torch.tensor([[[500.0, 500.0], [1.0, 1.0], [50.0, 500.0], [9.0, 5.0]]])
+    depths = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
+    splats = torch.nn.functional.pad(means2d, (0, 6))
+    tensors = (t.to(DEVICE) for t in (splats, depths, radii, torch.zeros(1, dtype=torch.int32)))
+    gaussians, offsets = tiles.list_tiles(*tensors, width, height, tile)
+    tiles_x, tiles_y = 17, 13
+    assert tiles.BLOCK < tiles_x * tiles_y
+    for t in range(tiles_x * tiles_y):
+        x, y = t % tiles_x * tile, t // tiles_x * tile
+        expected = [1] * (x <= 3 and y <= 3) + [2] * (13 <= x <= 119) + [0]
+        expected += [3] * (8 <= x <= 28 and 8 <= y <= 24)
+        assert gaussians[offsets[t] : offsets[t + 1]].tolist() == expected, (x, y)
+
+
 @triton.jit
-def _load_run(ranges_ptr, range_ptr, number_ptr, out_ptr, count, RUN: tl.constexpr):
-    start, end, first = tiles.load_run(ranges_ptr, range_ptr, number_ptr, count, RUN)
+def _load_run(offsets_ptr, range_ptr, number_ptr, out_ptr, count, RUN: tl.constexpr):
+    start, end, first = tiles.load_run(offsets_ptr, range_ptr, number_ptr, count, RUN)
     out = out_ptr + 3 * tl.program_id(0)
     tl.store(out, start)
     tl.store(out + 1, end)
@@ -189,12 +240,11 @@ def _load_run(ranges_ptr, range_ptr, number_ptr, out_ptr, count, RUN: tl.constex
 
 
 def test_a_program_finds_its_run():
-    ranges, owner, number = (
-        torch.tensor(t, device=DEVICE)
-        for t in ([[0, 40], [40, 45]], [0, 0, 0, 1, 2], [0, 1, 2, 0, 0])
+    offsets, owner, number = (
+        torch.tensor(t, device=DEVICE) for t in ([0, 40, 45], [0, 0, 0, 1, 2], [0, 1, 2, 0, 0])
     )
     out = torch.empty(5, 3, dtype=torch.int64, device=DEVICE)
-    _load_run[(5,)](ranges, owner, number, out, 2, RUN=16)
+    _load_run[(5,)](offsets, owner, number, out, 2, RUN=16)
     first, last = [[0, 40, 0], [0, 40, 16], [0, 40, 32]], [[40, 45, 40]]
     assert out.tolist() == first + last + [[0, 0, 0]]  # the fifth has none
 
@@ -208,24 +258,25 @@ def test_a_program_finds_its_run():
 def test_ranges_are_sorted_whatever_their_length(seed, lengths, run):
     """Against torch.sort, with runs so short that lists of a hundred take several merges."""
     g = torch.Generator().manual_seed(seed)
-    ends = torch.tensor(lengths).cumsum(0)
-    ranges = torch.stack([ends - torch.tensor(lengths), ends], 1)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
     depth = torch.randint(0, 4, (sum(lengths),), generator=g)  # ties: the lower half decides
     keys = (depth << 32) | torch.randperm(sum(lengths), generator=g)
     before, tiles.RUN = tiles.RUN, run
     try:
         if sum(lengths):
-            got = tiles.sort_ranges(keys.clone().to(DEVICE), ranges.to(DEVICE), max(lengths)).cpu()
-            expected = torch.cat([keys[a:b].sort().values for a, b in ranges.tolist()])
-            assert torch.equal(got, expected)
+            given = keys.clone().to(DEVICE), offsets.to(DEVICE)
+            got = tiles.sort_ranges(*given, max(lengths)).cpu()
+            parts = [keys[a:b].sort().values for a, b in zip(offsets, offsets[1:])]
+            assert torch.equal(got, torch.cat(parts).int())  # the lower halves
     finally:
         tiles.RUN = before
 
 
-def test_a_list_of_thousands_is_sorted():
-    """With the runs of a GPU: 5,000 keys are twenty runs, the last one short, and five merges."""
-    keys = torch.randperm(5003, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    ranges = torch.tensor([[0, 5000], [5000, 5000], [5000, 5003]], device=DEVICE)
-    got = tiles.sort_ranges(keys.clone(), ranges, 5000)
-    assert torch.equal(got[:5000], keys[:5000].sort().values)
-    assert torch.equal(got[5000:], keys[5000:].sort().values)
+@pytest.mark.parametrize("length", [500, 513, 5000])
+def test_a_long_list_is_sorted(length):
+    """With the runs of a GPU: 5,000 keys are ten runs, the last one short, and four merges."""
+    keys = torch.randperm(length + 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    offsets = torch.tensor([0, length, length, length + 3], device=DEVICE)
+    got = tiles.sort_ranges(keys.clone(), offsets, length)
+    assert torch.equal(got[:length], keys[:length].sort().values.int())
+    assert torch.equal(got[length:], keys[length:].sort().values.int())
