@@ -33,6 +33,7 @@ import struct
 import tempfile
 import time
 import warnings
+import zipfile
 from os.path import abspath, basename, dirname, isdir, join, splitext
 from pathlib import Path
 from typing import NamedTuple
@@ -583,9 +584,22 @@ def naming(path, what):
     except BadFile:  # of another file, which is read meanwhile
         raise
     except Exception as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        # The first sentence alone: numpy and torch go on with how to run what a pickle holds
+        text = " ".join(str(error).split()).partition(". ")[0][:200]
+        said = getattr(error, "strerror", None) or text
         said = f"no {said}" if isinstance(error, KeyError) else said or type(error).__name__
         raise BadFile(f"{path}: {what} ({said})") from None
+
+
+def unpacked(path, times=1):
+    """The path. ValueError: it is a zip archive, as .pt and .npz are, and grows when it is read, to
+    more than so many times its size. (.pt files are not compressed.)"""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            grown = sum(part.file_size for part in file.infolist()) / Path(path).stat().st_size
+        if grown > times:
+            raise ValueError(f"it unpacks to {grown:.0f} times its size")
+    return path
 
 
 def natural(name):
@@ -1122,7 +1136,8 @@ def list_colmap(scene):
         poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
         shots = []
         for (number, *_, camera, name), pose in zip(kept, poses):
-            photo, about = within(folder, folder, name), dict(camera=cameras[int(camera)], number=int(number))
+            photo = within(folder, folder, name)
+            about = dict(camera=cameras[int(camera)], number=int(number))
             shots.append(Shot(photo, file, beside.labels(photo, name), pose, **about))
     if len(images) > len(kept):
         warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
@@ -1533,9 +1548,9 @@ def scannet_pairs(path):
     """The 1,500 pairs of SuperGlue's ScanNet test: test.npz "name" [pairs, 4] of scene, sequence
     and two frames, and intrinsics.npz with K [3, 3] by the name of the scene."""
     with naming(path, "test.npz and intrinsics.npz of ScanNet-1500 were expected"):
-        rows = np.load(path / "test.npz", allow_pickle=False)["name"].tolist()
+        rows = np.load(unpacked(path / "test.npz", 100), allow_pickle=False)["name"].tolist()
         listed = [(f"scene{scene:04d}_{part:02d}", i, j) for scene, part, i, j in rows]
-        Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
+        Ks = dict(np.load(unpacked(path / "intrinsics.npz", 100), allow_pickle=False))
         if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
     frames, scenes = collections.defaultdict(set), {}

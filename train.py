@@ -666,7 +666,7 @@ class Run:
         """A run as its checkpoint has it. SystemExit: it does not fit, or nothing is left to do."""
         path = folder / "checkpoint.pt"
         with data.naming(path, "not a checkpoint of train.py"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(data.unpacked(path), map_location="cpu", weights_only=True)
             settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
             lines = (folder / "metrics.jsonl").read_bytes()[: saved["written"]]
             if settings.keys() != parse_settings(["--stage", settings["stage"]]).keys():
