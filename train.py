@@ -25,6 +25,8 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -188,7 +190,9 @@ def add_settings(parser, rows, titles=("demo", "paper")):
 def check_settings(rows, values):
     """SystemExit with one sentence for the first value {name: value} out of its row's range."""
     for name, row in rows.items():
-        value = values[name]
+        value, kinds = values[name], {type(row.demo), type(row.paper)}
+        if type(value) not in (kinds if row.paper is not None else {str, type(None)}):
+            raise SystemExit(f"{flag(name)} cannot be {value!r}")
         if row.low is not None and not value >= row.low:  # NaN is out of any range
             least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
             raise SystemExit(f"{flag(name)} must be {least}, not {value}")
@@ -599,10 +603,20 @@ def move(batch, device):
 
 
 def trained(model):
-    """Names of what training changes: parameters, their EMA in the teacher, and its centre."""
+    """What training changes {name: tensor}: parameters, their EMA in the teacher, its centre."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     emas = [name.replace("student", "teacher", 1) for name in names if "student" in name]
-    return names + emas + [name for name, _ in model.named_buffers() if name == "centre"]
+    state = model.state_dict()
+    return {name: state[name] for name in [*names, *emas, *{"centre"} & state.keys()]}
+
+
+def form(tensors):  # what tensors of another model differ in
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def checksum(tensors):  # the same on any device
+    whole = (tensor.cpu().contiguous().numpy() for tensor in tensors)
+    return functools.reduce(lambda sum, array: zlib.crc32(array, sum), whole, 0)
 
 
 def outlive_signals(done, _worker):
@@ -633,6 +647,8 @@ class Run:
             # Cheap steps of a reconstructor use a part of it alone
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        changes = trained(self.model)
+        self.frozen = checksum(t for k, t in self.model.state_dict().items() if k not in changes)
         lr, decay, total = settings["lr"], settings["weight_decay"], settings["steps"] + 1
         # OneCycleLR divides by zero if the climb takes one step
         warmup = settings["warmup"] if settings["warmup"] * total > 1 else 0.0
@@ -667,21 +683,41 @@ class Run:
         path = folder / "checkpoint.pt"
         with data.naming(path, "not a checkpoint of train.py"):
             saved = torch.load(data.unpacked(path), map_location="cpu", weights_only=True)
+            if zipfile.ZipFile(path).testzip():
+                raise ValueError("a bit of it has changed")
             settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
             lines = (folder / "metrics.jsonl").read_bytes()[: saved["written"]]
-            if settings.keys() != parse_settings(["--stage", settings["stage"]]).keys():
+            known = SETTINGS[settings["stage"]].keys() | {"stage", "preset"}
+            if settings.keys() != known or settings["preset"] not in ("demo", "paper"):
                 raise ValueError("its settings are those of another version")
+            try:
+                check(settings)
+            except SystemExit as error:
+                raise ValueError(error) from None
+            logged = [json.loads(line)["step"] for line in lines.splitlines()]
+            if {type(step), type(samples)} != {int} or samples < 0 or step > settings["steps"]:
+                raise ValueError(f"step {step} of {settings['steps']}, {samples} samples")
+            if logged != list(range(1, step + 1)):
+                raise ValueError(f"metrics.jsonl lacks some of its {step} steps")
         run = cls(settings)
         with data.naming(path, "not of this version, or damaged"):
-            if saved["model"].keys() != set(trained(run.model)):
+            if form(saved["model"]) != form(trained(run.model)):
                 raise ValueError("its parameters are not those that its settings train")
             run.model.load_state_dict(saved["model"], strict=False)
             run.optimizer.load_state_dict(saved["optimizer"])
             run.schedule.load_state_dict(saved["schedule"])
-            if not all(p.isfinite().all() for p in run.trainable):
-                raise ValueError("NaN or infinite weights")
+            moments = [(p, s[k]) for p, s in run.optimizer.state.items() for k in s if k != "step"]
+            if not all(p.isfinite().all() and m.shape == p.shape for p, m in moments):
+                raise ValueError("NaN or infinite weights, or another optimiser's")
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            if run.schedule.last_epoch != step or run.schedule.get_last_lr() != rates:
+                raise ValueError("its schedule is at another step")
+            if saved["frozen"] != run.frozen:
+                raise ValueError("the weights that it does not train are not those it began with")
+            run.seconds, run.measured = float(saved["seconds"]), dict(saved["measured"])
+            rng, cuda_rng = saved["rng"], saved["cuda_rng"][: torch.cuda.device_count()]
+            torch.set_rng_state(rng)
         run.folder, run.step, run.first, run.samples = folder, step, step, samples
-        run.seconds, run.measured = saved["seconds"], saved["measured"]
         if run.rank == 0:
             run.lock()
         if step >= settings["steps"]:
@@ -693,8 +729,8 @@ class Run:
             return run
         # Steps after the checkpoint are taken again
         replace_file(folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
-        torch.set_rng_state(saved["rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+        torch.set_rng_state(rng)
+        torch.cuda.set_rng_state_all(cuda_rng)
         return run
 
     def lock(self):
@@ -709,12 +745,12 @@ class Run:
         """Write the weights, and a checkpoint to go on from."""
         if self.rank:
             return
-        state, settings = self.model.state_dict(), self.settings
+        settings = self.settings
         seconds = self.seconds + time.time() - self.started
         checkpoint = dict(
             step=self.step, samples=self.samples, seconds=seconds, measured=self.measured,
             settings=settings,
-            model={name: state[name] for name in trained(self.model)}, **self.stage.notes,
+            model=trained(self.model), frozen=self.frozen, **self.stage.notes,
             optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
             rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
             written=(self.folder / "metrics.jsonl").stat().st_size,

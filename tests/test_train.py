@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -702,6 +703,68 @@ def test_damage_inside_a_checkpoint_is_one_sentence():
         torch.save(whole | {part: whole[part] | {key: value}}, "runs/x/checkpoint.pt")
         with pytest.raises(SystemExit, match="^runs/x/checkpoint.pt: not of this version, or dam"):
             train.main(["--resume", "runs/x"])
+
+
+MODEL, MOMENT = "student_head.mlp.0.bias", "exp_avg"
+OTHERS = [  # a place in a checkpoint, and what it cannot hold
+    *(((key,), value) for key in ("step", "samples") for value in ("x", None, -1, 1.5)),
+    (("seconds",), "x"), (("measured",), 1), (("rng",), torch.zeros(3)), (("schedule",), {}),
+    (("frozen",), 1),
+    (("cuda_rng",), None), (("optimizer", "state", 0, MOMENT), torch.zeros(2)),
+    (("optimizer", "param_groups", 0, "lr"), "x"), (("written",), 5),
+    (("model", MODEL), torch.zeros(32, dtype=torch.int8)), (("model", MODEL), "x"),
+    *((("settings", key), value) for key in ("stage", "preset", "lr", "teacher")
+      for value in ("x", None, -1, [])), (("settings", "lr"), math.nan),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """The folder of a run that has a step left."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(M.ARCHITECTURES, "dinov2_vits14", dict(dim=24, depth=2, heads=2))
+        train.main([*SMALL, "--name", "x", "--steps", "1"])
+    saved = torch.load(folder / "runs/x/checkpoint.pt")
+    saved["settings"]["steps"] = 2
+    torch.save(saved, folder / "runs/x/checkpoint.pt")
+    return folder / "runs/x"
+
+
+@pytest.mark.parametrize("place, value", OTHERS)
+def test_a_checkpoint_of_other_things_is_one_sentence(place, value, unfinished):
+    shutil.copytree(unfinished, "x")
+    saved = part = torch.load("x/checkpoint.pt")
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    torch.save(saved, "x/checkpoint.pt")
+    with pytest.raises(SystemExit, match="^x/checkpoint.pt: not ") as error:
+        train.main(["--resume", "x"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("of", [
+    lambda saved: saved["model"][MODEL], lambda saved: saved["rng"],
+    lambda saved: saved["optimizer"]["state"][0][MOMENT],
+])  # fmt: skip
+def test_a_bit_that_flipped_is_noticed(of, unfinished):
+    shutil.copytree(unfinished, "x")
+    old = bytearray(Path("x/checkpoint.pt").read_bytes())
+    old[old.index(of(torch.load("x/checkpoint.pt")).numpy().tobytes())] ^= 1
+    Path("x/checkpoint.pt").write_bytes(old)
+    with pytest.raises(SystemExit, match="^x/checkpoint.pt: not a checkpoint of train.py"):
+        train.main(["--resume", "x"])
+
+
+def test_weights_that_changed_since_are_noticed():
+    for seed in (7, 8):
+        torch.save(M.load_vit("dinov2_vits14", "random", seed).state_dict(), f"{seed}.pth")
+    train.main([*SMALL, "--teacher-weights", "7.pth", "--steps", "1", "--name", "x"])
+    Path("8.pth").rename("7.pth")
+    with pytest.raises(SystemExit, match="x/checkpoint.pt: .*not those it began with"):
+        train.main(["--resume", "runs/x"])
 
 
 def test_weights_that_are_not_finite_are_named():
