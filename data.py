@@ -1731,7 +1731,7 @@ class Shelf:
     def append(self, *tensors):
         record, arrays = [], [small(tensor).contiguous().numpy() for tensor in tensors]
         for array in arrays:
-            record.append((array.dtype, "r", self.end, array.shape))
+            record.append((self.file.name, array.dtype, "r", self.end, array.shape))
             self.end += array.nbytes
         self.records.append(record)
         with naming(self.file.name, "cannot be written"):
@@ -1745,7 +1745,7 @@ class Shelf:
         return len(self.records)
 
     def __getitem__(self, i):
-        maps = (np.memmap(self.file.name, *about) for about in self.records[i])
+        maps = (np.memmap(*about) for about in self.records[i])
         return [full(torch.from_numpy(np.array(m))) for m in maps]
 
 
