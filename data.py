@@ -1977,10 +1977,10 @@ def throughput(path, height, width, workers, samples):
     """Images a second that `Views` of a capture (None: of rooms) load at, by so many processes."""
     scenes = open_scenes(path) if path else Rooms("train")
     views = Views(scenes, height, width, length=samples)
-    started, images = time.time(), 0
+    started, images = time.monotonic(), 0
     for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=workers):
         images += len(sample["context"]["images"]) + 1
-    return images / (time.time() - started)
+    return images / (time.monotonic() - started)
 
 
 def main(arguments=None):

@@ -641,11 +641,11 @@ def loaded(dataset):  # its items, prepared one ahead by another process
 
 def counted(items, total, what):
     """The items; prints five times how many are done, how fast, and how long the rest takes."""
-    started = time.time()
+    started = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         if done == total or done % max(1, total // 5) == 0:
-            rate = done / (time.time() - started)
+            rate = done / (time.monotonic() - started)
             left = f"{rate:.2f} a second   {(total - done) / rate:.0f} s left"
             print(f"{what} {done}/{total}   {left}", flush=True)
 
@@ -692,7 +692,7 @@ def print_table(summary):
 
 def measure(task, settings, models, home):
     """Run one task, print its tables and write results.json."""
-    (rank, count), started = rank_and_count(), time.time()
+    (rank, count), started = rank_and_count(), time.monotonic()
     if count > 1 and task != "correspondence" and not TASKS[task].probe:
         raise ValueError(f"--task {task} runs in one process")
     folder = gathered([free_folder(home / "evaluation", task)])[0]  # the first process's
@@ -711,7 +711,7 @@ def measure(task, settings, models, home):
         raise
     against_first = differences(results, [(names[0], name) for name in names[1:]])
     against_all = differences(by_pair, list(itertools.combinations(by_pair, 2)))
-    warning, seconds = warning_of(models), round(time.time() - started, 1)
+    warning, seconds = warning_of(models), round(time.monotonic() - started, 1)
     report = {
         "task": task, "random_weights": warning == RANDOM, "settings": vars(settings),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},

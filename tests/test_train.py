@@ -705,6 +705,46 @@ def test_damage_inside_a_checkpoint_is_one_sentence():
             train.main(["--resume", "runs/x"])
 
 
+@pytest.mark.parametrize("precision, near, lr", [
+    ("float32", 1e-5, "1e-3"), ("bf16", 0.05, "1e-5"), ("fp16", 0.02, "1e-5"),
+])  # fmt: skip
+def test_accumulated_batches_are_one_large_batch(precision, near, lr):
+    """Where no location is a hole, the mean of means is the mean; at the precision in question."""
+    flags = f"--loss prototypes --targets own --lora-dropout 0 --lr {lr} --steps 4 --batch-size"
+    small = [a for a in SMALL if a not in ("--loss", "both")]
+    train.main([*small, *flags.split(), "2", "--name", "large"])
+    more = "1", "--accumulate", "2", "--precision", precision, "--name", "parts"
+    train.main([*small, *flags.split(), *more])
+    large, parts = (torch.load(f"runs/{name}/checkpoint.pt") for name in ("large", "parts"))
+    assert large["samples"] == parts["samples"] == 8
+    for a, b in zip(metrics("large"), metrics("parts")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=near)
+    if precision == "float32":
+        for name, weight in large["model"].items():
+            torch.testing.assert_close(weight, parts["model"][name], rtol=0, atol=1e-5, msg=name)
+    assert (large["scaler"] == {}) and (parts["scaler"] != {}) == (precision == "fp16")
+
+
+def test_a_clock_that_jumps_back_disturbs_nothing(monkeypatch, capsys):
+    clock = iter(range(10**9, 0, -10_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    train.main([*SMALL, "--steps", "20"])
+    assert "-" not in capsys.readouterr().out.split("steps/s")[1].split("left")[0]
+    assert torch.load("runs/demo-1/checkpoint.pt")["seconds"] > 0
+
+
+def test_older_checkpoints_are_kept_and_gone_on_from():
+    train.main([*SMALL, "--name", "x", "--checkpoint-every", "1", "--keep", "3"])
+    folder = Path("runs/x")
+    kept = {path.name: torch.load(path)["step"] for path in folder.glob("checkpoint*.pt")}
+    assert kept == {"checkpoint.pt": 6, "checkpoint_000005.pt": 5, "checkpoint_000004.pt": 4}
+    whole, weights = metrics("x"), load_file(folder / "student.safetensors")
+    train.main(["--resume", str(folder / "checkpoint_000004.pt")])
+    assert metrics("x") == whole and torch.load(folder / "checkpoint.pt")["step"] == 6
+    again = load_file(folder / "student.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 MODEL, MOMENT = "student_head.mlp.0.bias", "exp_avg"
 OTHERS = [  # a place in a checkpoint, and what it cannot hold
     *(((key,), value) for key in ("step", "samples") for value in ("x", None, -1, 1.5)),
