@@ -33,7 +33,8 @@ import struct
 import tempfile
 import time
 import warnings
-from os.path import basename, dirname, isdir, join, splitext
+import zipfile
+from os.path import abspath, basename, dirname, isdir, join, splitext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -554,6 +555,8 @@ class Rooms:
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
 CAMERA = {"camera_model", "is_fisheye", *SIZES, *DISTORTION}  # keys of transforms.json
+BOUNDS = {k: (1e-3, 1e7) for k in ("fl_x", "fl_y", "w", "h")}  # sizes may be in shares of the photo
+BOUNDS |= {k: (1e-3, 3.1) for k in ("camera_angle_x", "camera_angle_y")}  # radians
 MODELS = {  # COLMAP's cameras in the order of their numbers, and their parameters
     "SIMPLE_PINHOLE": "fl_x cx cy",
     "PINHOLE": "fl_x fl_y cx cy",
@@ -581,14 +584,44 @@ def naming(path, what):
     except BadFile:  # of another file, which is read meanwhile
         raise
     except Exception as error:
-        said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        # The first sentence alone: numpy and torch go on with how to run what a pickle holds
+        text = " ".join(str(error).split()).partition(". ")[0][:200]
+        said = getattr(error, "strerror", None) or text
         said = f"no {said}" if isinstance(error, KeyError) else said or type(error).__name__
         raise BadFile(f"{path}: {what} ({said})") from None
 
 
+def unpacked(path, times=1):
+    """The path. ValueError: it is a zip archive, as .pt and .npz are, and grows when it is read, to
+    more than so many times its size. (.pt files are not compressed.)"""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            grown = sum(part.file_size for part in file.infolist()) / Path(path).stat().st_size
+        if grown > times:
+            raise ValueError(f"it unpacks to {grown:.0f} times its size")
+    return path
+
+
 def natural(name):
     """Sort key that puts frame10 after frame9."""
-    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", str(name))]
+    parts = re.split("([0-9]+)", str(name))  # every second is a number, of any length
+    return [(len(p.lstrip("0")), p.lstrip("0")) if i % 2 else p for i, p in enumerate(parts)]
+
+
+def number(value, key, least=-1e30, most=1e30):
+    """A file's number, which float32 holds too. ValueError: it is none, or out of the bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"{key} is {value!r:.40}, no number from {least:g} to {most:g}")
+    return float(value)
+
+
+def within(root, folder, name):
+    """The path of a name in a capture's files, as seen from a folder. ValueError: it leads out of
+    root. Links are followed, as who unpacked the capture made them."""
+    path = join(folder, name)
+    if not Path(abspath(path)).is_relative_to(abspath(root)):
+        raise ValueError(f"{name!r:.200} lies outside {root}")
+    return path
 
 
 def lines_of(path):
@@ -662,7 +695,10 @@ def open_picture(path, what, listed_in, packed=None):
         raise BadFile(f"{path}: no such file ({what} in {listed_in})")
     with naming(path, f"{what} that cannot be read"):
         if str(path).endswith(".npy"):
-            return np.load(path, allow_pickle=False).astype(np.float32)
+            array = np.load(path, "r", allow_pickle=False)  # mapped: not larger than the file
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"it holds {array.dtype}")
+            return array.astype(np.float32)
         picture = Image.open(path if packed is None else io.BytesIO(bytes(packed)))
         picture.load()
         return picture.convert("L") if picture.mode == "1" else picture
@@ -701,6 +737,8 @@ def read_label(key, path, shot, crop):
     picture, channels = open_picture(path, what, shot.listed_in), 3 if key == "normals" else 1
     exact = isinstance(picture, np.ndarray)
     with naming(path, f"{what} that cannot be used"):
+        if key == "depths" and not exact and picture.mode[0] != "I":
+            raise ValueError(f"depth is a 16-bit PNG or .npy, not a picture of mode {picture.mode}")
         if channels == 3 and not exact:
             picture = picture.convert("RGB")
         bands = np.atleast_3d(picture).transpose(2, 0, 1)
@@ -789,17 +827,14 @@ crop_of = functools.lru_cache(8)(Crop)  # shared by the frames of a capture
 def lens_of(camera):
     """(is it a fisheye, k1, k2, k3, k4, p1, p2) of a camera by transforms.json's keys; None if it
     bends nothing. Raises ValueError: its model is not known, or a number cannot be."""
-    given = {k: camera[k] for k in (*SIZES, *DISTORTION) if camera.get(k) is not None}
-    for key, value in given.items():
-        if not (isinstance(value, (int, float)) and np.isfinite(value)):
-            raise ValueError(f"{key} is {value!r}, which is no number")
-    least = min(given.get(k, 1) for k in ("fl_x", "fl_y", "w", "h"))
-    if least <= 0 or not (given.get("fl_x") or given.get("camera_angle_x")):
-        raise ValueError("no focal length: fl_x or camera_angle_x must be above 0, and w and h")
+    given = {k: number(camera[k], k, *BOUNDS.get(k, ())) for k in (*SIZES, *DISTORTION)
+             if camera.get(k) is not None}  # fmt: skip
+    if not {"fl_x", "camera_angle_x"} & given.keys():
+        raise ValueError("no focal length: fl_x or camera_angle_x")
     model = camera.get("camera_model") or "OPENCV"
     model = "OPENCV_FISHEYE" if camera.get("is_fisheye") else model  # instant-ngp's key
     known = parameters(model) + ["k3", "k4"] * (model == "OPENCV")
-    bends = {k: float(given[k]) for k in DISTORTION if given.get(k)}
+    bends = {k: given[k] for k in DISTORTION if given.get(k)}
     if excess := bends.keys() - known:
         raise ValueError(f"camera model {model} has no {min(excess)}")
     if bends or model == "OPENCV_FISHEYE":
@@ -972,7 +1007,7 @@ def rigid(matrices, names, read=np.array):
     turns = poses[:, :3, :3]
     with np.errstate(invalid="ignore"):
         off = np.abs(turns @ turns.swapaxes(1, 2) - np.eye(3)).max((1, 2), initial=0)
-        good = (off < 1e-3) & (np.linalg.det(turns) > 0) & np.isfinite(poses).all((1, 2))
+        good = (off < 1e-3) & (np.linalg.det(turns) > 0) & (np.abs(poses) < 1e30).all((1, 2))
     if not good.all():
         raise BadFile(f"{names[good.argmin()]}: not rigid, a turn and a move of finite numbers")
     return poses
@@ -983,9 +1018,11 @@ class Beside:
 
     def __init__(self, path):
         self.places = [path, *(above / name for above in (path, path.parent) for name in PHOTOS)]
-        inner = itertools.takewhile(lambda p: p.name in INNER, [path, *path.parents])
+        whole = Path(abspath(path))
+        inner = itertools.takewhile(lambda p: p.name in INNER, [whole, *whole.parents])
         roots = [path, *(p.parent for p in inner)]  # up to the scene, of ScanNet++
         self.path, self.ids = path, [join(root, "instance_segmentation") for root in roots]
+        self.root = roots[-1] if len(roots) > 1 else whole.parent  # photos may lie beside a scene
         self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
     def first(self, folders, names):
@@ -1044,14 +1081,15 @@ def list_transforms(scene):
 def read_transforms(file, lost):
     """[Shot] of the frames to train on. `lost` counts what to say of those that lack something."""
     about, beside, shots = json.loads(file.read_text()), Beside(file.parent), []
-    unit = about.get("depth_unit_scale_factor", 0.001)
-    if not (isinstance(unit, (int, float)) and 0 < unit < np.inf):
-        raise ValueError(f"depth_unit_scale_factor is {unit!r}, which is no number above 0")
+    unit = "depth_unit_scale_factor"
+    unit = number(about.get(unit, 0.001), unit, 1e-9, 1e9)
     tests = {entry["file_path"] for entry in about.get("test_frames") or []}
     shared = {k: about[k] for k in CAMERA & about.keys()}
     for entry in sorted(about["frames"], key=lambda entry: natural(entry["file_path"])):
         if entry["file_path"] in tests:
             continue
+        for key in ("file_path", "mask_path", "depth_file_path"):
+            within(beside.root, file.parent, entry.get(key) or "")
         own = {k: entry[k] for k in CAMERA & entry.keys()}
         camera = shared | own if own else shared
         photo, why = None, "marked is_bad are left out"
@@ -1098,7 +1136,8 @@ def list_colmap(scene):
         poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
         shots = []
         for (number, *_, camera, name), pose in zip(kept, poses):
-            photo, about = join(folder, name), dict(camera=cameras[int(camera)], number=int(number))
+            photo = within(folder, folder, name)
+            about = dict(camera=cameras[int(camera)], number=int(number))
             shots.append(Shot(photo, file, beside.labels(photo, name), pose, **about))
     if len(images) > len(kept):
         warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
@@ -1141,7 +1180,8 @@ def open_chunks(path):
         index = json.loads(file.read_text()).items()
         if not index:
             raise ValueError("it lists no scenes")
-        return [PosedFolder(path, list_chunk, path / name, key) for key, name in index]
+        return [PosedFolder(path, list_chunk, Path(within(path, path, name)), key)
+                for key, name in index]  # fmt: skip
 
 
 def list_chunk(scene):
@@ -1508,9 +1548,9 @@ def scannet_pairs(path):
     """The 1,500 pairs of SuperGlue's ScanNet test: test.npz "name" [pairs, 4] of scene, sequence
     and two frames, and intrinsics.npz with K [3, 3] by the name of the scene."""
     with naming(path, "test.npz and intrinsics.npz of ScanNet-1500 were expected"):
-        rows = np.load(path / "test.npz", allow_pickle=False)["name"].tolist()
+        rows = np.load(unpacked(path / "test.npz", 100), allow_pickle=False)["name"].tolist()
         listed = [(f"scene{scene:04d}_{part:02d}", i, j) for scene, part, i, j in rows]
-        Ks = dict(np.load(path / "intrinsics.npz", allow_pickle=False))
+        Ks = dict(np.load(unpacked(path / "intrinsics.npz", 100), allow_pickle=False))
         if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
     frames, scenes = collections.defaultdict(set), {}
@@ -1691,7 +1731,7 @@ class Shelf:
     def append(self, *tensors):
         record, arrays = [], [small(tensor).contiguous().numpy() for tensor in tensors]
         for array in arrays:
-            record.append((array.dtype, "r", self.end, array.shape))
+            record.append((self.file.name, array.dtype, "r", self.end, array.shape))
             self.end += array.nbytes
         self.records.append(record)
         with naming(self.file.name, "cannot be written"):
@@ -1705,7 +1745,7 @@ class Shelf:
         return len(self.records)
 
     def __getitem__(self, i):
-        maps = (np.memmap(self.file.name, *about) for about in self.records[i])
+        maps = (np.memmap(*about) for about in self.records[i])
         return [full(torch.from_numpy(np.array(m))) for m in maps]
 
 
@@ -1937,10 +1977,10 @@ def throughput(path, height, width, workers, samples):
     """Images a second that `Views` of a capture (None: of rooms) load at, by so many processes."""
     scenes = open_scenes(path) if path else Rooms("train")
     views = Views(scenes, height, width, length=samples)
-    started, images = time.time(), 0
+    started, images = time.monotonic(), 0
     for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=workers):
         images += len(sample["context"]["images"]) + 1
-    return images / (time.time() - started)
+    return images / (time.monotonic() - started)
 
 
 def main(arguments=None):

@@ -16,6 +16,7 @@ published protocols.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import safe_open
@@ -37,7 +39,8 @@ from model import architecture_of, load_vit, normalise, read_state
 from reconstruct import mean, reconstruction
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
-    depth_colours, free_folder, load_teacher, plain_messages, replace_file, write_sheet,
+    depth_colours, free_folder, load_teacher, many_processes, plain_messages, replace_file,
+    write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -151,6 +154,46 @@ def extract(model, images, settings):
     return patches, classes
 
 
+# ----------------------------------------------------------------------------- many processes
+
+
+def rank_and_count():
+    """Under torchrun this process's number and how many there are; else 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Share(torch.utils.data.Dataset):
+    """Under torchrun every n-th item of a data set, from this process's own on; else all."""
+
+    def __init__(self, items):
+        self.items, (rank, count) = items, rank_and_count()
+        self.indices = range(rank, len(items), count)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.items[self.indices[i]]
+
+
+def gathered(rows):
+    """The rows that all processes made of their `Share`, in the order of the items, but None."""
+    every = [rows]
+    if (count := rank_and_count()[1]) > 1:
+        dist.all_gather_object(every := [None] * count, rows)
+    return [row for turn in itertools.zip_longest(*every) for row in turn if row is not None]
+
+
+@contextlib.contextmanager
+def shared_scratch(folder, need):
+    """The first process's `data.scratch`, for all: of many machines, on a disk that they share."""
+    rank, count = rank_and_count()
+    with data.scratch(folder, need) if rank == 0 else contextlib.nullcontext() as place:
+        yield gathered([place])[0]
+        if count > 1:
+            dist.barrier()
+
+
 # ----------------------------------------------------------------------------- correspondence
 
 
@@ -205,10 +248,13 @@ def correspondence(models, settings, folder):
         chosen = {settings.seed: chosen[settings.seed]}
     results, by_pair = {m.name: [] for m in models}, {m.name: [] for m in models}
     for seed, pairs in chosen.items():
-        recalls = {m.name: [] for m in models}
-        for n, pair in enumerate(counted(loaded(pairs), len(pairs), f"seed {seed}, pair")):
+        recalls, share = {m.name: [] for m in models}, Share(pairs)
+        items = counted(loaded(share), len(share), f"seed {seed}, pair")
+        for pair, n in zip(items, share.indices):  # `counted` is to see its end
             Rt = torch.linalg.inv(pair[1]["extrinsics"]) @ pair[0]["extrinsics"]
             if pairs.least_overlap and data.overlap(*pair, Rt) < pairs.least_overlap:
+                for rows in recalls.values():
+                    rows.append(None)
                 continue
             images, depths, Ks = (torch.stack([view[k] for view in pair])
                                   for k in ("images", "depths", "Ks"))  # fmt: skip
@@ -223,6 +269,7 @@ def correspondence(models, settings, folder):
                     panels[model.name] = draw_matches(images, *match(*views, 30))
             if panels:
                 write_sheet(folder / f"matches_{n}.png", panels, warning_of(models))
+        recalls = {name: gathered(rows) for name, rows in recalls.items()}
         if not recalls[models[0].name]:
             share = f"{pairs.least_overlap:.0%}"
             raise ValueError(f"{settings.data}: no two of its frames show {share} of the same")
@@ -436,7 +483,7 @@ def linear(task, models, settings, folder):
     channels = max(sum(vit.embed_dim for vit in model.vits) for model in models)
     channels *= len(settings.layers or range(settings.blocks))
     need = train.kept_bytes(channels) + test.kept_bytes(channels)
-    with data.scratch(settings.cache, need) as place:
+    with shared_scratch(settings.cache, need) as place:
         for model in models:
             shelves = [shelve(place / f.part, head, model, f, settings) for f in (train, test)]
             found = probe_features(model.name, head, names, *shelves, settings)
@@ -446,7 +493,7 @@ def linear(task, models, settings, folder):
         size = labels[0].shape[-2:]
         labels = torch.stack([data.resized(label, size, "nearest") for label in labels])
         results[NO_IMAGE] = [over_frames(probe, shelves[1], from_labels(probe, labels))[0]]
-    for n in range(min(4, len(test))):
+    for n in range(min(4, len(test)) if rank_and_count()[0] == 0 else 0):
         frame = test[n]
         label = frame[head.label]
         photo = data.joined(frame["images"], frame["places"], label.shape[-2:])
@@ -469,13 +516,17 @@ def open_frames(task, settings):
 
 
 def shelve(path, head, model, frames, settings):
-    """A `data.Shelf` of the features, cls tokens, label and places of each frame."""
-    shelf, known = data.Shelf(path), False
-    for frame in counted(loaded(frames), len(frames), f"{model.name}: {path.name} frame"):
+    """A `data.Shelf` of the features, cls tokens, label and places of each frame: in a file of each
+    process those of its share."""
+    gathered([])  # until no process reads the last model's features, which these replace
+    shelf, known = data.Shelf(f"{path}{rank_and_count()[0] or ''}"), False
+    share = Share(frames)
+    for frame in counted(loaded(share), len(share), f"{model.name}: {path.name} frame"):
         label = frame[head.label]
         known = known or bool((label != head.unknown).any())
         shelf.append(*extract(model, frame["images"], settings), label, frame["places"])
-    if not known:
+    shelf.records = gathered(shelf.records)
+    if not any(gathered([known])):
         raise ValueError(f"{settings.data}: none of the {path.name} frames has known {head.label}")
     return shelf
 
@@ -590,11 +641,11 @@ def loaded(dataset):  # its items, prepared one ahead by another process
 
 def counted(items, total, what):
     """The items; prints five times how many are done, how fast, and how long the rest takes."""
-    started = time.time()
+    started = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         if done == total or done % max(1, total // 5) == 0:
-            rate = done / (time.time() - started)
+            rate = done / (time.monotonic() - started)
             left = f"{rate:.2f} a second   {(total - done) / rate:.0f} s left"
             print(f"{what} {done}/{total}   {left}", flush=True)
 
@@ -641,8 +692,11 @@ def print_table(summary):
 
 def measure(task, settings, models, home):
     """Run one task, print its tables and write results.json."""
-    folder, started = free_folder(home / "evaluation", task), time.time()
-    folder.mkdir(parents=True)
+    (rank, count), started = rank_and_count(), time.monotonic()
+    if count > 1 and task != "correspondence" and not TASKS[task].probe:
+        raise ValueError(f"--task {task} runs in one process")
+    folder = gathered([free_folder(home / "evaluation", task)])[0]  # the first process's
+    folder.mkdir(parents=True, exist_ok=count > 1)
     names, by_pair = [model.name for model in models], {}
     try:
         if task == "reconstruction":
@@ -652,12 +706,12 @@ def measure(task, settings, models, home):
         else:
             results = linear(task, models, settings, folder)
     except BaseException:
-        if not any(folder.iterdir()):  # it failed before there was anything to look at
+        if rank == 0 and not any(folder.iterdir()):  # nothing to look at yet
             folder.rmdir()
         raise
     against_first = differences(results, [(names[0], name) for name in names[1:]])
     against_all = differences(by_pair, list(itertools.combinations(by_pair, 2)))
-    warning, seconds = warning_of(models), round(time.time() - started, 1)
+    warning, seconds = warning_of(models), round(time.monotonic() - started, 1)
     report = {
         "task": task, "random_weights": warning == RANDOM, "settings": vars(settings),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -673,7 +727,8 @@ def measure(task, settings, models, home):
         report["warning"] = warning
         banner(warning)
     text = json.dumps(report, indent=1)
-    replace_file(folder / "results.json", lambda path: path.write_text(text))
+    if rank == 0:
+        replace_file(folder / "results.json", lambda path: path.write_text(text))
     print(f"Written to {folder}/ in {seconds:.0f} s")
 
 
@@ -812,8 +867,8 @@ def check(task, settings):
 
 
 def main(arguments=None):
-    settings = parse_settings(arguments)
-    with plain_messages():
+    with many_processes(), plain_messages():
+        settings = parse_settings(arguments)
         on_features = settings.task != "reconstruction"
         models, home = load_models(settings) if on_features else ([], Path("runs"))
         if warning := warning_of(models):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from data import naming, unpacked
 from kernels import Mixture, rasterize
 
 NEAR_PLANE = 1e-6  # of the rasteriser. A capture's unit may be anything: cut off only the camera
@@ -817,17 +818,15 @@ def read_state(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
+    damaged = "not a state dict that can be read: it is damaged or holds more than tensors"
+    with naming(path, damaged):
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(unpacked(path), map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)  # Lightning's wrapping
         if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
             raise TypeError
-    except Exception as error:  # a dozen kinds; a pickle's text explains how to run it
-        reason = f"it is damaged or holds more than tensors ({type(error).__name__})"
-        raise ValueError(f"{path}: not a state dict that can be read: {reason}") from None
-    return state
+        return state
 
 
 def load_strictly(module, state, source):

@@ -131,10 +131,13 @@ def save_ply(path, gaussians):
     Per Gaussian, float32: x y z, a normal of zeros, f_dc and f_rest (harmonics of degree 0, and of
     1 to 3 with the colour outermost), opacity before its sigmoid, the logarithms of the standard
     deviations along the covariance's axes, and those axes as a quaternion w x y z. Opacities below
-    1/255 are left out. ValueError: there is more than one scene.
+    1/255 are left out. ValueError: there is not one scene, or a number is not finite.
     """
-    if len(gaussians.means) != 1:
-        raise ValueError(f"{path}: a .ply holds one scene, not {len(gaussians.means)}")
+    if gaussians.means.ndim != 3 or len(gaussians.means) != 1:
+        shape = list(gaussians.means.shape)
+        raise ValueError(f"{path}: a .ply holds one scene, means [1, N, 3], not {shape}")
+    if not all(tensor.isfinite().all() for tensor in gaussians):
+        raise ValueError(f"{path}: the Gaussians are NaN or infinite")
     seen = gaussians.opacities[0] >= 1 / 255
     means, covars, opacities, harmonics = (t[0][seen].cpu().float() for t in gaussians)
     variances, axes = torch.linalg.eigh(covars)
@@ -233,9 +236,9 @@ class MVSplat(nn.Module):
         and far [B, V] in the cameras' unit -> Gaussians with (sh_degree + 1)^2 harmonics.
 
         With coarse=True it stops where views are matched: depths [B, V, h, w]. ValueError: V < 2,
-        H or W no multiple of 16, not 0 < near < far, or a camera that is not rigid.
+        H or W no multiple of 16, not 0 < near < far, a camera that is not rigid, or NaN.
         """
-        check_views(images, extrinsics, near, far)
+        check_views(images, extrinsics, intrinsics, near, far)
         B, V, predictor = *images.shape[:2], self.depth_predictor
         others = [[u for u in range(V) if u != v] for v in range(V)]
         others = torch.tensor(others, device=images.device)  # [V, V - 1]
@@ -251,9 +254,12 @@ class MVSplat(nn.Module):
         return to_gaussians(*fine, intrinsics, extrinsics, self.config.ray_depth).scaled(unit)
 
 
-def check_views(images, extrinsics, near, far):
+def check_views(images, extrinsics, intrinsics, near, far):
     """ValueError for the first requirement of MVSplat that its inputs do not meet."""
     V, _, H, W = images.shape[1:]
+    for name, tensor in dict(images=images, extrinsics=extrinsics, intrinsics=intrinsics).items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ValueError(f"{name} must be finite numbers of a floating-point type")
     if V < 2:
         raise ValueError(f"reconstruction compares views and needs at least 2, not {V}")
     if H % 16 or W % 16:
@@ -662,6 +668,8 @@ def load_reconstructor(path=None):
             with safe_open(path, "pt") as file:
                 fields = json.loads((file.metadata() or {})["config"])
             config = ReconstructorConfig(**fields)
+        if max(config.blocks, config.cost_levels, config.refine_levels) > len(state):
+            raise ValueError("more layers than the file has tensors")
         with torch.device("meta"):
             reconstructor = MVSplat(config)
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:

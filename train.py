@@ -21,10 +21,13 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +79,7 @@ TRAINING = {
     "height": Setting(288, 288, "of the images, pixels; a reconstructor takes multiples of 16"),
     "width": Setting(288, 288, "likewise"),
     "batch_size": Setting(4, 64, "scenes or photos a step, of each process", 1),
+    "accumulate": Setting(1, 1, "batches of each process in a step: the mean of their losses", 1),
     "steps": Setting(5000, 100_000, "of the optimiser", 1),
     "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE),
     "warmup": Setting(0.05, 0.01, "share of the steps in which lr climbs, before a cosine", 0, 1),
@@ -83,10 +87,13 @@ TRAINING = {
     "clip": Setting(1.0, 1.0, "largest norm of the gradients", POSITIVE),
     "preview_every": Setting(500, 1000, "steps between previews", 1),
     "checkpoint_every": Setting(250, 1000, "steps between checkpoints", 1),
+    "keep": Setting(1, 1, "checkpoints: the newest, and older ones as checkpoint_STEP.pt", 1),
     "seed": Setting(0, 0, "of everything random", 0),
     "workers": Setting(1, 4, "processes that load data", 0),
 }
-PRETRAIN = TRAINING | {
+PRECISION = {"precision": Setting("auto", "auto", "of the ViTs; auto: bf16 on a GPU that has it",
+                                  choices=("auto", "float32", "bf16", "fp16"))}  # fmt: skip
+PRETRAIN = TRAINING | PRECISION | {
     "teacher": Setting("vit_tiny14", "vit_tiny14", TEACHERS),
     "crop": Setting(224, 224, "side of the crops, pixels; a multiple of the patch"),
     "least_scale": Setting(0.7, 0.7, "of a photo's side that a crop shows", POSITIVE, 1),
@@ -135,7 +142,7 @@ METHOD = {  # what SplatAndDistill takes
     "teacher_temperature": Setting(0.1, 1.0, "of the teacher's logits", POSITIVE),
     "student_temperature": Setting(0.1, 1.0, "of the student's logits", POSITIVE),
 }  # fmt: skip
-DISTILL = METHOD | changed(
+DISTILL = METHOD | PRECISION | changed(
     VIEWS, height=(224, 576), width=(224, 880), steps=(220, 300_000), warmup=(0.1, 0.01),
     lr=(1.5e-4, 2e-5),  # the demo takes 1,000 times fewer steps
     min_gap=(32, 8), max_gap=(64, 12),  # rooms' depth is exact: views far apart teach more
@@ -188,7 +195,9 @@ def add_settings(parser, rows, titles=("demo", "paper")):
 def check_settings(rows, values):
     """SystemExit with one sentence for the first value {name: value} out of its row's range."""
     for name, row in rows.items():
-        value = values[name]
+        value, kinds = values[name], {type(row.demo), type(row.paper)}
+        if type(value) not in (kinds if row.paper is not None else {str, type(None)}):
+            raise SystemExit(f"{flag(name)} cannot be {value!r}")
         if row.low is not None and not value >= row.low:  # NaN is out of any range
             least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
             raise SystemExit(f"{flag(name)} must be {least}, not {value}")
@@ -204,7 +213,7 @@ def parse_settings(arguments=None):
     add = parser.add_argument
     add("--stage", choices=list(SETTINGS), default="distill", help="what to train")
     add("--preset", choices=["demo", "paper"], help="default: paper with --data, demo without")
-    add("--resume", metavar="RUN", help="folder of a run to go on with, by its own settings")
+    add("--resume", metavar="RUN", help="folder, or a checkpoint in it, to go on from as it was")
     rows = SETTINGS[parser.parse_known_args(arguments)[0].stage]
     add("-h", "--help", action="help", help="show this and exit")
     add_settings(parser, rows)
@@ -299,6 +308,16 @@ def load_views(settings, num_shown):
     return views, default_collate([shown[i] for i in range(num_shown)])
 
 
+def autocast(precision):
+    """The context in which a ViT runs. Scales of gradients that fp16 needs are Run's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bf16" if bf16 else "float32"
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}[precision]
+    return torch.autocast(device, kind, enabled=kind is not None)
+
+
 class Distill:
     """A student learns what its teacher sees from other views (Splat and Distill).
 
@@ -337,10 +356,9 @@ class Distill:
 
     def step(self, model, batch, number, descend):
         """A step of training, of self.model by way of `model`. Returns {metric: scalar tensor}."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        with autocast(self.settings["precision"]):
             loss, metrics, _ = model(batch)
-        descend(loss)
-        if number % self.settings["ema_every"] == 0:
+        if descend(loss) and number % self.settings["ema_every"] == 0:
             self.model.update_teacher(self.settings["momentum"])
         return metrics
 
@@ -453,7 +471,7 @@ class Pretrain:
         self.model = Pretraining(vit, *options)
 
     def step(self, model, batch, number, descend):
-        with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+        with autocast(self.settings["precision"]):
             loss, metrics, _ = model(batch)
         descend(loss)
         return metrics
@@ -599,10 +617,20 @@ def move(batch, device):
 
 
 def trained(model):
-    """Names of what training changes: parameters, their EMA in the teacher, and its centre."""
+    """What training changes {name: tensor}: parameters, their EMA in the teacher, its centre."""
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     emas = [name.replace("student", "teacher", 1) for name in names if "student" in name]
-    return names + emas + [name for name, _ in model.named_buffers() if name == "centre"]
+    state = model.state_dict()
+    return {name: state[name] for name in [*names, *emas, *{"centre"} & state.keys()]}
+
+
+def form(tensors):  # what tensors of another model differ in
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def checksum(tensors):  # the same on any device
+    whole = (tensor.cpu().contiguous().numpy() for tensor in tensors)
+    return functools.reduce(lambda sum, array: zlib.crc32(array, sum), whole, 0)
 
 
 def outlive_signals(done, _worker):
@@ -633,6 +661,8 @@ class Run:
             # Cheap steps of a reconstructor use a part of it alone
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        changes = trained(self.model)
+        self.frozen = checksum(t for k, t in self.model.state_dict().items() if k not in changes)
         lr, decay, total = settings["lr"], settings["weight_decay"], settings["steps"] + 1
         # OneCycleLR divides by zero if the climb takes one step
         warmup = settings["warmup"] if settings["warmup"] * total > 1 else 0.0
@@ -640,8 +670,11 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, lr, total, pct_start=warmup, cycle_momentum=False
         )
+        fp16 = settings.get("precision") == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device, enabled=fp16)
         self.step, self.samples, self.first, self.seconds, self.measured = 0, 0, 0, 0.0, {}
-        self.started, self.asked_to_stop = time.time(), False
+        self.added, self.saved = 0, None  # batches of this step; the step of checkpoint.pt
+        self.started, self.asked_to_stop = time.monotonic(), False
 
     @classmethod
     def new(cls, settings):
@@ -664,24 +697,47 @@ class Run:
     @classmethod
     def load(cls, folder):
         """A run as its checkpoint has it. SystemExit: it does not fit, or nothing is left to do."""
-        path = folder / "checkpoint.pt"
+        path = folder if folder.is_file() else folder / "checkpoint.pt"
+        folder = path.parent
         with data.naming(path, "not a checkpoint of train.py"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(data.unpacked(path), map_location="cpu", weights_only=True)
+            if zipfile.ZipFile(path).testzip():
+                raise ValueError("a bit of it has changed")
             settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
             lines = (folder / "metrics.jsonl").read_bytes()[: saved["written"]]
-            if settings.keys() != parse_settings(["--stage", settings["stage"]]).keys():
+            known = SETTINGS[settings["stage"]].keys() | {"stage", "preset"}
+            if settings.keys() != known or settings["preset"] not in ("demo", "paper"):
                 raise ValueError("its settings are those of another version")
+            try:
+                check(settings)
+            except SystemExit as error:
+                raise ValueError(error) from None
+            logged = [json.loads(line)["step"] for line in lines.splitlines()]
+            if {type(step), type(samples)} != {int} or samples < 0 or step > settings["steps"]:
+                raise ValueError(f"step {step} of {settings['steps']}, {samples} samples")
+            if logged != list(range(1, step + 1)):
+                raise ValueError(f"metrics.jsonl lacks some of its {step} steps")
         run = cls(settings)
         with data.naming(path, "not of this version, or damaged"):
-            if saved["model"].keys() != set(trained(run.model)):
+            if form(saved["model"]) != form(trained(run.model)):
                 raise ValueError("its parameters are not those that its settings train")
             run.model.load_state_dict(saved["model"], strict=False)
             run.optimizer.load_state_dict(saved["optimizer"])
             run.schedule.load_state_dict(saved["schedule"])
-            if not all(p.isfinite().all() for p in run.trainable):
-                raise ValueError("NaN or infinite weights")
+            run.scaler.load_state_dict(saved["scaler"])
+            moments = [(p, s[k]) for p, s in run.optimizer.state.items() for k in s if k != "step"]
+            if not all(p.isfinite().all() and m.shape == p.shape for p, m in moments):
+                raise ValueError("NaN or infinite weights, or another optimiser's")
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            if run.schedule.last_epoch != step or run.schedule.get_last_lr() != rates:
+                raise ValueError("its schedule is at another step")
+            if saved["frozen"] != run.frozen:
+                raise ValueError("the weights that it does not train are not those it began with")
+            run.seconds, run.measured = float(saved["seconds"]), dict(saved["measured"])
+            rng, cuda_rng = saved["rng"], saved["cuda_rng"][: torch.cuda.device_count()]
+            torch.set_rng_state(rng)
         run.folder, run.step, run.first, run.samples = folder, step, step, samples
-        run.seconds, run.measured = saved["seconds"], saved["measured"]
+        run.saved = step if path.name == "checkpoint.pt" else None
         if run.rank == 0:
             run.lock()
         if step >= settings["steps"]:
@@ -693,8 +749,8 @@ class Run:
             return run
         # Steps after the checkpoint are taken again
         replace_file(folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
-        torch.set_rng_state(saved["rng"])
-        torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
+        torch.set_rng_state(rng)
+        torch.cuda.set_rng_state_all(cuda_rng)
         return run
 
     def lock(self):
@@ -709,13 +765,14 @@ class Run:
         """Write the weights, and a checkpoint to go on from."""
         if self.rank:
             return
-        state, settings = self.model.state_dict(), self.settings
-        seconds = self.seconds + time.time() - self.started
+        settings = self.settings
+        seconds = self.seconds + time.monotonic() - self.started
         checkpoint = dict(
             step=self.step, samples=self.samples, seconds=seconds, measured=self.measured,
             settings=settings,
-            model={name: state[name] for name in trained(self.model)}, **self.stage.notes,
+            model=trained(self.model), frozen=self.frozen, **self.stage.notes,
             optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
+            scaler=self.scaler.state_dict(),
             rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
             written=(self.folder / "metrics.jsonl").stat().st_size,
         )  # fmt: skip
@@ -733,16 +790,24 @@ class Run:
             with safe_open(settings["start"], "pt") as file:
                 about["start"] = json.dumps(file.metadata() or {})
         weights = {k: v.cpu().contiguous() for k, v in weights.items()}
-        replace_file(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        newest, older = self.folder / "checkpoint.pt", settings["keep"] - 1
+        if older and self.saved not in (None, self.step):
+            kept = self.folder / f"checkpoint_{self.saved:06d}.pt"
+            replace_file(kept, lambda path: shutil.copyfile(newest, path))
+            for path in sorted(self.folder.glob("checkpoint_*.pt"), key=data.natural)[:-older]:
+                path.unlink()
+        replace_file(newest, lambda path: torch.save(checkpoint, path))
+        self.saved = self.step
         path = self.folder / self.stage.filename
         replace_file(path, lambda path: path.write_bytes(save(weights, about)))
 
     def batches(self):
-        """This process's batches that are left: of the samples of a step it takes its share in a
-        row. A photo that cannot be read ends the run, after a save."""
+        """This process's batches that are left, in lists of --accumulate: of the samples of all
+        processes' batches it takes its share in a row. A photo that cannot be read ends the run,
+        after a save."""
         views, size = self.stage.views, self.settings["batch_size"]
-        of_all = size * self.processes  # samples of a step
-        views.length = self.samples + (self.settings["steps"] - self.step) * of_all
+        of_all, parts = size * self.processes, self.settings["accumulate"]
+        views.length = self.samples + (self.settings["steps"] - self.step) * of_all * parts
         starts = range(self.samples + self.rank * size, views.length, of_all)
         loader = DataLoader(
             views, batch_sampler=[range(i, i + size) for i in starts],
@@ -751,8 +816,9 @@ class Run:
             generator=torch.Generator(),  # a draw from torch's own would shift a resumed dropout
         )  # fmt: skip
         try:
-            for batch in loader:
-                yield move(batch, self.device)
+            batches = iter(loader)
+            while batch := list(itertools.islice(batches, parts)):
+                yield batch
         except ValueError:
             self.save()
             raise
@@ -760,18 +826,28 @@ class Run:
             done.set()
 
     def descend(self, loss):
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        """Add a batch's gradients; take the step after its last batch. Returns whether it was."""
+        parts, self.added = self.settings["accumulate"], self.added + 1
+        self.scaler.scale(loss / parts).backward()
+        if self.added < parts:
+            return False
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.trainable, self.settings["clip"])
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+        self.added = 0
+        return True
 
-    def train_step(self, batch):
-        """The next step. Returns {metric: number}. SystemExit: the loss is not finite."""
-        metrics = self.stage.step(self.parallel, batch, self.step + 1, self.descend)
+    def train_step(self, batches):
+        """The next step. Returns {metric: mean of the batches}. SystemExit: a loss is not finite."""
+        take, number = self.stage.step, self.step + 1
+        rows = [take(self.parallel, move(b, self.device), number, self.descend) for b in batches]
         self.step += 1
-        self.samples += self.settings["batch_size"] * self.processes
-        metrics = {"step": self.step} | {k: float(v) for k, v in metrics.items()}
+        self.samples += self.settings["batch_size"] * self.processes * len(rows)
+        metrics = {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
+        metrics = {"step": self.step} | metrics
         if not math.isfinite(metrics["loss"]):
             raise SystemExit(f"{self.folder}: the loss of step {self.step} is {metrics['loss']}")
         return metrics | {"lr": self.schedule.get_last_lr()[0]}
@@ -850,7 +926,7 @@ def banner(text):
 def progress(run, recent):
     """Mean metrics of the recent steps, speed, and the time that is left."""
     steps = run.settings["steps"]
-    rate = (run.step - run.first) / (time.time() - run.started)
+    rate = (run.step - run.first) / (time.monotonic() - run.started)
     left = timedelta(seconds=int((steps - run.step) / rate))
     values = {title: [m[k] for m in recent if k in m] for k, title in TITLES.items()}
     said = "   ".join(f"{title} {sum(v) / len(v):.6f}" for title, v in values.items() if v)

@@ -7,6 +7,7 @@ import shutil
 import struct
 import time
 import warnings
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -420,6 +421,26 @@ def test_images_are_found_where_other_tools_put_them(tmp_path):
     assert shade_of(PosedFolder(blender), 2) == 2
 
 
+@pytest.mark.parametrize("where", ["here", "above", "scene"])
+def test_photos_may_lie_beside_the_capture_or_behind_a_link(tmp_path, monkeypatch, where):
+    """What json says stays in the folder above the capture, or in ScanNet++'s scene; whoever
+    unpacked it may link to another disk."""
+    inner = tmp_path / "scan" / ("dslr/nerfstudio" if where == "scene" else "")
+    up = "../../" if where == "scene" else "../"
+    change = lambda i, f: f | {"file_path": up + f["file_path"]}  # noqa: E731
+    write_capture(inner, 3, change=change)
+    (inner / "images").rename(tmp_path / "disk")
+    (inner / up / "images").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(inner if where == "here" else tmp_path)
+    (scene,) = open_scenes("." if where == "here" else "scan")
+    assert [shade_of(scene, i) for i in range(3)] == [0, 1, 2]
+
+
+def test_digits_of_any_script_and_length_sort():
+    names = ["f3", "f20", "f\u00b2", "f" + "1" * 5000, "f" + "2" * 5000, "f\u0663"]
+    assert sorted(reversed(names), key=data.natural) == [*names[:2], *names[3:5], *names[2:6:3]]
+
+
 def test_scenes_are_found_in_folders(tmp_path):
     for name in ("b", "a"):
         write_capture(tmp_path / "many" / "scenes" / name)
@@ -510,6 +531,28 @@ def picture(name, mode, size, *colour):
     return lambda f, j: Image.new(mode, size, *colour).save(f / name, format=form)
 
 
+def depth_picture(mode):
+    def change(f, j):
+        picture("depth.png", mode, (40, 30), 200)(f, j)
+        j["frames"][1]["depth_file_path"] = "depth.png"
+
+    return change
+
+
+def npy_header(shape):  # and a few bytes
+    about = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    start = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(about)) + about.encode()
+    return lambda f, j: (f / "1.npy").write_bytes(start + bytes(4800))
+
+
+def png_header(side):  # of a square, and no pixels
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)), (b"IDAT", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc32(name + data))
+        for name, data in chunks
+    )
+
+
 def content(name, change):
     return lambda f, j: (f / name).write_bytes(change((f / name).read_bytes()))
 
@@ -544,7 +587,7 @@ BROKEN = {  # what to do to a good capture, and what the message must name
         lambda f, j: j.pop("fl_x"),
         "transforms.json.*no focal length.*fl_x or camera_angle_x",
     ),
-    "focal length 0": (top(fl_x=0), "transforms.json.*focal length"),
+    "focal length 0": (top(fl_x=0), "transforms.json.*fl_x is 0, no number from 0.001"),
     "a word for cx": (top(cx="middle"), "transforms.json.*cx .*'middle'"),
     "depth unit a word": (
         top(depth_unit_scale_factor="mm"),
@@ -583,7 +626,28 @@ BROKEN = {  # what to do to a good capture, and what the message must name
     ),
     "photo of floats": (picture(PHOTO, "F", (40, 30)), "0001.png: .*floating point"),
     "test frames a number": (top(test_frames=3), JSON),
+    "depth unit beyond float32": (top(depth_unit_scale_factor=1e39), f"{JSON}.*unit_scale.*1e.39"),
+    "depth of 8 bits": (depth_picture("L"), "depth.png: .*16-bit PNG or .npy, not .* mode L"),
+    "depth of a palette": (depth_picture("P"), "depth.png: .*not .* mode P"),
+    "depth of floats": (depth_picture("F"), "depth.png: .*not .* mode F"),
+    "depth of complex numbers": (array(np.ones((30, 40), "complex64")), "1.npy.*complex64"),
+    "depth of 40 TB": (npy_header((10**7, 10**6)), "1.npy: .*length is greater than file size"),
+    "depth of 3.6 GB": (npy_header((30_000, 30_000)), "1.npy: .*greater than file size"),
+    "a bomb": (content(PHOTO, lambda old: png_header(30_000)), "0001.png.*900000000 pixels"),
+    "nested": (content(JSON, lambda old: b"[" * 100_000), f"{JSON}.*recursion"),
+    "moved beyond float32": (second(transform_matrix=matrix(1e39, 0, 3)), "0001.png: not rigid"),
 }
+for key, value in (  # in float32 these are inf or 0, in Python too long, or no pinhole's
+    ("fl_x", True), ("fl_x", 1e39), ("fl_x", 1e-40), ("w", 1e300), ("w", 1e-40), ("cx", 1e39),
+    ("cx", 10**400), ("k1", 1e39), ("camera_angle_x", -1), ("camera_angle_x", 69.4),
+    ("camera_angle_x", 3.14159), ("camera_angle_y", 0), ("camera_angle_y", 1e-30),
+):  # fmt: skip
+    BROKEN[f"{key} of {value!r:.8}"] = (
+        top(**{key: value}), f"{JSON}: .*{key} is .*, no number from"
+    )  # fmt: skip
+for key in ("file_path", "depth_file_path", "mask_path"):
+    for path in ("/etc/x.png", "../../x.png", "images/../../../x.png"):
+        BROKEN[f"{key} {path}"] = second(**{key: path}), f"{JSON}: .*'{path}' lies outside"
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -1083,9 +1147,18 @@ def other_camera(model):
     return lambda f: (f / "cameras.bin").write_bytes(struct.pack("<QiiQQ", 1, 1, model, 270, 480))
 
 
-def many_images(f):
+def count(name, at, number):  # in place of the one at that byte
+    def change(f):
+        old = (f / name).read_bytes()
+        (f / name).write_bytes(old[:at] + struct.pack("<Q", number) + old[at + 8 :])
+
+    return change
+
+
+def renamed(f):
     path = f / "images.bin"
-    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+    path.write_bytes(path.read_bytes().replace(b"0012.jpg", b"../../0012.jpg"))
+    (f.parents[2] / "0012.jpg").write_bytes(b"")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -1093,7 +1166,11 @@ def many_images(f):
     (other_camera(99), "cameras.bin.*camera model number 99 is none of"),
     (lambda f: cut(f / "cameras.bin", 60), "cameras.bin: not COLMAP's cameras .unpack requires"),
     (lambda f: cut(f / "images.bin", 100), "images.bin: not COLMAP's images"),
-    (many_images, "images.bin: not COLMAP's images"),
+    (renamed, "images.bin: not COLMAP's images ..../../0012.jpg' lies outside"),
+    *((count("images.bin", at, n), "images.bin: not COLMAP's images") for at in (0, 81)
+      for n in (2**33, 2**60, 2**64 - 1)),
+    *((count("points3D.bin", at, n), "points3D.bin: not COLMAP's points") for at in (0, 51)
+      for n in (2**33, 2**60, 2**64 - 1)),
     (lambda f: (f / "images.bin").unlink(), "images.bin: not COLMAP's images .*No such file"),
     (lambda f: shutil.rmtree(f.parent.parent / "images"), "images.bin.*none of its 4 photos is in"),
     (lambda f: cut(f / "points3D.bin", 70), "points3D.bin: not COLMAP's points"),
@@ -1171,6 +1248,8 @@ def other_scene(f):
     (lambda f: (f / "index.json").write_text("{}"), "index.json: .*it lists no scenes"),
     (lambda f: (f / "index.json").write_text('{"other": "000000.torch"}'),
      "000000.torch: .*scene other .no 'other'"),
+    (lambda f: (f / "index.json").write_text('{"train00": "../../0.torch"}'),
+     "index.json: .*'../../0.torch' lies outside"),
     (lambda f: (f / "000000.torch").unlink(), "000000.torch: not RealEstate10K's file of scenes"),
     (lambda f: (f / "000000.torch").write_bytes(b"x"), "000000.torch: not RealEstate10K's file"),
     (other_scene, "000000.torch: not .* scene train00 .its cameras are .2, 18., its images 0"),

@@ -420,8 +420,15 @@ def test_ply_holds_the_gaussians(tmp_path):
     covars = axes @ torch.diag_embed(scales**2) @ axes.mT
     torch.testing.assert_close(covars, gaussians.covars[0, kept], rtol=1e-3, atol=1e-3)
     two = R.Gaussians(*(t.expand(2, *t.shape[1:]) for t in gaussians))
-    with pytest.raises(ValueError, match="two.ply: a .ply holds one scene, not 2"):
-        R.save_ply(tmp_path / "two.ply", two)
+    flat, nan = R.Gaussians(*(t[0] for t in gaussians)), gaussians.covars * torch.nan
+    for wrong, message in (
+        (two, r"holds one scene, means \[1, N, 3\], not \[2, 40, 3\]"),
+        (flat, r"holds one scene, .* not \[40, 3\]"),
+        (gaussians._replace(covars=nan), "the Gaussians are NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=f"wrong.ply: .*{message}"):
+            R.save_ply(tmp_path / "wrong.ply", wrong)
+    assert not (tmp_path / "wrong.ply").exists()
 
 
 def test_quaternions_of_half_turns_too():
@@ -460,6 +467,10 @@ MULTIPLES = "images must be multiples of 16 pixels high and wide"
     [
         (0, lambda t: t[:, :1], "needs at least 2, not 1"),
         (0, lambda t: t[..., :-8], f"{MULTIPLES}, such as 96 x 64, not 96 x 56"),
+        (0, lambda t: (255 * t).byte(), "images must be finite numbers of a floating-point type"),
+        (0, lambda t: t / 0, "images must be finite"),
+        (1, lambda t: t + torch.tensor([0, 0, 0, torch.inf]), "extrinsics must be finite"),
+        (2, lambda t: t * torch.nan, "intrinsics must be finite"),
         (3, lambda t: t * 0, "0 < near < far must hold"),
         (4, lambda t: t * 0.01, "0 < near < far must hold"),
         (1, lambda t: t * 1.1, "extrinsics must be rigid"),
@@ -484,6 +495,10 @@ def test_bad_files_get_one_sentence(tmp_path):
     for config in ('{"dim": "32"}', '{"candidates": -1}', '{"stem": [1, 2]}', '{"cost_dim": 12}'):
         save_file({"a": torch.zeros(1)}, path, {"config": config})
         with pytest.raises(ValueError, match=none):
+            R.load_reconstructor(path)
+    for layers in ("blocks", "cost_levels", "refine_levels"):
+        save_file({"a": torch.zeros(1)}, path, {"config": json.dumps({layers: 10**9})})
+        with pytest.raises(ValueError, match=f"{none} .more layers than the file has tensors"):
             R.load_reconstructor(path)
     save_file({"a": torch.zeros(1)}, path, {"config": '{"width": 3}'})
     with pytest.raises(ValueError, match=f"{none} .*width"):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -702,6 +703,108 @@ def test_damage_inside_a_checkpoint_is_one_sentence():
         torch.save(whole | {part: whole[part] | {key: value}}, "runs/x/checkpoint.pt")
         with pytest.raises(SystemExit, match="^runs/x/checkpoint.pt: not of this version, or dam"):
             train.main(["--resume", "runs/x"])
+
+
+@pytest.mark.parametrize("precision, near, lr", [
+    ("float32", 1e-5, "1e-3"), ("bf16", 0.05, "1e-5"), ("fp16", 0.02, "1e-5"),
+])  # fmt: skip
+def test_accumulated_batches_are_one_large_batch(precision, near, lr):
+    """Where no location is a hole, the mean of means is the mean; at the precision in question."""
+    flags = f"--loss prototypes --targets own --lora-dropout 0 --lr {lr} --steps 4 --batch-size"
+    small = [a for a in SMALL if a not in ("--loss", "both")]
+    train.main([*small, *flags.split(), "2", "--name", "large"])
+    more = "1", "--accumulate", "2", "--precision", precision, "--name", "parts"
+    train.main([*small, *flags.split(), *more])
+    large, parts = (torch.load(f"runs/{name}/checkpoint.pt") for name in ("large", "parts"))
+    assert large["samples"] == parts["samples"] == 8
+    for a, b in zip(metrics("large"), metrics("parts")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=near)
+    if precision == "float32":
+        for name, weight in large["model"].items():
+            torch.testing.assert_close(weight, parts["model"][name], rtol=0, atol=1e-5, msg=name)
+    assert (large["scaler"] == {}) and (parts["scaler"] != {}) == (precision == "fp16")
+
+
+def test_a_clock_that_jumps_back_disturbs_nothing(monkeypatch, capsys):
+    clock = iter(range(10**9, 0, -10_000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    train.main([*SMALL, "--steps", "20"])
+    assert "-" not in capsys.readouterr().out.split("steps/s")[1].split("left")[0]
+    assert torch.load("runs/demo-1/checkpoint.pt")["seconds"] > 0
+
+
+def test_older_checkpoints_are_kept_and_gone_on_from():
+    train.main([*SMALL, "--name", "x", "--checkpoint-every", "1", "--keep", "3"])
+    folder = Path("runs/x")
+    kept = {path.name: torch.load(path)["step"] for path in folder.glob("checkpoint*.pt")}
+    assert kept == {"checkpoint.pt": 6, "checkpoint_000005.pt": 5, "checkpoint_000004.pt": 4}
+    whole, weights = metrics("x"), load_file(folder / "student.safetensors")
+    train.main(["--resume", str(folder / "checkpoint_000004.pt")])
+    assert metrics("x") == whole and torch.load(folder / "checkpoint.pt")["step"] == 6
+    again = load_file(folder / "student.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+MODEL, MOMENT = "student_head.mlp.0.bias", "exp_avg"
+OTHERS = [  # a place in a checkpoint, and what it cannot hold
+    *(((key,), value) for key in ("step", "samples") for value in ("x", None, -1, 1.5)),
+    (("seconds",), "x"), (("measured",), 1), (("rng",), torch.zeros(3)), (("schedule",), {}),
+    (("frozen",), 1),
+    (("cuda_rng",), None), (("optimizer", "state", 0, MOMENT), torch.zeros(2)),
+    (("optimizer", "param_groups", 0, "lr"), "x"), (("written",), 5),
+    (("model", MODEL), torch.zeros(32, dtype=torch.int8)), (("model", MODEL), "x"),
+    *((("settings", key), value) for key in ("stage", "preset", "lr", "teacher")
+      for value in ("x", None, -1, [])), (("settings", "lr"), math.nan),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """The folder of a run that has a step left."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(M.ARCHITECTURES, "dinov2_vits14", dict(dim=24, depth=2, heads=2))
+        train.main([*SMALL, "--name", "x", "--steps", "1"])
+    saved = torch.load(folder / "runs/x/checkpoint.pt")
+    saved["settings"]["steps"] = 2
+    torch.save(saved, folder / "runs/x/checkpoint.pt")
+    return folder / "runs/x"
+
+
+@pytest.mark.parametrize("place, value", OTHERS)
+def test_a_checkpoint_of_other_things_is_one_sentence(place, value, unfinished):
+    shutil.copytree(unfinished, "x")
+    saved = part = torch.load("x/checkpoint.pt")
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    torch.save(saved, "x/checkpoint.pt")
+    with pytest.raises(SystemExit, match="^x/checkpoint.pt: not ") as error:
+        train.main(["--resume", "x"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("of", [
+    lambda saved: saved["model"][MODEL], lambda saved: saved["rng"],
+    lambda saved: saved["optimizer"]["state"][0][MOMENT],
+])  # fmt: skip
+def test_a_bit_that_flipped_is_noticed(of, unfinished):
+    shutil.copytree(unfinished, "x")
+    old = bytearray(Path("x/checkpoint.pt").read_bytes())
+    old[old.index(of(torch.load("x/checkpoint.pt")).numpy().tobytes())] ^= 1
+    Path("x/checkpoint.pt").write_bytes(old)
+    with pytest.raises(SystemExit, match="^x/checkpoint.pt: not a checkpoint of train.py"):
+        train.main(["--resume", "x"])
+
+
+def test_weights_that_changed_since_are_noticed():
+    for seed in (7, 8):
+        torch.save(M.load_vit("dinov2_vits14", "random", seed).state_dict(), f"{seed}.pth")
+    train.main([*SMALL, "--teacher-weights", "7.pth", "--steps", "1", "--name", "x"])
+    Path("8.pth").rename("7.pth")
+    with pytest.raises(SystemExit, match="x/checkpoint.pt: .*not those it began with"):
+        train.main(["--resume", "runs/x"])
 
 
 def test_weights_that_are_not_finite_are_named():
