@@ -1,7 +1,8 @@
 """Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627).
 
 `load_reconstructor` and `FeedForward` use it, `Reconstruction` trains it and `reconstruction`
-measures it. `render` draws Gaussians; `save_ply` writes them for viewers.
+measures it. `render` draws Gaussians; `save_ply` writes them for viewers. `reconstruct` merges the
+views of a capture into a `Field`: Gaussians that carry a teacher's features.
 
 Shapes and cameras as in model.py: B scenes, V views, H x W pixels, h x w a quarter of them,
 N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics normalised by width
@@ -13,12 +14,16 @@ import json
 import math
 import resource
 import statistics
+import tempfile
 import time
+import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -26,7 +31,10 @@ from torch import nn
 
 import data
 from kernels import rasterize
-from model import NEAR_PLANE, load_strictly, mean_of, normalise, read_state, without_masked
+from model import (
+    NEAR_PLANE, lift_features, load_strictly, mean_of, normalise, patch_tokens, read_state,
+    without_masked,
+)  # fmt: skip
 
 SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
 SHIPPED = Path(__file__).parent / "weights" / "reconstructor.safetensors"
@@ -135,12 +143,23 @@ def save_ply(path, gaussians):
     """
     if len(gaussians.means) != 1:
         raise ValueError(f"{path}: a .ply holds one scene, not {len(gaussians.means)}")
-    seen = gaussians.opacities[0] >= 1 / 255
-    means, covars, opacities, harmonics = (t[0][seen].cpu().float() for t in gaussians)
+    seen = (gaussians.opacities[0] >= 1 / 255).nonzero()[:, 0]
+    with open(path, "wb") as file:
+        blocks = seen.split(2**17) if len(seen) else [seen]  # a row takes 248 bytes
+        for i, block in enumerate(blocks):
+            columns = ply_columns(*(t[0][block].cpu().float() for t in gaussians))
+            header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(seen)}"]
+            header += [f"property float {name}" for name in " ".join(columns).split()]
+            file.write("\n".join([*header, "end_header\n"]).encode("ascii") if i == 0 else b"")
+            file.write(torch.cat(list(columns.values()), 1).numpy().astype("<f4").tobytes())
+
+
+def ply_columns(means, covars, opacities, harmonics):
+    """The .ply's columns of N Gaussians, {names: [N, how many]}."""
     variances, axes = torch.linalg.eigh(covars)
     axes = axes * torch.linalg.det(axes).sign()[:, None, None]  # a rotation, no reflection
     harmonics = F.pad(harmonics, (0, max(0, 16 - harmonics.shape[-1])))[..., :16]
-    columns = {
+    return {
         "x y z": means,
         "nx ny nz": torch.zeros_like(means),
         "f_dc_0 f_dc_1 f_dc_2": harmonics[..., 0],
@@ -149,11 +168,6 @@ def save_ply(path, gaussians):
         "scale_0 scale_1 scale_2": 0.5 * variances.clamp(min=1e-20).log(),
         "rot_0 rot_1 rot_2 rot_3": quaternions(axes),
     }
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(means)}"]
-    header += [f"property float {name}" for name in " ".join(columns).split()]
-    with open(path, "wb") as file:
-        file.write("\n".join([*header, "end_header\n"]).encode("ascii"))
-        file.write(torch.cat(list(columns.values()), 1).numpy().astype("<f4").tobytes())
 
 
 def unproject(depths, Ks, extrinsics):
@@ -748,6 +762,234 @@ def log_depth_error(depths, truth, together=False):
     known = truth > 0
     error = depths.clamp(min=1e-6).log() - truth.clamp(min=1e-6).log()
     return mean_of(torch.where(known, error, 0.0).abs().sum(), known.sum(), together)
+
+
+# ---------------------------------------------------------------------------- fields of features
+
+BASELINE = 1 / 8  # of a pair, over the distance to what it sees: as in the shipped one's training
+
+
+class Field(NamedTuple):
+    """A scene as N Gaussians that carry a teacher's features."""
+
+    gaussians: Gaussians  # of one scene, B = 1, in the world of the cameras
+    features: torch.Tensor  # [N, C] float16, perhaps mapped from a file; C = 0: without a teacher
+    frames: torch.Tensor  # [N] int32: the view, from 0, whose pixel it is
+    normals: torch.Tensor  # [N, 3] world, unit, towards that view; 0 where unknown
+    meta: dict  # what JSON can say of how it was made
+
+    @torch.no_grad()
+    def render(self, extrinsics, K, width, height):
+        """What a camera sees, extrinsics [4, 4] and K [3, 3]: {"photo" [3, H, W], "depth" [H, W],
+        "alpha" [H, W], "features" [H, W, C]}. Features and depth are means over what is seen."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        camera = extrinsics[None].to(device), K[None].to(device), width, height
+        rows = self.seen_by(extrinsics, K, width, height)
+        gaussians = Gaussians(*(t[:, rows].to(device) for t in self.gaussians))
+        photo, depth, alpha = (t[0] for t in render(gaussians, *camera))
+        viewmats, features = torch.linalg.inv(camera[0])[:, None], []
+        for part in self.features.split(128, 1):  # few of a memory-mapped file at a time
+            part = part[rows][None].to(device).float()
+            camera = viewmats, K[None, None].to(device), width, height
+            drawn, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
+            features.append(drawn[0, 0] / alpha.clamp(min=1e-6)[..., None])
+        features = torch.cat(features, -1)
+        return {"photo": photo, "depth": depth, "alpha": alpha, "features": features}
+
+    def seen_by(self, extrinsics, K, width, height):
+        """The numbers of the Gaussians that may touch a camera's image."""
+        means, covars = self.gaussians.means[0], self.gaussians.covars[0]
+        x, y, z = ((means - extrinsics[:3, 3]) @ extrinsics[:3, :3]).T
+        reach = 4 * covars.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()  # alpha < 1/255 further out
+        inside = z > NEAR_PLANE
+        for at, size, k in ((x, width, 0), (y, height, 1)):
+            off = (K[k, k] * at + (K[k, 2] - size / 2) * z).abs()  # from the middle, pixels * z
+            inside &= off < (size / 2 + 2) * z + K[k, k] * reach
+        return inside.nonzero()[:, 0]
+
+    def rgb(self):
+        """Colours [N, 3] in 0..1, from no direction in particular."""
+        return (0.5 + SH_C0 * self.gaussians.harmonics[0, ..., 0]).clamp(0, 1)
+
+    def save(self, folder):
+        """Write folder/scene.ply and points.npz: xyz [N, 3], rgb [N, 3] in 0..1, opacity [N],
+        normal [N, 3], features [N, C] float16, frame [N] and meta, a text in JSON."""
+        from train import replace_file  # which imports this file
+
+        opacities = self.gaussians.opacities[0]
+        points = dict(xyz=self.gaussians.means[0], rgb=self.rgb(), opacity=opacities,
+                      normal=self.normals, features=self.features, frame=self.frames,
+                      meta=np.array(json.dumps(self.meta)))  # fmt: skip
+        replace_file(Path(folder) / "scene.ply", lambda path: save_ply(path, self.gaussians))
+        replace_file(Path(folder) / "points.npz", lambda path: save_npz(path, points))
+
+
+def save_npz(path, arrays):
+    """NumPy's .npz of {name: array}, written block by block: no array is copied as a whole."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, array in arrays.items():
+            array, about = np.asarray(array), np.lib.format
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                about.write_array_header_1_0(member, about.header_data_from_array_1_0(array))
+                flat = array.reshape(-1)
+                for i in range(0, len(flat), 2**22):
+                    member.write(flat[i : i + 2**22].tobytes())
+
+
+@torch.no_grad()
+def reconstruct(
+    views, geometry, vit=None, *, tolerance=0.05, folder=None, meta=None,
+    counted=lambda items, total, what: items,
+):  # fmt: skip
+    """Views of one scene -> a `Field`. Features are the pixels' own, as the method lifts them.
+
+    Args:
+        views: {"images" [V, 3, H, W] in 0..1, "extrinsics" [V, 4, 4], "Ks" [V, 3, 3]} along the
+            path, as context views are without B; if known "depths", "masks" and "valid" [V, H, W],
+            "numbers" [V] of the photos and "ranges" [V, 2], near and far in the cameras' unit.
+        geometry: `SensorDepth`, or a `FeedForward`, which gets the pairs that `pairs_of` chooses.
+        vit: the teacher (`model.load_vit`), or None for a field without features.
+        tolerance: depths that differ by this share are of one surface.
+        folder: where features lie during the call, in a file without a name, and are mapped from.
+        counted(items, total, what): passes on items and may print progress.
+
+    A Gaussian is left out if an earlier view has one there: it falls on a pixel of that view whose
+    depth is its own. It is dropped as well if more views see through it, to a surface behind, than
+    have their surface there. So are opacities below 1/255.
+    ValueError: there are no depths for `SensorDepth`; no two views overlap; nothing is left.
+    """
+    V, _, H, W = views["images"].shape
+    depths, parts = torch.zeros(V, H, W), {}
+    pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
+    # 1. Geometry, pair by pair; of a view only what no earlier one has
+    for pair in counted(pairs, len(pairs), "pair"):
+        for i, gaussians in of_pair(views, geometry, pair, parts):
+            viewmat = torch.linalg.inv(views["extrinsics"][i].cpu())
+            z = gaussians.means[0] @ viewmat[2, :3] + viewmat[2, 3]  # [H * W]
+            there = (gaussians.opacities[0] >= 1 / 255) & (z > 0)
+            depths[i] = torch.where(there, z, 0.0).view(H, W)
+            normals = data.normals_from_depth(depths[i], views["Ks"][i].cpu()).flatten(1)
+            normals = (views["extrinsics"][i, :3, :3].cpu() @ normals).T
+            rows = there.nonzero()[:, 0]
+            there, _ = agreement(gaussians.means[0, rows], views, depths, parts, tolerance)
+            rows = rows[there == 0]
+            parts[i] = rows, Gaussians(*(t[:, rows] for t in gaussians)), normals[rows]
+    # 2. What most views see through is dropped, now that all depths are known
+    for i, (rows, gaussians, normals) in parts.items():
+        others = [j for j in parts if j != i]
+        there, through = agreement(gaussians.means[0], views, depths, others, tolerance)
+        kept = through <= there
+        parts[i] = rows[kept], Gaussians(*(t[:, kept] for t in gaussians)), normals[kept]
+    # 3. The teacher's features of each view's pixels, written as they come
+    count, C = sum(len(rows) for rows, *_ in parts.values()), vit.embed_dim if vit else 0
+    if not count:
+        raise ValueError("nothing could be reconstructed: no pixel has a depth that views agree on")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for i in counted(sorted(parts), len(parts), "features") if vit else ():
+            file.write(pixel_features(vit, views, i)[parts[i][0]].numpy().tobytes())
+        file.flush()
+        shape = count, C
+        features = np.memmap(file, np.float16, "r+", shape=shape) if vit else np.zeros(shape, "f2")
+    frames = [torch.full((len(parts[i][0]),), i, dtype=torch.int32) for i in sorted(parts)]
+    gaussians = zip(*(parts[i][1] for i in sorted(parts)))
+    gaussians = Gaussians(*(torch.cat(t, 1) for t in gaussians))
+    normals = torch.cat([parts[i][2] for i in sorted(parts)])
+    return Field(gaussians, torch.from_numpy(features), torch.cat(frames), normals, meta or {})
+
+
+def of_pair(views, geometry, pair, done):
+    """(i, Gaussians of its pixels) of the views of a pair that are not yet done."""
+    keys = {"images", "extrinsics", "Ks", "depths", "valid"} & views.keys()
+    context = {k: views[k][list(pair)][None] for k in keys}
+    if "ranges" in views and isinstance(geometry, FeedForward):
+        near, far = views["ranges"][list(pair), 0].min(), views["ranges"][list(pair), 1].max()
+        baseline = (context["extrinsics"][0, 0] - context["extrinsics"][0, 1])[:3, 3].norm()
+        near, far = float(near / baseline), float(far / baseline)
+        geometry = FeedForward(geometry.reconstructor, near, far)
+    gaussians = without_masked(geometry(context), context)
+    halves = zip(*(t.cpu().chunk(len(pair), 1) for t in gaussians))
+    return [(i, Gaussians(*half)) for i, half in zip(pair, halves) if i not in done]
+
+
+def pixel_features(vit, views, i):
+    """The teacher's features of a view's pixels, upsampled as the method does it: [H*W, C] half."""
+    tokens = patch_tokens(vit, views["images"][i : i + 1])  # [1, C, h, w]
+    H, W = views["images"].shape[-2:]
+    masks = views.get("masks", torch.zeros(len(views["images"]), H, W, dtype=torch.int64))
+    masks = masks[i : i + 1].to(tokens.device)
+    return lift_features(tokens, masks, 1, False, centred=True)[0].half().cpu()
+
+
+def agreement(points, views, depths, others, tolerance):
+    """Of points [P, 3] in the world: how many of the other views have their surface there, and how
+    many see through the point to a surface behind it, [P] each. depths [V, H, W], 0 = unknown."""
+    there, through = (torch.zeros(len(points), dtype=torch.int32) for _ in range(2))
+    H, W = depths.shape[1:]
+    for i in others:
+        E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
+        x, y, z = ((points - E[:3, 3]) @ E[:3, :3]).T
+        front = z.clamp(min=NEAR_PLANE)
+        column, row = K[0, 0] * x / front + K[0, 2], K[1, 1] * y / front + K[1, 2]
+        inside = (z > NEAR_PLANE) & (column >= 0) & (column < W) & (row >= 0) & (row < H)
+        at = row.clamp(0, H - 1).long() * W + column.clamp(0, W - 1).long()
+        surface = depths[i].flatten()[at]
+        known = inside & (surface > 0)
+        there += known & ((z / surface - 1).abs() < tolerance)
+        through += known & (z < surface * (1 - tolerance))
+    return there, through
+
+
+def pairs_of(views):
+    """Pairs (i, j) of overlapping views: the first view along the path that is in none yet, and its
+    best partner. Overlap is the share of i's pixels that fall into j's image if all lie at the
+    distance to what the cameras see. Of the views with half of it in common, or with the most, the
+    partner is the one whose baseline is nearest to BASELINE times that distance.
+
+    The distance: the middle of "ranges"; else to the point that the optical axes pass nearest to;
+    where they are parallel, so that views 10 numbers apart have that baseline.
+    ValueError: no two views have a tenth in common. Warns of views that are in no pair.
+    """
+    E, Ks = views["extrinsics"].cpu().double(), views["Ks"].cpu().double()
+    (V, H, W), centres = views["images"][:, 0].shape, E[:, :3, 3]
+    distances = distances_of(views, E)  # [V]
+    baselines = (centres[:, None] - centres).norm(dim=-1)  # [V, V]
+    y, x = torch.meshgrid(*(n * (torch.arange(8.0) + 0.5) / 8 for n in (H, W)), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1).double()  # [64, 3]
+    points = pixels @ torch.linalg.inv(Ks).mT * distances[:, None, None]
+    points = points @ E[:, :3, :3].mT + centres[:, None]  # [V, 64, 3]
+    shares = torch.zeros(V, V)
+    for j in range(V):
+        seen = (points - centres[j]) @ E[j, :3, :3] @ Ks[j].T  # [V, 64, 3]
+        x, y, z = (seen / seen[..., 2:].abs().clamp(min=1e-12)).unbind(-1)
+        inside = (z > 0) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
+        shares[:, j] = inside.float().mean(-1) * (baselines[:, j] > 1e-6 * distances)
+    off = (baselines / (BASELINE * distances[:, None])).clamp(min=1e-9).log().abs()  # [V, V]
+    pairs, done = [], set()
+    for i in (i for i in range(V) if shares[i].max() >= 0.1):
+        if i not in done:
+            enough = shares[i] >= min(0.5, float(shares[i].max()))
+            pairs.append((i, int(torch.where(enough, off[i], torch.inf).argmin())))
+            done |= set(pairs[-1])
+    if not pairs:
+        raise ValueError("no two photos overlap: none shows a tenth of what another one shows")
+    if len(done) < V:
+        warnings.warn(f"{V - len(done)} of {V} photos overlap no other, and are left out")
+    return pairs
+
+
+def distances_of(views, E):
+    """How far each camera is from what it sees, [V]: see `pairs_of`."""
+    if "ranges" in views:
+        return views["ranges"].double().prod(1).sqrt()
+    centres, axes = E[:, :3, 3], E[:, :3, 2]
+    across = torch.eye(3) - axes[:, :, None] * axes[:, None]  # [V, 3, 3], what is off an axis
+    spread = torch.linalg.eigvalsh(across.mean(0))[0]  # the squared sine of the axes' angles
+    point = torch.linalg.lstsq(across.sum(0), (across @ centres[..., None]).sum(0)).solution
+    distances = ((point.T - centres) * axes).sum(-1)  # [V]
+    numbers = torch.as_tensor(views.get("numbers", torch.arange(len(E))))
+    partners = ((numbers[:, None] - numbers).abs() - 10).abs().argmin(1)
+    usual = (centres - centres[partners]).norm(dim=-1) / BASELINE
+    return torch.where((distances > 0) & (spread > math.sin(math.radians(3)) ** 2), distances, usual)
 
 
 # ---------------------------------------------------------------------------- how good it is
