@@ -9,11 +9,13 @@ N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics no
 and height.
 """
 
+import argparse
 import functools
 import json
 import math
 import resource
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -1193,7 +1195,9 @@ def draw(field, views, folder, poses, warning):
 
     from train import depth_colours, pca_pictures, replace_file, write_sheet
 
-    picture = lambda image: Image.fromarray((image * 255 + 0.5).clamp(0, 255).byte().numpy())  # noqa: E731
+    def picture(image):  # [H, W, 3] in 0..1
+        return Image.fromarray((image.cpu() * 255 + 0.5).clamp(0, 255).byte().numpy())
+
     samples = field.features[:: max(1, len(field.features) // 20_000)].float()
     (V, _, H, W), E, Ks = views["images"].shape, views["extrinsics"], views["Ks"]
 
@@ -1224,9 +1228,7 @@ def draw(field, views, folder, poses, warning):
 
 def parse_settings(arguments=None):
     """The command line as {setting: value}."""
-    import argparse
-
-    from train import POSITIVE, TEACHERS, VIEWS, Setting, add_settings, check_settings
+    from train import TEACHERS, VIEWS, Setting, add_settings, check_settings
 
     rows = {
         "features": Setting("dinov2_vits14", "dinov2_vits14", f"{TEACHERS}, or a file of one"),
@@ -1237,7 +1239,6 @@ def parse_settings(arguments=None):
         "split": VIEWS["split"], "name": VIEWS["name"],
         "height": Setting(0, 0, "of the images, pixels; default: near 224 x 224 in their shape", 0),
         "width": Setting(0, 0, "likewise", 0),
-        "near": VIEWS["near"], "far": VIEWS["far"],
     }  # fmt: skip
     about = "A capture as Gaussians that carry features: scene.ply, points.npz and pictures."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
@@ -1246,3 +1247,83 @@ def parse_settings(arguments=None):
     settings = {name: row.demo for name, row in rows.items()} | vars(parser.parse_args(arguments))
     check_settings(rows, settings)
     return settings
+
+
+def load_networks(settings, views):
+    """The teacher, a warning about it or None, and the geometry. Settings name those that are
+    used."""
+    from evaluate import load_file
+    from train import VIEWS, load_teacher
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if Path(settings["features"]).is_file():
+        model = load_file(settings["features"])[0]
+        vit, warning = model.vits[0], model.warning
+    else:
+        asked = dict(teacher=settings["features"], teacher_weights=None, seed=0, data=None)
+        vit, warning = load_teacher(asked)
+        settings["features"] = asked["teacher"]
+    settings["geometry"] = settings["geometry"] or ("depth" if "depths" in views else "shipped")
+    geometry = SensorDepth()
+    if settings["geometry"] != "depth":
+        path = None if settings["geometry"] == "shipped" else settings["geometry"]
+        planes = VIEWS["near"].demo, VIEWS["far"].demo  # in baselines, where no points tell
+        geometry = FeedForward(load_reconstructor(path).to(device), *planes)
+    elif "depths" not in views:
+        lack = "not all photos have depth maps; with --geometry shipped photos suffice"
+        raise ValueError(f"{settings['folder']}: {lack}")
+    return vit.to(device), warning, geometry
+
+
+def run(settings):
+    """Reconstruct a capture and write its folder in runs/."""
+    from evaluate import counted
+    from train import banner, free_folder, replace_file
+
+    started, poses = time.time(), ()
+    if settings["render"]:
+        poses = read_poses(settings["render"])
+    views, name, photos = load_capture(settings)
+    vit, warning, geometry = load_networks(settings, views)
+    folder = free_folder(Path("runs"), "field")
+    if settings["name"]:
+        folder = Path("runs") / settings["name"]
+    V, _, H, W = views["images"].shape
+    used = f"features {settings['features']}, geometry {settings['geometry']}"
+    print(f"{folder}: {name}, {V} photos of {H} x {W}, {used}", flush=True)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    meta = dict(teacher=settings["features"], geometry=settings["geometry"], warning=warning,
+                commit=commit, settings=settings, photos=photos,
+                extrinsics=views["extrinsics"].tolist(), Ks=views["Ks"].tolist())  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+    field.save(folder)
+    if settings["voxel"]:
+        arrays = voxels(field, settings["voxel"])
+        replace_file(folder / "voxels.npz", lambda path: save_npz(path, arrays))
+    draw(field, views, folder, poses, warning)
+    psnr = []
+    for i in range(0, V, -(-V // 8)):
+        camera = views["extrinsics"][i : i + 1], views["Ks"][i : i + 1], W, H
+        mse = (render(field.gaussians, *camera)[0] - views["images"][i]).square().mean()
+        psnr.append(float(-10 * mse.clamp(min=1e-10).log10()))
+    shape = f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels"
+    print(f"{shape}; {len(psnr)} of the photos rendered: {mean(psnr):.1f} dB")
+    if warning:
+        banner(warning)
+    written = " ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"Written to {folder}/ in {time.time() - started:.0f} s: {written}")
+
+
+def main(arguments=None):
+    from train import plain_messages
+
+    with plain_messages():
+        run(parse_settings(arguments))
+
+
+if __name__ == "__main__":
+    import reconstruct as module  # train.py imports this file by its name: one module, not two
+
+    module.main()
