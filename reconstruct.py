@@ -1303,13 +1303,17 @@ def run(settings):
         arrays = voxels(field, settings["voxel"])
         replace_file(folder / "voxels.npz", lambda path: save_npz(path, arrays))
     draw(field, views, folder, poses, warning)
-    psnr = []
+    psnr, shares = [], []
     for i in range(0, V, -(-V // 8)):
         camera = views["extrinsics"][i : i + 1], views["Ks"][i : i + 1], W, H
-        mse = (render(field.gaussians, *camera)[0] - views["images"][i]).square().mean()
-        psnr.append(float(-10 * mse.clamp(min=1e-10).log10()))
-    shape = f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels"
-    print(f"{shape}; {len(psnr)} of the photos rendered: {mean(psnr):.1f} dB")
+        photo, _, alphas = render(field.gaussians, *camera)
+        seen = alphas[0] > 0.5
+        mse = (photo[0] - views["images"][i]).square()[:, seen].mean()
+        psnr.append(float(-10 * mse.clamp(min=1e-10).log10()) if seen.any() else None)
+        shares.append(float(seen.float().mean()))
+    print(f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels")
+    seen = f"{100 * mean(shares):.0f} % of the pixels show something"
+    print(f"{len(psnr)} of the photos, rendered: {seen}, at {mean(psnr) or 0:.1f} dB")
     if warning:
         banner(warning)
     written = " ".join(sorted(path.name for path in folder.iterdir()))
