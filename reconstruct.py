@@ -1150,8 +1150,8 @@ def read_poses(path):
 
 
 def along(extrinsics, count):
-    """Cameras [count, 4, 4] along the path of [V, 4, 4], evenly in its numbers, there and back."""
-    at = (1 - torch.linspace(-1, 1, count + 1)[:-1].abs()) * (len(extrinsics) - 1)
+    """Cameras [count, 4, 4] from the first of [V, 4, 4] to the last, evenly by their numbers."""
+    at = torch.linspace(0, len(extrinsics) - 1, count)
     low = at.floor().long().clamp(max=max(0, len(extrinsics) - 2))
     high = (low + 1).clamp(max=len(extrinsics) - 1)
     E = torch.lerp(extrinsics[low], extrinsics[high], (at - low)[:, None, None])
@@ -1213,8 +1213,9 @@ def draw(field, views, folder, poses, warning):
     photo = views["images"][i].permute(1, 2, 0)
     drawn = panels(E[i], Ks[i], W, H)[0]
     write_sheet(folder / "sheet.png", {"photo": photo} | drawn, warning)
-    orbit = [render(field.gaussians, e[None], Ks[:1], W, H)[0][0] for e in along(E, 24)]
+    orbit = [render(field.gaussians, e[None], Ks[:1], W, H)[0][0] for e in along(E, 13)]
     orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
+    orbit += orbit[-2:0:-1]  # and back
     options = dict(format="GIF", save_all=True, append_images=orbit[1:], duration=80, loop=0)
     replace_file(folder / "orbit.gif", lambda path: orbit[0].save(path, **options))
     for n, (extrinsics, K, size) in enumerate(zip(*poses)):
