@@ -775,29 +775,30 @@ class Field(NamedTuple):
     """A scene as N Gaussians that carry a teacher's features."""
 
     gaussians: Gaussians  # of one scene, B = 1, in the world of the cameras
-    features: torch.Tensor  # [N, C] float16, perhaps mapped from a file; C = 0: without a teacher
+    features: torch.Tensor  # [N, C] float16, perhaps mapped from a file; without a teacher C = 0
     frames: torch.Tensor  # [N] int32: the view, from 0, whose pixel it is
     normals: torch.Tensor  # [N, 3] world, unit, towards that view; 0 where unknown
     meta: dict  # what JSON can say of how it was made
 
     @torch.no_grad()
-    def render(self, extrinsics, K, width, height):
+    def render(self, extrinsics, K, width, height, features=True):
         """What a camera sees, extrinsics [4, 4] and K [3, 3]: {"photo" [3, H, W], "depth" [H, W],
-        "alpha" [H, W], "features" [H, W, C]}. Features and depth are means over what is seen."""
+        "alpha" [H, W] and, if it has and you want them, "features" [H, W, C]}. Features and depth
+        are means over what is seen."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         camera = extrinsics[None].to(device), K[None].to(device), width, height
         rows = self.seen_by(extrinsics, K, width, height)
         gaussians = Gaussians(*(t[:, rows].to(device) for t in self.gaussians))
         photo, depth, alpha = (t[0] for t in render(gaussians, *camera))
-        viewmats, features = torch.linalg.inv(camera[0])[:, None], [alpha[..., None][..., :0]]
-        # Few channels of a memory-mapped file at a time
-        for part in self.features.split(128, 1) if self.features.shape[1] else ():
+        out = {"photo": photo, "depth": depth, "alpha": alpha}
+        if not features or not self.features.shape[1]:
+            return out
+        camera, drawn = (torch.linalg.inv(camera[0])[:, None], camera[1][None], *camera[2:]), []
+        for part in self.features.split(128, 1):  # few channels of a mapped file at a time
             part = part[rows][None].to(device).float()
-            camera = viewmats, K[None, None].to(device), width, height
-            drawn, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
-            features.append(drawn[0, 0] / alpha.clamp(min=1e-6)[..., None])
-        features = torch.cat(features, -1)
-        return {"photo": photo, "depth": depth, "alpha": alpha, "features": features}
+            seen, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
+            drawn.append(seen[0, 0] / alpha.clamp(min=1e-6)[..., None])
+        return out | {"features": torch.cat(drawn, -1)}
 
     def seen_by(self, extrinsics, K, width, height):
         """The numbers of the Gaussians that may touch a camera's image."""
@@ -909,7 +910,10 @@ def of_pair(views, geometry, pair, done):
     """(i, Gaussians of its pixels) of the views of a pair that are not yet done."""
     keys = {"images", "extrinsics", "Ks", "depths", "valid"} & views.keys()
     context = {k: views[k][list(pair)][None] for k in keys}
-    if "ranges" in views and isinstance(geometry, FeedForward):
+    if isinstance(geometry, FeedForward):
+        device = next(geometry.parameters()).device
+        context = {k: v.to(device) for k, v in context.items()}
+    if isinstance(geometry, FeedForward) and "ranges" in views:
         near, far = views["ranges"][list(pair), 0].min(), views["ranges"][list(pair), 1].max()
         baseline = (context["extrinsics"][0, 0] - context["extrinsics"][0, 1])[:3, 3].norm()
         near, far = float(near / baseline), float(far / baseline)
@@ -921,7 +925,8 @@ def of_pair(views, geometry, pair, done):
 
 def pixel_features(vit, views, i):
     """The teacher's features of a view's pixels, upsampled as the method does it: [H*W, C] half."""
-    tokens = patch_tokens(vit, views["images"][i : i + 1])  # [1, C, h, w]
+    images = views["images"][i : i + 1].to(vit.cls_token.device)
+    tokens = patch_tokens(vit, images)  # [1, C, h, w]
     H, W = views["images"].shape[-2:]
     masks = views.get("masks", torch.zeros(len(views["images"]), H, W, dtype=torch.int64))
     masks = masks[i : i + 1].to(tokens.device)
@@ -1213,7 +1218,7 @@ def draw(field, views, folder, poses, warning):
     photo = views["images"][i].permute(1, 2, 0)
     drawn = panels(E[i], Ks[i], W, H)[0]
     write_sheet(folder / "sheet.png", {"photo": photo} | drawn, warning)
-    orbit = [render(field.gaussians, e[None], Ks[:1], W, H)[0][0] for e in along(E, 13)]
+    orbit = [field.render(e, Ks[0], W, H, features=False)["photo"] for e in along(E, 13)]
     orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
     orbit += orbit[-2:0:-1]  # and back
     options = dict(format="GIF", save_all=True, append_images=orbit[1:], duration=80, loop=0)
@@ -1306,10 +1311,9 @@ def run(settings):
     draw(field, views, folder, poses, warning)
     psnr, shares = [], []
     for i in range(0, V, -(-V // 8)):
-        camera = views["extrinsics"][i : i + 1], views["Ks"][i : i + 1], W, H
-        photo, _, alphas = render(field.gaussians, *camera)
-        seen = alphas[0] > 0.5
-        mse = (photo[0] - views["images"][i]).square()[:, seen].mean()
+        shown = field.render(views["extrinsics"][i], views["Ks"][i], W, H, features=False)
+        photo, seen = shown["photo"].cpu(), shown["alpha"].cpu() > 0.5
+        mse = (photo - views["images"][i]).square()[:, seen].mean()
         psnr.append(float(-10 * mse.clamp(min=1e-10).log10()) if seen.any() else None)
         shares.append(float(seen.float().mean()))
     print(f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels")
