@@ -939,21 +939,21 @@ def agreement(points, own, views, depths, tolerance, size):
     there and see it more finely, [P] each. depths [V, P] of all views; 0 = unknown."""
     there, through, finer = torch.zeros(3, len(points), dtype=torch.int32)
     (H, W), focal = size, views["Ks"][:, 0, 0].cpu()
+    points = points.T.contiguous()
     for i in (i for i in range(len(depths)) if i != own):
-        E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
-        x, y, z = ((points - E[:3, 3]) @ E[:3, :3]).T
-        front = z.clamp(min=NEAR_PLANE)
-        column, row = K[0, 0] * x / front + K[0, 2], K[1, 1] * y / front + K[1, 2]
-        inside = (z > NEAR_PLANE) & (column >= 0) & (column < W) & (row >= 0) & (row < H)
-        at = row.clamp(0, H - 1).long() * W + column.clamp(0, W - 1).long()
-        surface = depths[i][at]
-        known = inside & (surface > 0)
-        agree = known & ((z / surface - 1).abs() < tolerance)
-        there += agree
-        through += known & (z < surface * (1 - tolerance))
+        M = views["Ks"][i].cpu() @ torch.linalg.inv(views["extrinsics"][i].cpu())[:3]  # [3, 4]
+        x, y, z = M[:, :3] @ points + M[:, 3:]  # pixels times depth, and depth
+        inside = (z > NEAR_PLANE) & (x >= 0) & (x < W * z) & (y >= 0) & (y < H * z)
+        inside = inside.nonzero()[:, 0]
+        x, y, z = x[inside], y[inside], z[inside]
+        at = (y / z).long().clamp(max=H - 1) * W + (x / z).long().clamp(max=W - 1)
+        surface = depths[i][at]  # 0: unknown
+        agree = (z / surface - 1).abs() < tolerance
+        there[inside] += agree
+        through[inside] += z < surface * (1 - tolerance)
         # A strict order, so that of all that agree one is kept
-        mine, other = depths[own] / focal[own], surface / focal[i]
-        finer += agree & ((other < mine) | (other == mine) & (i < own))
+        mine, other = depths[own][inside] / focal[own], surface / focal[i]
+        finer[inside] += agree & ((other < mine) | (other == mine) & (i < own))
     return there, through, finer
 
 
