@@ -1,5 +1,7 @@
 """Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627).
 
+python reconstruct.py FOLDER makes a capture a field of a teacher's features: see README.
+
 `load_reconstructor` and `FeedForward` use it, `Reconstruction` trains it and `reconstruction`
 measures it. `render` draws Gaussians; `save_ply` writes them for viewers. `reconstruct` merges the
 views of a capture into a `Field`: Gaussians that carry a teacher's features.
@@ -1292,8 +1294,8 @@ def run(settings):
     views, name, photos = load_capture(settings)
     vit, warning, geometry = load_networks(settings, views)
     folder = free_folder(Path("runs"), "field")
-    if settings["name"]:
-        folder = Path("runs") / settings["name"]
+    if settings["name"] and (folder := Path("runs") / settings["name"]).exists():
+        raise SystemExit(f"{folder}: there is something of that name")
     V, _, H, W = views["images"].shape
     used = f"features {settings['features']}, geometry {settings['geometry']}"
     print(f"{folder}: {name}, {V} photos of {H} x {W}, {used}", flush=True)
@@ -1302,8 +1304,12 @@ def run(settings):
     meta = dict(teacher=settings["features"], geometry=settings["geometry"], warning=warning,
                 commit=commit, settings=settings, photos=photos,
                 extrinsics=views["extrinsics"].tolist(), Ks=views["Ks"].tolist())  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+    folder.mkdir(parents=True)
+    try:
+        field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+    except BaseException:
+        folder.rmdir()
+        raise
     field.save(folder)
     if settings["voxel"]:
         arrays = voxels(field, settings["voxel"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import reconstruct as R
-from model import load_vit, patch_tokens, upsample_features
+from model import SHIPPED_TEACHER, load_vit, patch_tokens, upsample_features
 from reference import random_rotation
 from test_model import golden_state
 
@@ -752,6 +752,8 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert meta["photos"] == ["000.png", "008.png", "016.png"]
         assert meta["geometry"] == "depth" and meta["settings"]["voxel"] == 0.1
         assert grid["counts"].sum() == len(points["xyz"]) and grid["side"] == np.float32(0.1)
+    with pytest.raises(SystemExit, match="field-1: there is something of that name"):
+        R.main([str(folder), "--features", str(SHIPPED_TEACHER), "--name", "field-1"])
 
 
 @pytest.mark.parametrize("flags,said", [
@@ -786,3 +788,4 @@ def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, said):
     with pytest.raises(SystemExit) as stop:
         R.main(flags.split() + usual)
     assert re.search(said, str(stop.value)) and "\n" not in str(stop.value)
+    assert not list(tmp_path.glob("runs/*"))
