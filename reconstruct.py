@@ -1,24 +1,33 @@
 """Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627).
 
+python reconstruct.py FOLDER makes a capture a field of a teacher's features: see README.
+
 `load_reconstructor` and `FeedForward` use it, `Reconstruction` trains it and `reconstruction`
-measures it. `render` draws Gaussians; `save_ply` writes them for viewers.
+measures it. `render` draws Gaussians; `save_ply` writes them for viewers. `reconstruct` merges the
+views of a capture into a `Field`: Gaussians that carry a teacher's features.
 
 Shapes and cameras as in model.py: B scenes, V views, H x W pixels, h x w a quarter of them,
 N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics normalised by width
 and height.
 """
 
+import argparse
 import functools
 import json
 import math
 import resource
 import statistics
+import subprocess
+import tempfile
 import time
+import warnings
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -26,7 +35,10 @@ from torch import nn
 
 import data
 from kernels import rasterize
-from model import NEAR_PLANE, load_strictly, mean_of, normalise, read_state, without_masked
+from model import (
+    NEAR_PLANE, lift_features, load_strictly, mean_of, normalise, patch_tokens, read_state,
+    without_masked,
+)  # fmt: skip
 
 SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
 SHIPPED = Path(__file__).parent / "weights" / "reconstructor.safetensors"
@@ -138,12 +150,23 @@ def save_ply(path, gaussians):
         raise ValueError(f"{path}: a .ply holds one scene, means [1, N, 3], not {shape}")
     if not all(tensor.isfinite().all() for tensor in gaussians):
         raise ValueError(f"{path}: the Gaussians are NaN or infinite")
-    seen = gaussians.opacities[0] >= 1 / 255
-    means, covars, opacities, harmonics = (t[0][seen].cpu().float() for t in gaussians)
+    seen = (gaussians.opacities[0] >= 1 / 255).nonzero()[:, 0]
+    with open(path, "wb") as file:
+        blocks = seen.split(2**17) if len(seen) else [seen]  # a row takes 248 bytes
+        for i, block in enumerate(blocks):
+            columns = ply_columns(*(t[0][block].cpu().float() for t in gaussians))
+            header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(seen)}"]
+            header += [f"property float {name}" for name in " ".join(columns).split()]
+            file.write("\n".join([*header, "end_header\n"]).encode("ascii") if i == 0 else b"")
+            file.write(torch.cat(list(columns.values()), 1).numpy().astype("<f4").tobytes())
+
+
+def ply_columns(means, covars, opacities, harmonics):
+    """The .ply's columns of N Gaussians, {names: [N, how many]}."""
     variances, axes = torch.linalg.eigh(covars)
     axes = axes * torch.linalg.det(axes).sign()[:, None, None]  # a rotation, no reflection
     harmonics = F.pad(harmonics, (0, max(0, 16 - harmonics.shape[-1])))[..., :16]
-    columns = {
+    return {
         "x y z": means,
         "nx ny nz": torch.zeros_like(means),
         "f_dc_0 f_dc_1 f_dc_2": harmonics[..., 0],
@@ -152,11 +175,6 @@ def save_ply(path, gaussians):
         "scale_0 scale_1 scale_2": 0.5 * variances.clamp(min=1e-20).log(),
         "rot_0 rot_1 rot_2 rot_3": quaternions(axes),
     }
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(means)}"]
-    header += [f"property float {name}" for name in " ".join(columns).split()]
-    with open(path, "wb") as file:
-        file.write("\n".join([*header, "end_header\n"]).encode("ascii"))
-        file.write(torch.cat(list(columns.values()), 1).numpy().astype("<f4").tobytes())
 
 
 def unproject(depths, Ks, extrinsics):
@@ -758,6 +776,251 @@ def log_depth_error(depths, truth, together=False):
     return mean_of(torch.where(known, error, 0.0).abs().sum(), known.sum(), together)
 
 
+# ---------------------------------------------------------------------------- fields of features
+
+BASELINE = 0.1  # of a pair, over the distance to what it sees: what the shipped one does best at
+
+
+class Field(NamedTuple):
+    """A scene as N Gaussians that carry a teacher's features."""
+
+    gaussians: Gaussians  # of one scene, B = 1, in the world of the cameras
+    features: torch.Tensor  # [N, C] float16, perhaps mapped from a file; without a teacher C = 0
+    frames: torch.Tensor  # [N] int32: the view, from 0, whose pixel it is
+    normals: torch.Tensor  # [N, 3] world, unit, towards that view; 0 where unknown
+    meta: dict  # what JSON can say of how it was made
+
+    @torch.no_grad()
+    def render(self, extrinsics, K, width, height, features=True):
+        """What a camera sees, extrinsics [4, 4] and K [3, 3]: {"photo" [3, H, W], "depth" [H, W],
+        "alpha" [H, W] and, if it has and you want them, "features" [H, W, C]}. Features and depth
+        are means over what is seen."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        camera = extrinsics[None].to(device), K[None].to(device), width, height
+        rows = self.seen_by(extrinsics, K, width, height)
+        gaussians = Gaussians(*(t[:, rows].to(device) for t in self.gaussians))
+        photo, depth, alpha = (t[0] for t in render(gaussians, *camera))
+        out = {"photo": photo, "depth": depth, "alpha": alpha}
+        if not features or not self.features.shape[1]:
+            return out
+        camera, drawn = (torch.linalg.inv(camera[0])[:, None], camera[1][None], *camera[2:]), []
+        for part in self.features.split(128, 1):  # few channels of a mapped file at a time
+            part = part[rows][None].to(device).float()
+            seen, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
+            drawn.append(seen[0, 0] / alpha.clamp(min=1e-6)[..., None])
+        return out | {"features": torch.cat(drawn, -1)}
+
+    def seen_by(self, extrinsics, K, width, height):
+        """The numbers of the Gaussians that may touch a camera's image."""
+        means, covars = self.gaussians.means[0], self.gaussians.covars[0]
+        x, y, z = ((means - extrinsics[:3, 3]) @ extrinsics[:3, :3]).T
+        reach = 4 * covars.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()  # alpha < 1/255 further out
+        inside = z > NEAR_PLANE
+        for at, size, k in ((x, width, 0), (y, height, 1)):
+            off = (K[k, k] * at + (K[k, 2] - size / 2) * z).abs()  # from the middle, pixels * z
+            inside &= off < (size / 2 + 2) * z + K[k, k] * reach
+        return inside.nonzero()[:, 0]
+
+    def rgb(self):
+        """Colours [N, 3] in 0..1, from no direction in particular."""
+        return (0.5 + SH_C0 * self.gaussians.harmonics[0, ..., 0]).clamp(0, 1)
+
+    def save(self, folder):
+        """Write folder/scene.ply and points.npz: xyz [N, 3], rgb [N, 3] in 0..1, opacity [N],
+        normal [N, 3], features [N, C] float16, frame [N] and meta, a text in JSON."""
+        from train import replace_file  # which imports this file
+
+        opacities = self.gaussians.opacities[0]
+        points = dict(xyz=self.gaussians.means[0], rgb=self.rgb(), opacity=opacities,
+                      normal=self.normals, features=self.features, frame=self.frames,
+                      meta=np.array(json.dumps(self.meta)))  # fmt: skip
+        replace_file(Path(folder) / "scene.ply", lambda path: save_ply(path, self.gaussians))
+        replace_file(Path(folder) / "points.npz", lambda path: save_npz(path, points))
+
+
+def save_npz(path, arrays):
+    """NumPy's .npz of {name: array}, written block by block: no array is copied as a whole."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, array in arrays.items():
+            array, about = np.asarray(array), np.lib.format
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                about.write_array_header_1_0(member, about.header_data_from_array_1_0(array))
+                flat = array.reshape(-1)
+                for i in range(0, len(flat), 2**22):
+                    member.write(flat[i : i + 2**22].tobytes())
+
+
+@torch.no_grad()
+def reconstruct(
+    views, geometry, vit=None, *, tolerance=0.03, folder=None, meta=None,
+    counted=lambda items, total, what: items,
+):  # fmt: skip
+    """Views of one scene -> a `Field`. Features are the pixels' own, as the method lifts them.
+
+    Args:
+        views: {"images" [V, 3, H, W] in 0..1, "extrinsics" [V, 4, 4], "Ks" [V, 3, 3]} along the
+            path, as context views are without B; if known "depths", "masks" and "valid" [V, H, W],
+            "numbers" [V] of the photos and "ranges" [V, 2], near and far in the cameras' unit.
+        geometry: `SensorDepth`, or a `FeedForward`, which gets the pairs that `pairs_of` chooses.
+        vit: the teacher (`model.load_vit`), or None for a field without features.
+        tolerance: depths that differ by this share are of one surface.
+        folder: of scratch files; features stay mapped from one without a name. Default: /tmp.
+        counted(items, total, what): passes on items and may print progress.
+
+    Two rules merge the views. Each projects a Gaussian into the other views and compares its depth
+    with the depth of the pixel that it falls on. 1. It is dropped if more views see through it, to
+    a surface behind, than have their surface there. 2. Of Gaussians that agree, the one is kept
+    that was seen finest: depth over focal length is least. Opacities below 1/255 are dropped too.
+    In memory are a pair, the depth maps of all views, and the result without its features.
+    ValueError: there are no depths for `SensorDepth`; no two views overlap; nothing is left.
+    """
+    V, _, H, W = views["images"].shape
+    depths, normals = torch.zeros(V, H * W), {}
+    place = dict(dir=folder)
+    with tempfile.TemporaryDirectory(**place) as scratch, tempfile.TemporaryFile(**place) as file:
+        # Geometry, pair by pair
+        pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
+        for pair in counted(pairs, len(pairs), "pair"):
+            for i, gaussians in of_pair(views, geometry, pair, normals):
+                E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
+                z = (gaussians.means[0] - E[:3, 3]) @ E[:3, 2]  # [H * W]
+                depths[i] = torch.where(gaussians.opacities[0] >= 1 / 255, z.clamp(min=0), 0.0)
+                toward = data.normals_from_depth(depths[i].view(H, W), K).flatten(1)
+                normals[i] = (E[:3, :3] @ toward).T  # [H * W, 3]
+                torch.save(list(gaussians), f"{scratch}/{i}.pt")
+        # Rule 1, by the depths of all views
+        load = lambda i: torch.load(f"{scratch}/{i}.pt", weights_only=True)  # noqa: E731
+        votes = {}
+        for i in counted(sorted(normals), len(normals), "view compared"):
+            there, through, _ = agreement(load(i)[0][0], i, views, depths, tolerance, (H, W))
+            votes[i] = through <= there
+        for i, kept in votes.items():
+            depths[i] *= kept
+        # Rule 2, by what is left; and the features of what is kept, written as they come
+        parts = []
+        for i in counted(sorted(normals), len(normals), "view merged"):
+            gaussians = load(i)
+            finer = agreement(gaussians[0][0], i, views, depths, tolerance, (H, W))[2]
+            rows = ((depths[i] > 0) & (finer == 0)).nonzero()[:, 0]
+            frame = torch.full((len(rows),), i, dtype=torch.int32)
+            parts.append((*(t[0, rows] for t in gaussians), frame, normals.pop(i)[rows]))
+            if vit is not None and len(rows):
+                file.write(pixel_features(vit, views, i)[rows].numpy().tobytes())
+        *gaussians, frames, normals = (torch.cat(t) for t in zip(*parts))
+        if not len(frames):
+            raise ValueError("nothing could be reconstructed: no depth that views agree on")
+        file.flush()
+        shape = len(frames), vit.embed_dim if vit is not None else 0
+        features = np.memmap(file, np.float16, "r+", shape=shape) if vit else np.zeros(shape, "f2")
+    gaussians = Gaussians(*(t[None] for t in gaussians))
+    return Field(gaussians, torch.from_numpy(features), frames, normals, meta or {})
+
+
+def of_pair(views, geometry, pair, done):
+    """(i, Gaussians of its pixels) of the views of a pair that are not yet done."""
+    keys = {"images", "extrinsics", "Ks", "depths", "valid"} & views.keys()
+    context = {k: views[k][list(pair)][None] for k in keys}
+    if isinstance(geometry, FeedForward):
+        device = next(geometry.parameters()).device
+        context = {k: v.to(device) for k, v in context.items()}
+    if isinstance(geometry, FeedForward) and "ranges" in views:
+        near, far = views["ranges"][list(pair), 0].min(), views["ranges"][list(pair), 1].max()
+        baseline = (context["extrinsics"][0, 0] - context["extrinsics"][0, 1])[:3, 3].norm()
+        near, far = float(near / baseline), float(far / baseline)
+        geometry = FeedForward(geometry.reconstructor, near, far)
+    gaussians = without_masked(geometry(context), context)
+    halves = zip(*(t.cpu().chunk(len(pair), 1) for t in gaussians))
+    return [(i, Gaussians(*half)) for i, half in zip(pair, halves) if i not in done]
+
+
+def pixel_features(vit, views, i):
+    """The teacher's features of a view's pixels, upsampled as the method does it: [H*W, C] half."""
+    images = views["images"][i : i + 1].to(vit.cls_token.device)
+    tokens = patch_tokens(vit, images)  # [1, C, h, w]
+    H, W = views["images"].shape[-2:]
+    masks = views.get("masks", torch.zeros(len(views["images"]), H, W, dtype=torch.int64))
+    masks = masks[i : i + 1].to(tokens.device)
+    return lift_features(tokens, masks, 1, False, centred=True)[0].half().cpu()
+
+
+def agreement(points, own, views, depths, tolerance, size):
+    """Of points [P, 3] of view `own`, one a pixel: how many of the other views have their surface
+    there, how many see through the point to a surface behind it, and how many have their surface
+    there and see it more finely, [P] each. depths [V, P] of all views; 0 = unknown."""
+    there, through, finer = torch.zeros(3, len(points), dtype=torch.int32)
+    (H, W), focal = size, views["Ks"][:, 0, 0].cpu()
+    points = points.T.contiguous()
+    for i in (i for i in range(len(depths)) if i != own):
+        M = views["Ks"][i].cpu() @ torch.linalg.inv(views["extrinsics"][i].cpu())[:3]  # [3, 4]
+        x, y, z = M[:, :3] @ points + M[:, 3:]  # pixels times depth, and depth
+        inside = (z > NEAR_PLANE) & (x >= 0) & (x < W * z) & (y >= 0) & (y < H * z)
+        inside = inside.nonzero()[:, 0]
+        x, y, z = x[inside], y[inside], z[inside]
+        at = (y / z).long().clamp(max=H - 1) * W + (x / z).long().clamp(max=W - 1)
+        surface = depths[i][at]  # 0: unknown
+        agree = (z / surface - 1).abs() < tolerance
+        there[inside] += agree
+        through[inside] += z < surface * (1 - tolerance)
+        # A strict order, so that of all that agree one is kept
+        mine, other = depths[own][inside] / focal[own], surface / focal[i]
+        finer[inside] += agree & ((other < mine) | (other == mine) & (i < own))
+    return there, through, finer
+
+
+def pairs_of(views):
+    """Pairs (i, j) of overlapping views: the first view along the path that is in none yet, and its
+    best partner. Overlap is the share of i's pixels that fall into j's image if all lie at the
+    distance to what the cameras see. Of the views with half of it in common, or with the most, the
+    partner is the one whose baseline is nearest to BASELINE times that distance.
+
+    The distance: the middle of "ranges"; else to the point that the optical axes pass nearest to;
+    where they are parallel, so that views 10 numbers apart have that baseline.
+    ValueError: no two views have a tenth in common. Warns of views that are in no pair.
+    """
+    E, Ks = views["extrinsics"].cpu().double(), views["Ks"].cpu().double()
+    (V, H, W), centres = views["images"][:, 0].shape, E[:, :3, 3]
+    distances = distances_of(views, E)  # [V]
+    baselines = (centres[:, None] - centres).norm(dim=-1)  # [V, V]
+    y, x = torch.meshgrid(*(n * (torch.arange(8.0) + 0.5) / 8 for n in (H, W)), indexing="ij")
+    pixels = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1).double()  # [64, 3]
+    points = pixels @ torch.linalg.inv(Ks).mT * distances[:, None, None]
+    points = points @ E[:, :3, :3].mT + centres[:, None]  # [V, 64, 3]
+    shares = torch.zeros(V, V)
+    for j in range(V):
+        seen = (points - centres[j]) @ E[j, :3, :3] @ Ks[j].T  # [V, 64, 3]
+        x, y, z = (seen / seen[..., 2:].abs().clamp(min=1e-12)).unbind(-1)
+        inside = (z > 0) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
+        shares[:, j] = inside.float().mean(-1) * (baselines[:, j] > 1e-6 * distances)
+    off = (baselines / (BASELINE * distances[:, None])).clamp(min=1e-9).log().abs()  # [V, V]
+    pairs, done = [], set()
+    for i in (i for i in range(V) if shares[i].max() >= 0.1):
+        if i not in done:
+            enough = shares[i] >= min(0.5, float(shares[i].max()))
+            pairs.append((i, int(torch.where(enough, off[i], torch.inf).argmin())))
+            done |= set(pairs[-1])
+    if not pairs:
+        raise ValueError("no two photos overlap: none shows a tenth of what another one shows")
+    if len(done) < V:
+        warnings.warn(f"{V - len(done)} of {V} photos overlap no other, and are left out")
+    return pairs
+
+
+def distances_of(views, E):
+    """How far each camera is from what it sees, [V]: see `pairs_of`."""
+    if "ranges" in views:
+        return views["ranges"].double().prod(1).sqrt()
+    centres, axes = E[:, :3, 3], E[:, :3, 2]
+    across = torch.eye(3) - axes[:, :, None] * axes[:, None]  # [V, 3, 3], what is off an axis
+    spread = torch.linalg.eigvalsh(across.mean(0))[0]  # the squared sine of the axes' angles
+    point = torch.linalg.lstsq(across.sum(0), (across @ centres[..., None]).sum(0)).solution
+    distances = ((point.T - centres) * axes).sum(-1)  # [V]
+    numbers = torch.as_tensor(views.get("numbers", torch.arange(len(E))))
+    partners = ((numbers[:, None] - numbers).abs() - 10).abs().argmin(1)
+    usual = (centres - centres[partners]).norm(dim=-1) / BASELINE
+    meet = (distances > 0) & (spread > math.sin(math.radians(3)) ** 2)
+    return torch.where(meet, distances, usual)
+
+
 # ---------------------------------------------------------------------------- how good it is
 
 NEAREST, CONSTANT, SENSOR = "nearest context photo", "one constant depth", "sensor depth"
@@ -858,3 +1121,232 @@ def depth_errors(depth, truth, seen):
     ratio = depth[known] / truth[known]
     errors = {"abs_rel": ratio, "abs_rel_scaled": ratio * (1 / ratio).median()}
     return {name: float((r - 1).abs().mean()) for name, r in errors.items()}
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def voxels(field, side):
+    """A `Field` on a grid, what networks on sparse voxels take: {"indices" [M, 3] int32, floor(xyz
+    / side), in rising order, "xyz" [M, 3], "rgb" [M, 3] in 0..1 and "features" [M, C] float16, the
+    means of its Gaussians, "counts" [M] of them, "side"}."""
+    xyz = field.gaussians.means[0].double()
+    indices, voxel, counts = torch.unique(
+        (xyz / side).floor().int(), dim=0, return_inverse=True, return_counts=True
+    )
+    means = {}
+    for name, values in (("xyz", xyz), ("rgb", field.rgb()), ("features", field.features)):
+        means[name] = torch.zeros(len(indices), values.shape[1], dtype=values.dtype)
+        for columns in torch.arange(values.shape[1]).split(32):  # features may be mapped from disk
+            part = values[:, columns].float() if name == "features" else values[:, columns]
+            sums = part.new_zeros(len(indices), len(columns)).index_add_(0, voxel, part)
+            means[name][:, columns] = (sums / counts[:, None]).to(values.dtype)
+    means["xyz"] = means["xyz"].float()
+    return {"indices": indices, **means, "counts": counts.int(), "side": torch.tensor(side)}
+
+
+def read_poses(path):
+    """Cameras of a transforms.json, whose photos need not be there: extrinsics [P, 4, 4], Ks
+    [P, 3, 3] and the sizes [(width, height)]. Lenses are left out. ValueError: it is none."""
+    with data.naming(path, "not poses in the layout of transforms.json"):
+        about = json.loads(Path(path).read_text())
+        frames = [about | frame for frame in about["frames"]]
+        names = [f"{path}: frame {i}" for i in range(len(frames))]
+        extrinsics = data.rigid([frame["transform_matrix"] for frame in frames], names)
+        extrinsics[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
+        sizes = [(int(frame["w"]), int(frame["h"])) for frame in frames]
+        Ks = torch.eye(3).repeat(len(frames), 1, 1)
+        for K, frame, size in zip(Ks, frames, sizes):
+            data.lens_of(frame)  # are the numbers numbers?
+            K[0, 0], K[1, 1], K[0, 2], K[1, 2] = map(float, data.pinhole(frame, *size))
+        if not frames:
+            raise ValueError("it has no frames")
+    return torch.from_numpy(extrinsics).float(), Ks, sizes
+
+
+def along(extrinsics, count):
+    """Cameras [count, 4, 4] from the first of [V, 4, 4] to the last, evenly by their numbers."""
+    at = torch.linspace(0, len(extrinsics) - 1, count)
+    low = at.floor().long().clamp(max=max(0, len(extrinsics) - 2))
+    high = (low + 1).clamp(max=len(extrinsics) - 1)
+    E = torch.lerp(extrinsics[low], extrinsics[high], (at - low)[:, None, None])
+    U, _, Vh = torch.linalg.svd(E[:, :3, :3])  # the nearest rotation
+    E[:, :3, :3] = U @ Vh
+    return E
+
+
+def load_capture(settings):
+    """A folder's first scene as `reconstruct`'s views, and its name; without a folder a room. They
+    are of the size asked for, or of about 224 x 224 pixels in the photos' shape."""
+    if settings["folder"]:
+        scenes = data.open_scenes(settings["folder"], settings["split"])
+        if len(scenes) > 1:
+            said = f"{len(scenes)} scenes; this is {scenes[0].name}, --split FILE chooses another"
+            warnings.warn(f"{settings['folder']}: {said}")
+        scene, photos = scenes[0], None
+        if len(scene) < 2:
+            raise ValueError(f"{scene.path}: {len(scene)} photo, where at least 2 are needed")
+        photo = data.open_photo(scene.shots[0])
+        shape, frames = photo.height / photo.width, range(len(scene))
+        photos = [Path(shot.photo).name for shot in scene.shots]
+    else:
+        scene, shape, frames = data.Rooms("val")[0], 1.0, range(0, 120, 8)
+        photos = [f"frame {i}" for i in frames]
+    usual = 224 * math.sqrt(shape), 224 / math.sqrt(shape)
+    H, W = (settings[k] or 16 * max(1, round(n / 16)) for k, n in zip(("height", "width"), usual))
+    frames = [scene.frame(i, H, W) for i in frames]
+    views = {k: torch.stack([frame[k] for frame in frames]) for k in frames[0]}
+    views["numbers"] = torch.as_tensor(scene.numbers if settings["folder"] else range(0, 120, 8))
+    points = scene.point_depths() if settings["folder"] else None
+    if points and all((depths > 0).any() for depths in points):
+        ranges = [np.percentile(d[d > 0], (1, 99)) * (0.8, 1.25) for d in points]
+        views["ranges"] = torch.tensor(np.array(ranges)).float()
+    return views, scene.name, photos
+
+
+def draw(field, views, folder, poses, warning):
+    """Write orbit.gif and sheet.png, and what the cameras of --render see."""
+    from PIL import Image
+
+    from train import depth_colours, pca_pictures, replace_file, write_sheet
+
+    def picture(image):  # [H, W, 3] in 0..1
+        return Image.fromarray((image.cpu() * 255 + 0.5).clamp(0, 255).byte().numpy())
+
+    samples = field.features[:: max(1, len(field.features) // 20_000)].float()
+    (V, _, H, W), E, Ks = views["images"].shape, views["extrinsics"], views["Ks"]
+
+    def panels(extrinsics, K, width, height):
+        seen = {k: v.cpu() for k, v in field.render(extrinsics, K, width, height).items()}
+        features = seen["features"].permute(2, 0, 1)
+        known = seen["alpha"] > 0.5
+        features = pca_pictures(samples, [features], (height, width))[0] * known[..., None]
+        drawn = {"rendering": seen["photo"].permute(1, 2, 0), "features": features}
+        return drawn | {"depth": depth_colours(seen["depth"], known)}, seen["depth"] * known
+
+    i = int(field.frames.bincount(minlength=V).argmax())
+    photo = views["images"][i].permute(1, 2, 0)
+    drawn = panels(E[i], Ks[i], W, H)[0]
+    write_sheet(folder / "sheet.png", {"photo": photo} | drawn, warning)
+    orbit = [field.render(e, Ks[0], W, H, features=False)["photo"] for e in along(E, 13)]
+    orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
+    orbit += orbit[-2:0:-1]  # and back
+    options = dict(format="GIF", save_all=True, append_images=orbit[1:], duration=80, loop=0)
+    replace_file(folder / "orbit.gif", lambda path: orbit[0].save(path, **options))
+    for n, (extrinsics, K, size) in enumerate(zip(*poses)):
+        drawn, depth = panels(extrinsics, K, *size)
+        for name, image in (("photo", drawn["rendering"]), ("features", drawn["features"])):
+            save = picture(image).save
+            replace_file(folder / f"{n:04d}_{name}.png", lambda path: save(path, format="PNG"))
+        depth = Image.fromarray((1000 * depth).clamp(0, 65535).numpy().astype(np.uint16))
+        replace_file(folder / f"{n:04d}_depth.png", lambda path: depth.save(path, format="PNG"))
+
+
+def parse_settings(arguments=None):
+    """The command line as {setting: value}."""
+    from train import TEACHERS, VIEWS, Setting, add_settings, check_settings
+
+    rows = {
+        "features": Setting("dinov2_vits14", "dinov2_vits14", f"{TEACHERS}, or a file of one"),
+        "geometry": Setting(None, None, "depth maps, the shipped reconstructor, or a file; default:"
+                            " depth where all photos have it"),
+        "voxel": Setting(0.0, 0.0, "side of the voxels of voxels.npz, in the cameras' unit", 0),
+        "render": Setting(None, None, "transforms.json of cameras to draw"),
+        "split": VIEWS["split"], "name": VIEWS["name"],
+        "height": Setting(0, 0, "of the images, pixels; default: near 224 x 224 in their shape", 0),
+        "width": Setting(0, 0, "likewise", 0),
+    }  # fmt: skip
+    about = "A capture as Gaussians that carry features: scene.ply, points.npz and pictures."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", help="of photos (README); default: a procedural room")
+    add_settings(parser, rows)
+    settings = {name: row.demo for name, row in rows.items()} | vars(parser.parse_args(arguments))
+    check_settings(rows, settings)
+    return settings
+
+
+def load_networks(settings, views):
+    """The teacher, a warning about it or None, and the geometry. Settings name those that are
+    used."""
+    from evaluate import load_file
+    from train import VIEWS, load_teacher
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if Path(settings["features"]).is_file():
+        model = load_file(settings["features"])[0]
+        vit, warning = model.vits[0], model.warning
+    else:
+        asked = dict(teacher=settings["features"], teacher_weights=None, seed=0, data=None)
+        vit, warning = load_teacher(asked)
+        settings["features"] = asked["teacher"]
+    settings["geometry"] = settings["geometry"] or ("depth" if "depths" in views else "shipped")
+    geometry = SensorDepth()
+    if settings["geometry"] != "depth":
+        path = None if settings["geometry"] == "shipped" else settings["geometry"]
+        planes = VIEWS["near"].demo, VIEWS["far"].demo  # in baselines, where no points tell
+        geometry = FeedForward(load_reconstructor(path).to(device), *planes)
+    elif "depths" not in views:
+        lack = "not all photos have depth maps; with --geometry shipped photos suffice"
+        raise ValueError(f"{settings['folder']}: {lack}")
+    return vit.to(device), warning, geometry
+
+
+def run(settings):
+    """Reconstruct a capture and write its folder in runs/."""
+    from evaluate import counted
+    from train import banner, free_folder, replace_file
+
+    started, poses = time.time(), ()
+    if settings["render"]:
+        poses = read_poses(settings["render"])
+    views, name, photos = load_capture(settings)
+    vit, warning, geometry = load_networks(settings, views)
+    folder = free_folder(Path("runs"), "field")
+    if settings["name"] and (folder := Path("runs") / settings["name"]).exists():
+        raise SystemExit(f"{folder}: there is something of that name")
+    V, _, H, W = views["images"].shape
+    used = f"features {settings['features']}, geometry {settings['geometry']}"
+    print(f"{folder}: {name}, {V} photos of {H} x {W}, {used}", flush=True)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    meta = dict(teacher=settings["features"], geometry=settings["geometry"], warning=warning,
+                commit=commit, settings=settings, photos=photos,
+                extrinsics=views["extrinsics"].tolist(), Ks=views["Ks"].tolist())  # fmt: skip
+    folder.mkdir(parents=True)
+    try:
+        field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+    except BaseException:
+        folder.rmdir()
+        raise
+    field.save(folder)
+    if settings["voxel"]:
+        arrays = voxels(field, settings["voxel"])
+        replace_file(folder / "voxels.npz", lambda path: save_npz(path, arrays))
+    draw(field, views, folder, poses, warning)
+    psnr, shares = [], []
+    for i in range(0, V, -(-V // 8)):
+        shown = field.render(views["extrinsics"][i], views["Ks"][i], W, H, features=False)
+        photo, seen = shown["photo"].cpu(), shown["alpha"].cpu() > 0.5
+        mse = (photo - views["images"][i]).square()[:, seen].mean()
+        psnr.append(float(-10 * mse.clamp(min=1e-10).log10()) if seen.any() else None)
+        shares.append(float(seen.float().mean()))
+    print(f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels")
+    seen = f"{100 * mean(shares):.0f} % of the pixels show something"
+    print(f"{len(psnr)} of the photos, rendered: {seen}, at {mean(psnr) or 0:.1f} dB")
+    if warning:
+        banner(warning)
+    written = " ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"Written to {folder}/ in {time.time() - started:.0f} s: {written}")
+
+
+def main(arguments=None):
+    from train import plain_messages
+
+    with plain_messages():
+        run(parse_settings(arguments))
+
+
+if __name__ == "__main__":
+    import reconstruct as module  # train.py imports this file by its name: one module, not two
+
+    module.main()
