@@ -8,6 +8,7 @@ back into pixels).
 torch_backend.py does the same in plain PyTorch, without a GPU and as the oracle of the tests.
 """
 
+import math
 import os
 from typing import NamedTuple
 
@@ -143,6 +144,10 @@ def _choose_backend(backend, means, features, precision):
 def _check(scene, labels):
     means, covars, opacities, features, viewmats, Ks, width, height, *limits = scene
     tokens, *factors = features if isinstance(features, Mixture) else (features,)
+    for tensor in (means, covars, opacities, tokens, *factors, viewmats, Ks):
+        if not torch.is_tensor(tensor) or tensor.is_meta:
+            kind = "on the meta device" if torch.is_tensor(tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"all arguments but numbers must be tensors with values; one is {kind}")
     if (means.ndim, tokens.ndim, viewmats.ndim) != (3, 3, 4):
         raise ValueError(
             f"means must be [B, N, 3], features [B, N, C] and viewmats [B, V, 4, 4]; they are "
@@ -179,10 +184,12 @@ def _check(scene, labels):
             "at least one channel, one token and one whole pixel are needed, not C = "
             f"{C}, J = {J}, {width} x {height}"
         )
+    if (pixels := B * V * width * height) >= 2**31:
+        raise ValueError(f"{B} x {V} images of {width} x {height} have {pixels} pixels, over 2^31")
     near_plane, far_plane, eps2d = limits
     if not 0 < near_plane < far_plane:
         raise ValueError(f"0 < near_plane < far_plane must hold, not {near_plane} and {far_plane}")
-    if eps2d < 0:
+    if not 0 <= eps2d < math.inf:
         raise ValueError(f"eps2d is a variance and cannot be {eps2d}")
 
 
