@@ -147,7 +147,7 @@ def _check(scene, labels):
     for tensor in (means, covars, opacities, tokens, *factors, viewmats, Ks):
         if not torch.is_tensor(tensor) or tensor.is_meta:
             kind = "on the meta device" if torch.is_tensor(tensor) else f"a {type(tensor).__name__}"
-            raise ValueError(f"all arguments but numbers must be tensors with values; one is {kind}")
+            raise ValueError(f"arguments but numbers must be tensors with values; one is {kind}")
     if (means.ndim, tokens.ndim, viewmats.ndim) != (3, 3, 4):
         raise ValueError(
             f"means must be [B, N, 3], features [B, N, C] and viewmats [B, V, 4, 4]; they are "
