@@ -61,19 +61,24 @@ def render(gaussians, extrinsics, Ks, width, height):
     camera), at least 0, on black; as in other viewers, degree 4 is left out. Depth is along z,
     the mean over what is seen, and 0 where nothing is.
     """
-    means, covars, opacities, harmonics = gaussians
-    directions = F.normalize(means - extrinsics[:, None, :3, 3], dim=-1)
-    degree = min(3, math.isqrt(harmonics.shape[-1]) - 1)
-    basis = sh_basis(degree, directions)[:, :, None]  # [B, N, 1, (degree + 1)^2]
-    colours = (harmonics[..., : basis.shape[-1]] * basis).sum(-1) + 0.5  # [B, N, 3]
+    means, covars, opacities, _ = gaussians
     viewmats = torch.linalg.inv(extrinsics)
     z = (means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]
     out, alphas = rasterize(
-        means, covars, opacities, torch.cat([colours.clamp(min=0), z], -1), viewmats[:, None],
+        means, covars, opacities, torch.cat([colours(gaussians, extrinsics), z], -1),
+        viewmats[:, None],
         Ks[:, None], width, height, near_plane=NEAR_PLANE, precision="ieee",
     )  # fmt: skip
     photo, depth = out[:, 0].permute(0, 3, 1, 2).split([3, 1], 1)
     return photo, depth[:, 0] / alphas[:, 0].clamp(min=1e-6), alphas[:, 0]
+
+
+def colours(gaussians, extrinsics):
+    """Colours [B, N, 3] of Gaussians as cameras [B, 4, 4] see them: see `render`."""
+    directions = F.normalize(gaussians.means - extrinsics[:, None, :3, 3], dim=-1)
+    degree = min(3, math.isqrt(gaussians.harmonics.shape[-1]) - 1)
+    basis = sh_basis(degree, directions)[:, :, None]  # [B, N, 1, (degree + 1)^2]
+    return ((gaussians.harmonics[..., : basis.shape[-1]] * basis).sum(-1) + 0.5).clamp(min=0)
 
 
 def real_harmonics(degree, directions):
@@ -913,11 +918,93 @@ def of_pair(views, geometry, pair, done):
 
 def pixel_features(vit, views, i):
     """The teacher's features of a view's pixels, upsampled as the method does it: [H*W, C] half."""
-    tokens = patch_tokens(vit, views["images"][i : i + 1])  # [1, C, h, w]
+    return lifted(vit, views, i, False)[0].half().cpu()
+
+
+def lifted(vit, views, i, factored):
+    """`lift_features` of one view alone. The teacher sees "photos" [V, 3, any size], if there."""
     H, W = views["images"].shape[-2:]
+    tokens = patch_tokens(vit, views.get("photos", views["images"])[i : i + 1])  # [1, C, h, w]
     masks = views.get("masks", torch.zeros(len(views["images"]), H, W, dtype=torch.int64))
-    masks = masks[i : i + 1].to(tokens.device)
-    return lift_features(tokens, masks, 1, False, centred=True)[0].half().cpu()
+    return lift_features(tokens, masks[i : i + 1].to(tokens.device), 1, factored, centred=True)
+
+
+def optimise(
+    field, views, vit, steps, geometry=False, *, counted=lambda items, total, what: items
+):  # fmt: skip
+    """The per-scene way, as FiT3D (arXiv 2407.20229): a `Field` fitted to the teacher's maps of all
+    views by Adam, from what it is. Views and counted as in `reconstruct`.
+
+    A step takes one view, all channels at once, at every fourth row and column: sixteen steps see
+    every pixel. The loss is the squared error to the teacher's features, upsampled as for lifting,
+    over their variance, so that 1 is what their mean would have. (1 - cosine fits worse: it leaves
+    open how long features are, but blending needs to know.) With geometry=True means, covariances,
+    opacities and colours are fitted too, and the photo's error over its variance is added. Normals
+    stay. [N, C] lies in memory four times, float32. "loss" in the meta: of the first and last step.
+    ValueError: no views, features or steps, or a loss that is NaN or infinite.
+    """
+    (V, _, H, W), (N, C) = views["images"].shape, field.features.shape
+    if not V or not C or steps < 1:
+        few = f"{V} views, {C} channels and {steps} steps"
+        raise ValueError(f"optimise needs views, features and steps; there are {few}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.no_grad():
+        maps = [lifted(vit, views, i, True) for i in range(V)]
+        spread = torch.cat([m.tokens[0] for m in maps]).var(0).mean(), views["images"].var()
+    features = field.features.to(device).float()[None].requires_grad_(True)
+    scene = InOwnSize(Gaussians(*(t.to(device) for t in field.gaussians)), geometry)
+    rates = [dict(params=[features], lr=0.05), dict(params=list(scene.parameters()), lr=0.01)]
+    optimizer, losses = torch.optim.Adam(rates[: 1 + geometry], fused=True), []
+    for step in counted(range(steps), steps, "step"):
+        i, (top, left) = step % V, divmod(step // V % 16, 4)
+        at = torch.arange(top, H, 4, device=device), torch.arange(left, W, 4, device=device)
+        view = {k: views[k][i].to(device) for k in {"images", "extrinsics", "Ks", "valid"} & {*views}}
+        pixels = (at[0][:, None] * W + at[1]).flatten()  # [P]
+        tokens, indices, weights = (t[0].to(device) for t in maps[i])
+        target = (tokens[indices[pixels]] * weights[pixels][..., None]).sum(1)  # [P, C]
+        gaussians, E = scene(), view["extrinsics"][None]
+        channels = [features, colours(gaussians, E)] if geometry else [features]
+        drawn, alphas = rasterize(
+            *gaussians[:3], torch.cat(channels, -1), torch.linalg.inv(E)[:, None],
+            view["Ks"][None, None], W, H, near_plane=NEAR_PLANE, at=at,
+        )  # fmt: skip
+        drawn, alpha = drawn.flatten(0, 3), alphas.detach().flatten()[pixels, None]
+        # Features are means over what is seen; a photo is on black
+        errors = [drawn[:, :C] - alpha * target]
+        errors += [drawn[:, C:] - view["images"].flatten(1).T[pixels]] if geometry else []
+        counts = view["valid"].flatten()[pixels, None] if "valid" in view else 1.0
+        loss = sum((counts * e.square()).mean() / s.clamp(min=1e-8) for e, s in zip(errors, spread))
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"optimise: the loss is {losses[-1]} in step {step + 1}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gaussians = Gaussians(*(t.detach().cpu() for t in scene()))
+    meta = field.meta | {"optimised": steps, "moved": geometry, "loss": [losses[0], losses[-1]]}
+    return field._replace(gaussians=gaussians, features=features.detach()[0].half().cpu(), meta=meta)
+
+
+class InOwnSize(nn.Module):
+    """Gaussians to optimise, or to leave as they are. Lengths are counted in each one's axes and
+    standard deviations, so that one learning rate suits scenes of any unit."""
+
+    def __init__(self, gaussians, learn):
+        super().__init__()
+        self.fixed, self.learn = gaussians, learn
+        variances, axes = torch.linalg.eigh(gaussians.covars)
+        self.root = axes * variances.clamp(min=0).sqrt()[..., None, :]  # root root' = covars
+        self.moved = nn.Parameter(torch.zeros_like(gaussians.means))
+        self.stretched = nn.Parameter(torch.zeros_like(gaussians.covars))
+        self.logits = nn.Parameter(gaussians.opacities.logit(1e-4))
+        self.harmonics = nn.Parameter(gaussians.harmonics.clone())
+
+    def forward(self):
+        if not self.learn:
+            return self.fixed
+        means = self.fixed.means + (self.root @ self.moved[..., None])[..., 0]
+        root = self.root + self.root @ self.stretched
+        return Gaussians(means, root @ root.mT, self.logits.sigmoid(), self.harmonics)
 
 
 def agreement(points, views, depths, others, tolerance):
