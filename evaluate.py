@@ -40,11 +40,13 @@ from reconstruct import (
 )  # fmt: skip
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
-    depth_colours, free_folder, load_teacher, pca_pictures, plain_messages, replace_file, write_sheet,
+    depth_colours, free_folder, load_teacher, pca_pictures, plain_messages, replace_file,
+    write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
+FEED_FORWARD = "feed-forward"
 NO_IMAGE = "no image"  # the row of what the training labels alone tell
 
 
@@ -279,17 +281,22 @@ def fields(models, settings, folder):
             own = patch_tokens(vit, held["photos"].to(DEVICE)).cpu()  # [V, C, h, w]
             inputs = patch_tokens(vit, context["photos"].to(DEVICE)).cpu()
         shown, seconds = {"nearest view, unwarped": unwarped(context, inputs, held)}, {}
-        for way, geometry in (("feed-forward", network), *[("sensor depth", SensorDepth())] * deep):
+        ways = {FEED_FORWARD: (network, context)}
+        if context["masks"].any():
+            whole = {k: v for k, v in context.items() if k != "masks"}
+            ways[f"{FEED_FORWARD}, across segments"] = network, whole
+        ways |= {"sensor depth": (SensorDepth(), context)} if deep else {}
+        for way, (geometry, given) in ways.items():
             started = time.time()
-            field = reconstruct(context, geometry, vit)
+            field = reconstruct(given, geometry, vit)
             seconds[way], shown[way] = time.time() - started, rendered(field, held)
-            if way == "feed-forward":
+            if way == FEED_FORWARD:
                 start = field._replace(features=torch.zeros_like(field.features))
         for steps in settings.steps:
             started = time.time()
             field = optimise(start, context, vit, steps)
             way, took = f"optimised, {steps} steps", time.time() - started
-            seconds[way], shown[way] = seconds["feed-forward"] + took, rendered(field, held)
+            seconds[way], shown[way] = seconds[FEED_FORWARD] + took, rendered(field, held)
         for way, view in shown.items():
             row = {"seconds": seconds.get(way)} | field_errors(view, own, held)
             rows.setdefault(way, []).append(row)

@@ -31,6 +31,7 @@ from torch import nn
 
 import data
 from kernels import rasterize
+from kernels.torch_backend import pair_weights
 from model import (
     NEAR_PLANE, lift_features, load_strictly, mean_of, normalise, patch_tokens, read_state,
     without_masked,
@@ -951,24 +952,30 @@ def optimise(
     with torch.no_grad():
         maps = [lifted(vit, views, i, True) for i in range(V)]
         spread = torch.cat([m.tokens[0] for m in maps]).var(0).mean(), views["images"].var()
-    features = field.features.to(device).float()[None].requires_grad_(True)
+    features = field.features.to(device).float().requires_grad_(True)  # [N, C]
     scene = InOwnSize(Gaussians(*(t.to(device) for t in field.gaussians)), geometry)
     rates = [dict(params=[features], lr=0.05), dict(params=list(scene.parameters()), lr=0.01)]
-    optimizer, losses = torch.optim.Adam(rates[: 1 + geometry], fused=True), []
+    optimizer, losses, splats = torch.optim.Adam(rates[: 1 + geometry], fused=True), [], {}
     for step in counted(range(steps), steps, "step"):
-        i, (top, left) = step % V, divmod(step // V % 16, 4)
-        at = torch.arange(top, H, 4, device=device), torch.arange(left, W, 4, device=device)
-        view = {k: views[k][i].to(device) for k in {"images", "extrinsics", "Ks", "valid"} & {*views}}
+        i, corner = step % V, step // V % 16
+        at = [torch.arange(c, n, 4, device=device) for c, n in zip(divmod(corner, 4), (H, W))]
         pixels = (at[0][:, None] * W + at[1]).flatten()  # [P]
-        tokens, indices, weights = (t[0].to(device) for t in maps[i])
-        target = (tokens[indices[pixels]] * weights[pixels][..., None]).sum(1)  # [P, C]
+        view = {k: t[i].to(device) for k, t in views.items() if torch.is_tensor(t)}
+        tokens, indices, mix = (t[0].to(device) for t in maps[i])
+        target = (tokens[indices[pixels]] * mix[pixels][..., None]).sum(1)  # [P, C]
         gaussians, E = scene(), view["extrinsics"][None]
-        channels = [features, colours(gaussians, E)] if geometry else [features]
-        drawn, alphas = rasterize(
-            *gaussians[:3], torch.cat(channels, -1), torch.linalg.inv(E)[:, None],
-            view["Ks"][None, None], W, H, near_plane=NEAR_PLANE, at=at,
-        )  # fmt: skip
-        drawn, alpha = drawn.flatten(0, 3), alphas.detach().flatten()[pixels, None]
+        camera = torch.linalg.inv(E)[:, None], view["Ks"][None, None], W, H
+        if geometry:
+            channels = torch.cat([features[None], colours(gaussians, E)], -1)
+            drawn, alpha = rasterize(*gaussians[:3], channels, *camera, near_plane=NEAR_PLANE, at=at)
+            drawn, alpha = drawn.flatten(0, 3), alpha.detach().flatten()[pixels, None]
+        else:  # splatting is then one linear map, which is listed once for a view and a corner
+            if (i, corner) not in splats:
+                if len(splats) == 256:  # of a long capture the latest ones
+                    del splats[next(iter(splats))]
+                splats[i, corner] = linear_map(gaussians, camera, pixels)
+            A, At, alpha = splats[i, corner]
+            drawn = (A @ features.detach()).requires_grad_(True)
         # Features are means over what is seen; a photo is on black
         errors = [drawn[:, :C] - alpha * target]
         errors += [drawn[:, C:] - view["images"].flatten(1).T[pixels]] if geometry else []
@@ -979,10 +986,29 @@ def optimise(
             raise ValueError(f"optimise: the loss is {losses[-1]} in step {step + 1}")
         optimizer.zero_grad()
         loss.backward()
+        if not geometry:
+            features.grad = At @ drawn.grad
         optimizer.step()
     gaussians = Gaussians(*(t.detach().cpu() for t in scene()))
     meta = field.meta | {"optimised": steps, "moved": geometry, "loss": [losses[0], losses[-1]]}
-    return field._replace(gaussians=gaussians, features=features.detach()[0].half().cpu(), meta=meta)
+    return field._replace(gaussians=gaussians, features=features.detach().half().cpu(), meta=meta)
+
+
+def linear_map(gaussians, camera, pixels):
+    """Splatting of one view's pixels [P] by Gaussians that stay: what each adds to each, sparse
+    [P, N], its transpose, which is the backward, and alphas [P, 1]."""
+    viewmats, Ks, W, H = camera
+    weights, owner, pixel = pair_weights(
+        *gaussians[:3], viewmats, Ks, W, H, NEAR_PLANE, 1e10, 0.3
+    )  # fmt: skip
+    number = torch.full((H * W,), -1, device=pixel.device)
+    number[pixels] = torch.arange(len(pixels), device=pixel.device)
+    kept = number[pixel] >= 0
+    where = torch.stack([number[pixel][kept], owner[kept].long()])
+    shape = len(pixels), len(gaussians.means[0])
+    A = torch.sparse_coo_tensor(where, weights[kept], shape, check_invariants=False).coalesce()
+    alpha = torch.sparse.sum(A, 1).to_dense()[:, None]
+    return A, A.t().coalesce(), alpha
 
 
 class InOwnSize(nn.Module):
