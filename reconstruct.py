@@ -30,7 +30,7 @@ from safetensors import safe_open
 from torch import nn
 
 import data
-from kernels import rasterize
+from kernels import Mixture, rasterize
 from kernels.torch_backend import pair_weights
 from model import (
     NEAR_PLANE, lift_features, load_strictly, mean_of, normalise, patch_tokens, read_state,
@@ -944,43 +944,38 @@ def optimise(
     stay. [N, C] lies in memory four times, float32. "loss" in the meta: of the first and last step.
     ValueError: no views, features or steps, or a loss that is NaN or infinite.
     """
-    (V, _, H, W), (N, C) = views["images"].shape, field.features.shape
+    (V, _, H, W), C = views["images"].shape, field.features.shape[1]
     if not V or not C or steps < 1:
         few = f"{V} views, {C} channels and {steps} steps"
         raise ValueError(f"optimise needs views, features and steps; there are {few}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    views = {k: t.to(device) for k, t in views.items() if torch.is_tensor(t)}
+    gaussians = Gaussians(*(t.to(device) for t in field.gaussians))
     with torch.no_grad():
-        maps = [lifted(vit, views, i, True) for i in range(V)]
-        spread = torch.cat([m.tokens[0] for m in maps]).var(0).mean(), views["images"].var()
+        maps = [Mixture(*(t[0] for t in lifted(vit, views, i, True))) for i in range(V)]
+    spread = torch.cat([m.tokens for m in maps]).var(0).mean(), views["images"].var()
     features = field.features.to(device).float().requires_grad_(True)  # [N, C]
-    scene = InOwnSize(Gaussians(*(t.to(device) for t in field.gaussians)), geometry)
+    scene = InOwnSize(gaussians, geometry)
     rates = [dict(params=[features], lr=0.05), dict(params=list(scene.parameters()), lr=0.01)]
-    optimizer, losses, splats = torch.optim.Adam(rates[: 1 + geometry], fused=True), [], {}
+    optimizer, losses, kept = torch.optim.Adam(rates[: 1 + geometry], fused=True), [], {}
     for step in counted(range(steps), steps, "step"):
         i, corner = step % V, step // V % 16
         at = [torch.arange(c, n, 4, device=device) for c, n in zip(divmod(corner, 4), (H, W))]
         pixels = (at[0][:, None] * W + at[1]).flatten()  # [P]
-        view = {k: t[i].to(device) for k, t in views.items() if torch.is_tensor(t)}
-        tokens, indices, mix = (t[0].to(device) for t in maps[i])
-        target = (tokens[indices[pixels]] * mix[pixels][..., None]).sum(1)  # [P, C]
-        gaussians, E = scene(), view["extrinsics"][None]
-        camera = torch.linalg.inv(E)[:, None], view["Ks"][None, None], W, H
+        gaussians, E = scene(), views["extrinsics"][i : i + 1]
+        camera = torch.linalg.inv(E)[:, None], views["Ks"][i : i + 1, None], W, H
         if geometry:
             channels = torch.cat([features[None], colours(gaussians, E)], -1)
             drawn, alpha = rasterize(*gaussians[:3], channels, *camera, near_plane=NEAR_PLANE, at=at)
             drawn, alpha = drawn.flatten(0, 3), alpha.detach().flatten()[pixels, None]
         else:  # splatting is then one linear map, which is listed once for a view and a corner
-            if (i, corner) not in splats:
-                if len(splats) == 256:  # of a long capture the latest ones
-                    del splats[next(iter(splats))]
-                splats[i, corner] = linear_map(gaussians, camera, pixels)
-            A, At, alpha = splats[i, corner]
+            if (i, corner) not in kept:
+                if len(kept) == 256:  # of a long capture the latest ones
+                    del kept[next(iter(kept))]
+                kept[i, corner] = linear_map(gaussians, camera, pixels)
+            A, At, alpha = kept[i, corner]
             drawn = (A @ features.detach()).requires_grad_(True)
-        # Features are means over what is seen; a photo is on black
-        errors = [drawn[:, :C] - alpha * target]
-        errors += [drawn[:, C:] - view["images"].flatten(1).T[pixels]] if geometry else []
-        counts = view["valid"].flatten()[pixels, None] if "valid" in view else 1.0
-        loss = sum((counts * e.square()).mean() / s.clamp(min=1e-8) for e, s in zip(errors, spread))
+        loss = fit_error(drawn, alpha, maps[i], views, i, pixels, spread)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise ValueError(f"optimise: the loss is {losses[-1]} in step {step + 1}")
@@ -991,24 +986,34 @@ def optimise(
         optimizer.step()
     gaussians = Gaussians(*(t.detach().cpu() for t in scene()))
     meta = field.meta | {"optimised": steps, "moved": geometry, "loss": [losses[0], losses[-1]]}
-    return field._replace(gaussians=gaussians, features=features.detach().half().cpu(), meta=meta)
+    features = features.detach().half().cpu()
+    return field._replace(gaussians=gaussians, features=features, meta=meta)
+
+
+def fit_error(drawn, alpha, tokens, views, i, pixels, spread):
+    """`optimise`'s loss of view i: drawn [P, C], perhaps with 3 colours more, at pixels [P], whose
+    alpha is [P, 1], against a Mixture of tokens and the photo; spread holds their variances."""
+    wanted = (tokens.tokens[tokens.indices[pixels]] * tokens.weights[pixels][..., None]).sum(1)
+    C = wanted.shape[1]
+    errors = [drawn[:, :C] - alpha * wanted]  # features are means over what is seen
+    if drawn.shape[1] > C:  # a photo is on black
+        errors.append(drawn[:, C:] - views["images"][i].flatten(1).T[pixels])
+    counts = views["valid"][i].flatten()[pixels, None] if "valid" in views else 1.0
+    return sum((counts * e.square()).mean() / s.clamp(min=1e-8) for e, s in zip(errors, spread))
 
 
 def linear_map(gaussians, camera, pixels):
     """Splatting of one view's pixels [P] by Gaussians that stay: what each adds to each, sparse
     [P, N], its transpose, which is the backward, and alphas [P, 1]."""
-    viewmats, Ks, W, H = camera
-    weights, owner, pixel = pair_weights(
-        *gaussians[:3], viewmats, Ks, W, H, NEAR_PLANE, 1e10, 0.3
-    )  # fmt: skip
+    *_, W, H = camera
+    weights, owner, pixel = pair_weights(*gaussians[:3], *camera, NEAR_PLANE, 1e10, 0.3)
     number = torch.full((H * W,), -1, device=pixel.device)
     number[pixels] = torch.arange(len(pixels), device=pixel.device)
-    kept = number[pixel] >= 0
-    where = torch.stack([number[pixel][kept], owner[kept].long()])
+    there = number[pixel] >= 0
+    where = torch.stack([number[pixel][there], owner[there].long()])
     shape = len(pixels), len(gaussians.means[0])
-    A = torch.sparse_coo_tensor(where, weights[kept], shape, check_invariants=False).coalesce()
-    alpha = torch.sparse.sum(A, 1).to_dense()[:, None]
-    return A, A.t().coalesce(), alpha
+    A = torch.sparse_coo_tensor(where, weights[there], shape, check_invariants=False).coalesce()
+    return A, A.t().coalesce(), torch.sparse.sum(A, 1).to_dense()[:, None]
 
 
 class InOwnSize(nn.Module):
