@@ -9,11 +9,13 @@ N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics no
 and height.
 """
 
+import argparse
 import functools
 import json
 import math
 import resource
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -772,7 +774,7 @@ def log_depth_error(depths, truth, together=False):
 
 # ---------------------------------------------------------------------------- fields of features
 
-BASELINE = 1 / 8  # of a pair, over the distance to what it sees: as in the shipped one's training
+BASELINE = 0.1  # of a pair, over the distance to what it sees: what the shipped one does best at
 
 
 class Field(NamedTuple):
@@ -793,8 +795,9 @@ class Field(NamedTuple):
         rows = self.seen_by(extrinsics, K, width, height)
         gaussians = Gaussians(*(t[:, rows].to(device) for t in self.gaussians))
         photo, depth, alpha = (t[0] for t in render(gaussians, *camera))
-        viewmats, features = torch.linalg.inv(camera[0])[:, None], []
-        for part in self.features.split(128, 1):  # few of a memory-mapped file at a time
+        viewmats, features = torch.linalg.inv(camera[0])[:, None], [alpha[..., None][..., :0]]
+        # Few channels of a memory-mapped file at a time
+        for part in self.features.split(128, 1) if self.features.shape[1] else ():
             part = part[rows][None].to(device).float()
             camera = viewmats, K[None, None].to(device), width, height
             drawn, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
@@ -844,7 +847,7 @@ def save_npz(path, arrays):
 
 @torch.no_grad()
 def reconstruct(
-    views, geometry, vit=None, *, tolerance=0.05, folder=None, meta=None,
+    views, geometry, vit=None, *, tolerance=0.03, folder=None, meta=None,
     counted=lambda items, total, what: items,
 ):  # fmt: skip
     """Views of one scene -> a `Field`. Features are the pixels' own, as the method lifts them.
@@ -856,51 +859,56 @@ def reconstruct(
         geometry: `SensorDepth`, or a `FeedForward`, which gets the pairs that `pairs_of` chooses.
         vit: the teacher (`model.load_vit`), or None for a field without features.
         tolerance: depths that differ by this share are of one surface.
-        folder: where features lie during the call, in a file without a name, and are mapped from.
+        folder: of scratch files; features stay mapped from one without a name. Default: /tmp.
         counted(items, total, what): passes on items and may print progress.
 
-    A Gaussian is left out if an earlier view has one there: it falls on a pixel of that view whose
-    depth is its own. It is dropped as well if more views see through it, to a surface behind, than
-    have their surface there. So are opacities below 1/255.
+    Two rules merge the views. Each projects a Gaussian into the other views and compares its depth
+    with the depth of the pixel that it falls on. 1. It is dropped if more views see through it, to
+    a surface behind, than have their surface there. 2. Of Gaussians that agree, the one is kept
+    that was seen finest: depth over focal length is least. Opacities below 1/255 are dropped too.
+    In memory are a pair, the depth maps of all views, and the result without its features.
     ValueError: there are no depths for `SensorDepth`; no two views overlap; nothing is left.
     """
     V, _, H, W = views["images"].shape
-    depths, parts = torch.zeros(V, H, W), {}
-    pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
-    # 1. Geometry, pair by pair; of a view only what no earlier one has
-    for pair in counted(pairs, len(pairs), "pair"):
-        for i, gaussians in of_pair(views, geometry, pair, parts):
-            viewmat = torch.linalg.inv(views["extrinsics"][i].cpu())
-            z = gaussians.means[0] @ viewmat[2, :3] + viewmat[2, 3]  # [H * W]
-            there = (gaussians.opacities[0] >= 1 / 255) & (z > 0)
-            depths[i] = torch.where(there, z, 0.0).view(H, W)
-            normals = data.normals_from_depth(depths[i], views["Ks"][i].cpu()).flatten(1)
-            normals = (views["extrinsics"][i, :3, :3].cpu() @ normals).T
-            rows = there.nonzero()[:, 0]
-            there, _ = agreement(gaussians.means[0, rows], views, depths, parts, tolerance)
-            rows = rows[there == 0]
-            parts[i] = rows, Gaussians(*(t[:, rows] for t in gaussians)), normals[rows]
-    # 2. What most views see through is dropped, now that all depths are known
-    for i, (rows, gaussians, normals) in parts.items():
-        others = [j for j in parts if j != i]
-        there, through = agreement(gaussians.means[0], views, depths, others, tolerance)
-        kept = through <= there
-        parts[i] = rows[kept], Gaussians(*(t[:, kept] for t in gaussians)), normals[kept]
-    # 3. The teacher's features of each view's pixels, written as they come
-    count, C = sum(len(rows) for rows, *_ in parts.values()), vit.embed_dim if vit else 0
-    if not count:
-        raise ValueError("nothing could be reconstructed: no pixel has a depth that views agree on")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for i in counted(sorted(parts), len(parts), "features") if vit else ():
-            file.write(pixel_features(vit, views, i)[parts[i][0]].numpy().tobytes())
+    depths, normals = torch.zeros(V, H * W), {}
+    place = dict(dir=folder)
+    with tempfile.TemporaryDirectory(**place) as scratch, tempfile.TemporaryFile(**place) as file:
+        # Geometry, pair by pair
+        pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
+        for pair in counted(pairs, len(pairs), "pair"):
+            for i, gaussians in of_pair(views, geometry, pair, normals):
+                E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
+                z = (gaussians.means[0] - E[:3, 3]) @ E[:3, 2]  # [H * W]
+                depths[i] = torch.where(gaussians.opacities[0] >= 1 / 255, z.clamp(min=0), 0.0)
+                toward = data.normals_from_depth(depths[i].view(H, W), K).flatten(1)
+                normals[i] = (E[:3, :3] @ toward).T  # [H * W, 3]
+                torch.save(list(gaussians), f"{scratch}/{i}.pt")
+        # Rule 1, by the depths of all views
+        load = lambda i: torch.load(f"{scratch}/{i}.pt", weights_only=True)  # noqa: E731
+        votes = {}
+        for i in counted(sorted(normals), len(normals), "view compared"):
+            there, through, _ = agreement(load(i)[0][0], i, views, depths, tolerance, (H, W))
+            votes[i] = through <= there
+        for i, kept in votes.items():
+            depths[i] *= kept
+        # Rule 2, by what is left; and the features of what is kept, written as they come
+        parts = []
+        for i in counted(sorted(normals), len(normals), "view merged"):
+            gaussians = load(i)
+            finer = agreement(gaussians[0][0], i, views, depths, tolerance, (H, W))[2]
+            rows = ((depths[i] > 0) & (finer == 0)).nonzero()[:, 0]
+            frame = torch.full((len(rows),), i, dtype=torch.int32)
+            parts.append((*(t[0, rows] for t in gaussians), frame, normals.pop(i)[rows]))
+            if vit is not None and len(rows):
+                file.write(pixel_features(vit, views, i)[rows].numpy().tobytes())
+        *gaussians, frames, normals = (torch.cat(t) for t in zip(*parts))
+        if not len(frames):
+            raise ValueError("nothing could be reconstructed: no depth that views agree on")
         file.flush()
-        shape = count, C
+        shape = len(frames), vit.embed_dim if vit is not None else 0
         features = np.memmap(file, np.float16, "r+", shape=shape) if vit else np.zeros(shape, "f2")
-    frames = [torch.full((len(parts[i][0]),), i, dtype=torch.int32) for i in sorted(parts)]
-    gaussians = zip(*(parts[i][1] for i in sorted(parts)))
-    gaussians = Gaussians(*(torch.cat(t, 1) for t in gaussians))
-    normals = torch.cat([parts[i][2] for i in sorted(parts)])
-    return Field(gaussians, torch.from_numpy(features), torch.cat(frames), normals, meta or {})
+    gaussians = Gaussians(*(t[None] for t in gaussians))
+    return Field(gaussians, torch.from_numpy(features), frames, normals, meta or {})
 
 
 def of_pair(views, geometry, pair, done):
@@ -1038,23 +1046,28 @@ class InOwnSize(nn.Module):
         return Gaussians(means, root @ root.mT, self.logits.sigmoid(), self.harmonics)
 
 
-def agreement(points, views, depths, others, tolerance):
-    """Of points [P, 3] in the world: how many of the other views have their surface there, and how
-    many see through the point to a surface behind it, [P] each. depths [V, H, W], 0 = unknown."""
-    there, through = (torch.zeros(len(points), dtype=torch.int32) for _ in range(2))
-    H, W = depths.shape[1:]
-    for i in others:
+def agreement(points, own, views, depths, tolerance, size):
+    """Of points [P, 3] of view `own`, one a pixel: how many of the other views have their surface
+    there, how many see through the point to a surface behind it, and how many have their surface
+    there and see it more finely, [P] each. depths [V, P] of all views; 0 = unknown."""
+    there, through, finer = torch.zeros(3, len(points), dtype=torch.int32)
+    (H, W), focal = size, views["Ks"][:, 0, 0].cpu()
+    for i in (i for i in range(len(depths)) if i != own):
         E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
         x, y, z = ((points - E[:3, 3]) @ E[:3, :3]).T
         front = z.clamp(min=NEAR_PLANE)
         column, row = K[0, 0] * x / front + K[0, 2], K[1, 1] * y / front + K[1, 2]
         inside = (z > NEAR_PLANE) & (column >= 0) & (column < W) & (row >= 0) & (row < H)
         at = row.clamp(0, H - 1).long() * W + column.clamp(0, W - 1).long()
-        surface = depths[i].flatten()[at]
+        surface = depths[i][at]
         known = inside & (surface > 0)
-        there += known & ((z / surface - 1).abs() < tolerance)
+        agree = known & ((z / surface - 1).abs() < tolerance)
+        there += agree
         through += known & (z < surface * (1 - tolerance))
-    return there, through
+        # A strict order, so that of all that agree one is kept
+        mine, other = depths[own] / focal[own], surface / focal[i]
+        finer += agree & ((other < mine) | (other == mine) & (i < own))
+    return there, through, finer
 
 
 def pairs_of(views):
@@ -1107,7 +1120,8 @@ def distances_of(views, E):
     numbers = torch.as_tensor(views.get("numbers", torch.arange(len(E))))
     partners = ((numbers[:, None] - numbers).abs() - 10).abs().argmin(1)
     usual = (centres - centres[partners]).norm(dim=-1) / BASELINE
-    return torch.where((distances > 0) & (spread > math.sin(math.radians(3)) ** 2), distances, usual)
+    meet = (distances > 0) & (spread > math.sin(math.radians(3)) ** 2)
+    return torch.where(meet, distances, usual)
 
 
 # ---------------------------------------------------------------------------- how good it is
@@ -1210,3 +1224,224 @@ def depth_errors(depth, truth, seen):
     ratio = depth[known] / truth[known]
     errors = {"abs_rel": ratio, "abs_rel_scaled": ratio * (1 / ratio).median()}
     return {name: float((r - 1).abs().mean()) for name, r in errors.items()}
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def voxels(field, side):
+    """A `Field` on a grid, what networks on sparse voxels take: {"indices" [M, 3] int32, floor(xyz
+    / side), in rising order, "xyz" [M, 3], "rgb" [M, 3] in 0..1 and "features" [M, C] float16, the
+    means of its Gaussians, "counts" [M] of them, "side"}."""
+    xyz = field.gaussians.means[0].double()
+    indices, voxel, counts = torch.unique(
+        (xyz / side).floor().int(), dim=0, return_inverse=True, return_counts=True
+    )
+    means = {}
+    for name, values in (("xyz", xyz), ("rgb", field.rgb()), ("features", field.features)):
+        means[name] = torch.zeros(len(indices), values.shape[1], dtype=values.dtype)
+        for columns in torch.arange(values.shape[1]).split(32):  # features may be mapped from disk
+            part = values[:, columns].float() if name == "features" else values[:, columns]
+            sums = part.new_zeros(len(indices), len(columns)).index_add_(0, voxel, part)
+            means[name][:, columns] = (sums / counts[:, None]).to(values.dtype)
+    means["xyz"] = means["xyz"].float()
+    return {"indices": indices, **means, "counts": counts.int(), "side": torch.tensor(side)}
+
+
+def read_poses(path):
+    """Cameras of a transforms.json, whose photos need not be there: extrinsics [P, 4, 4], Ks
+    [P, 3, 3] and the sizes [(width, height)]. Lenses are left out. ValueError: it is none."""
+    with data.naming(path, "not poses in the layout of transforms.json"):
+        about = json.loads(Path(path).read_text())
+        frames = [about | frame for frame in about["frames"]]
+        names = [f"{path}: frame {i}" for i in range(len(frames))]
+        extrinsics = data.rigid([frame["transform_matrix"] for frame in frames], names)
+        extrinsics[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
+        sizes = [(int(frame["w"]), int(frame["h"])) for frame in frames]
+        Ks = torch.eye(3).repeat(len(frames), 1, 1)
+        for K, frame, size in zip(Ks, frames, sizes):
+            data.lens_of(frame)  # are the numbers numbers?
+            K[0, 0], K[1, 1], K[0, 2], K[1, 2] = map(float, data.pinhole(frame, *size))
+        if not frames:
+            raise ValueError("it has no frames")
+    return torch.from_numpy(extrinsics).float(), Ks, sizes
+
+
+def along(extrinsics, count):
+    """Cameras [count, 4, 4] along the path of [V, 4, 4], evenly in its numbers, there and back."""
+    at = (1 - torch.linspace(-1, 1, count + 1)[:-1].abs()) * (len(extrinsics) - 1)
+    low = at.floor().long().clamp(max=max(0, len(extrinsics) - 2))
+    high = (low + 1).clamp(max=len(extrinsics) - 1)
+    E = torch.lerp(extrinsics[low], extrinsics[high], (at - low)[:, None, None])
+    U, _, Vh = torch.linalg.svd(E[:, :3, :3])  # the nearest rotation
+    E[:, :3, :3] = U @ Vh
+    return E
+
+
+def load_capture(settings):
+    """A folder's first scene as `reconstruct`'s views, and its name; without a folder a room. They
+    are of the size asked for, or of about 224 x 224 pixels in the photos' shape."""
+    if settings["folder"]:
+        scenes = data.open_scenes(settings["folder"], settings["split"])
+        if len(scenes) > 1:
+            said = f"{len(scenes)} scenes; this is {scenes[0].name}, --split FILE chooses another"
+            warnings.warn(f"{settings['folder']}: {said}")
+        scene, photos = scenes[0], None
+        if len(scene) < 2:
+            raise ValueError(f"{scene.path}: {len(scene)} photo, where at least 2 are needed")
+        photo = data.open_photo(scene.shots[0])
+        shape, frames = photo.height / photo.width, range(len(scene))
+        photos = [Path(shot.photo).name for shot in scene.shots]
+    else:
+        scene, shape, frames = data.Rooms("val")[0], 1.0, range(0, 120, 8)
+        photos = [f"frame {i}" for i in frames]
+    usual = 224 * math.sqrt(shape), 224 / math.sqrt(shape)
+    H, W = (settings[k] or 16 * max(1, round(n / 16)) for k, n in zip(("height", "width"), usual))
+    frames = [scene.frame(i, H, W) for i in frames]
+    views = {k: torch.stack([frame[k] for frame in frames]) for k in frames[0]}
+    views["numbers"] = torch.as_tensor(scene.numbers if settings["folder"] else range(0, 120, 8))
+    points = scene.point_depths() if settings["folder"] else None
+    if points and all((depths > 0).any() for depths in points):
+        ranges = [np.percentile(d[d > 0], (1, 99)) * (0.8, 1.25) for d in points]
+        views["ranges"] = torch.tensor(np.array(ranges)).float()
+    return views, scene.name, photos
+
+
+def draw(field, views, folder, poses, warning):
+    """Write orbit.gif and sheet.png, and what the cameras of --render see."""
+    from PIL import Image
+
+    from train import depth_colours, pca_pictures, replace_file, write_sheet
+
+    def picture(image):  # [H, W, 3] in 0..1
+        return Image.fromarray((image.cpu() * 255 + 0.5).clamp(0, 255).byte().numpy())
+
+    samples = field.features[:: max(1, len(field.features) // 20_000)].float()
+    (V, _, H, W), E, Ks = views["images"].shape, views["extrinsics"], views["Ks"]
+
+    def panels(extrinsics, K, width, height):
+        seen = {k: v.cpu() for k, v in field.render(extrinsics, K, width, height).items()}
+        features = seen["features"].permute(2, 0, 1)
+        known = seen["alpha"] > 0.5
+        features = pca_pictures(samples, [features], (height, width))[0] * known[..., None]
+        drawn = {"rendering": seen["photo"].permute(1, 2, 0), "features": features}
+        return drawn | {"depth": depth_colours(seen["depth"], known)}, seen["depth"] * known
+
+    i = int(field.frames.bincount(minlength=V).argmax())
+    photo = views["images"][i].permute(1, 2, 0)
+    drawn = panels(E[i], Ks[i], W, H)[0]
+    write_sheet(folder / "sheet.png", {"photo": photo} | drawn, warning)
+    orbit = [render(field.gaussians, e[None], Ks[:1], W, H)[0][0] for e in along(E, 24)]
+    orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
+    options = dict(format="GIF", save_all=True, append_images=orbit[1:], duration=80, loop=0)
+    replace_file(folder / "orbit.gif", lambda path: orbit[0].save(path, **options))
+    for n, (extrinsics, K, size) in enumerate(zip(*poses)):
+        drawn, depth = panels(extrinsics, K, *size)
+        for name, image in (("photo", drawn["rendering"]), ("features", drawn["features"])):
+            save = picture(image).save
+            replace_file(folder / f"{n:04d}_{name}.png", lambda path: save(path, format="PNG"))
+        depth = Image.fromarray((1000 * depth).clamp(0, 65535).numpy().astype(np.uint16))
+        replace_file(folder / f"{n:04d}_depth.png", lambda path: depth.save(path, format="PNG"))
+
+
+def parse_settings(arguments=None):
+    """The command line as {setting: value}."""
+    from train import TEACHERS, VIEWS, Setting, add_settings, check_settings
+
+    rows = {
+        "features": Setting("dinov2_vits14", "dinov2_vits14", f"{TEACHERS}, or a file of one"),
+        "geometry": Setting(None, None, "depth maps, the shipped reconstructor, or a file; default:"
+                            " depth where all photos have it"),
+        "voxel": Setting(0.0, 0.0, "side of the voxels of voxels.npz, in the cameras' unit", 0),
+        "render": Setting(None, None, "transforms.json of cameras to draw"),
+        "split": VIEWS["split"], "name": VIEWS["name"],
+        "height": Setting(0, 0, "of the images, pixels; default: near 224 x 224 in their shape", 0),
+        "width": Setting(0, 0, "likewise", 0),
+    }  # fmt: skip
+    about = "A capture as Gaussians that carry features: scene.ply, points.npz and pictures."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", help="of photos (README); default: a procedural room")
+    add_settings(parser, rows)
+    settings = {name: row.demo for name, row in rows.items()} | vars(parser.parse_args(arguments))
+    check_settings(rows, settings)
+    return settings
+
+
+def load_networks(settings, views):
+    """The teacher, a warning about it or None, and the geometry. Settings name those that are
+    used."""
+    from evaluate import load_file
+    from train import VIEWS, load_teacher
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if Path(settings["features"]).is_file():
+        model = load_file(settings["features"])[0]
+        vit, warning = model.vits[0], model.warning
+    else:
+        asked = dict(teacher=settings["features"], teacher_weights=None, seed=0, data=None)
+        vit, warning = load_teacher(asked)
+        settings["features"] = asked["teacher"]
+    settings["geometry"] = settings["geometry"] or ("depth" if "depths" in views else "shipped")
+    geometry = SensorDepth()
+    if settings["geometry"] != "depth":
+        path = None if settings["geometry"] == "shipped" else settings["geometry"]
+        planes = VIEWS["near"].demo, VIEWS["far"].demo  # in baselines, where no points tell
+        geometry = FeedForward(load_reconstructor(path).to(device), *planes)
+    elif "depths" not in views:
+        lack = "not all photos have depth maps; with --geometry shipped photos suffice"
+        raise ValueError(f"{settings['folder']}: {lack}")
+    return vit.to(device), warning, geometry
+
+
+def run(settings):
+    """Reconstruct a capture and write its folder in runs/."""
+    from evaluate import counted
+    from train import banner, free_folder, replace_file
+
+    started, poses = time.time(), ()
+    if settings["render"]:
+        poses = read_poses(settings["render"])
+    views, name, photos = load_capture(settings)
+    vit, warning, geometry = load_networks(settings, views)
+    folder = free_folder(Path("runs"), "field")
+    if settings["name"]:
+        folder = Path("runs") / settings["name"]
+    V, _, H, W = views["images"].shape
+    used = f"features {settings['features']}, geometry {settings['geometry']}"
+    print(f"{folder}: {name}, {V} photos of {H} x {W}, {used}", flush=True)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    meta = dict(teacher=settings["features"], geometry=settings["geometry"], warning=warning,
+                commit=commit, settings=settings, photos=photos,
+                extrinsics=views["extrinsics"].tolist(), Ks=views["Ks"].tolist())  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+    field.save(folder)
+    if settings["voxel"]:
+        arrays = voxels(field, settings["voxel"])
+        replace_file(folder / "voxels.npz", lambda path: save_npz(path, arrays))
+    draw(field, views, folder, poses, warning)
+    psnr = []
+    for i in range(0, V, -(-V // 8)):
+        camera = views["extrinsics"][i : i + 1], views["Ks"][i : i + 1], W, H
+        mse = (render(field.gaussians, *camera)[0] - views["images"][i]).square().mean()
+        psnr.append(float(-10 * mse.clamp(min=1e-10).log10()))
+    shape = f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels"
+    print(f"{shape}; {len(psnr)} of the photos rendered: {mean(psnr):.1f} dB")
+    if warning:
+        banner(warning)
+    written = " ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"Written to {folder}/ in {time.time() - started:.0f} s: {written}")
+
+
+def main(arguments=None):
+    from train import plain_messages
+
+    with plain_messages():
+        run(parse_settings(arguments))
+
+
+if __name__ == "__main__":
+    import reconstruct as module  # train.py imports this file by its name: one module, not two
+
+    module.main()
