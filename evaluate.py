@@ -891,7 +891,7 @@ def parse_settings(arguments=None):
     task = parser.parse_known_args(arguments)[0].task
     row = TASKS[task or "all"]
     add("-h", "--help", action="help", help="show this and exit")
-    size = "default: 224 224 on rooms, else 480 640 or the protocol's own"
+    size = "default: 224 224 on rooms, else 480 640 (fields: 224 288) or the protocol's own"
     add("--image-size", nargs=2, type=int, metavar=("H", "W"), help=size)
     if task == "reconstruction":
         add("--weights", nargs="+", default=["shipped"], help="reconstructors; default: shipped")
@@ -911,7 +911,8 @@ def parse_settings(arguments=None):
     if "protocol" in row.settings and "protocol" not in given:
         given.protocol = "paper" if "data" in given else "quick"
     if given.image_size is None and not (row.probe and given.protocol == "paper"):
-        given.image_size = [480, 640] if "data" in given else [224, 224]
+        large = [224, 288] if task == "fields" else [480, 640]
+        given.image_size = large if "data" in given else [224, 224]
     if "epochs" in given and "steps" not in given:
         given.steps = 0
     settings = settings_of(task, given)
@@ -936,6 +937,8 @@ def check(task, settings):
     if any(side < 1 or side % row.multiple for side in size):
         wanted = f"multiples of {row.multiple}" if row.multiple > 1 else "more than 0"
         raise SystemExit(f"--image-size must be {wanted}, not {size[0]} {size[1]}")
+    if task == "fields" and min(settings.steps) < 1:
+        raise SystemExit(f"--steps must be at least 1, not {min(settings.steps)}")
     for name, what in (("weights", "file"), ("layers", "block")):
         if given(name) and len(set(given(name))) < len(given(name)):
             raise SystemExit(f"--{name} names a {what} twice")

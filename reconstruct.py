@@ -949,7 +949,7 @@ def optimise(
     over their variance, so that 1 is what their mean would have. (1 - cosine fits worse: it leaves
     open how long features are, but blending needs to know.) With geometry=True means, covariances,
     opacities and colours are fitted too, and the photo's error over its variance is added. Normals
-    stay. [N, C] lies in memory four times, float32. "loss" in the meta: of the first and last step.
+    stay. [N, C] lies in memory four times, float32. "loss" in the meta: at the start and the end.
     ValueError: no views, features or steps, or a loss that is NaN or infinite.
     """
     (V, _, H, W), C = views["images"].shape, field.features.shape[1]
@@ -962,19 +962,20 @@ def optimise(
     with torch.no_grad():
         maps = [Mixture(*(t[0] for t in lifted(vit, views, i, True))) for i in range(V)]
     spread = torch.cat([m.tokens for m in maps]).var(0).mean(), views["images"].var()
-    features = field.features.to(device).float().requires_grad_(True)  # [N, C]
+    features = field.features.to(device, torch.float32, copy=True).requires_grad_(True)  # [N, C]
     scene = InOwnSize(gaussians, geometry)
     rates = [dict(params=[features], lr=0.05), dict(params=list(scene.parameters()), lr=0.01)]
     optimizer, losses, kept = torch.optim.Adam(rates[: 1 + geometry], fused=True), [], {}
     for step in counted(range(steps), steps, "step"):
-        i, corner = step % V, step // V % 16
+        i, corner = step % V, step // V * 7 % 16  # 7: to and fro
         at = [torch.arange(c, n, 4, device=device) for c, n in zip(divmod(corner, 4), (H, W))]
         pixels = (at[0][:, None] * W + at[1]).flatten()  # [P]
         gaussians, E = scene(), views["extrinsics"][i : i + 1]
         camera = torch.linalg.inv(E)[:, None], views["Ks"][i : i + 1, None], W, H
         if geometry:
             channels = torch.cat([features[None], colours(gaussians, E)], -1)
-            drawn, alpha = rasterize(*gaussians[:3], channels, *camera, near_plane=NEAR_PLANE, at=at)
+            options = dict(near_plane=NEAR_PLANE, at=at)
+            drawn, alpha = rasterize(*gaussians[:3], channels, *camera, **options)
             drawn, alpha = drawn.flatten(0, 3), alpha.detach().flatten()[pixels, None]
         else:  # splatting is then one linear map, which is listed once for a view and a corner
             if (i, corner) not in kept:
@@ -993,7 +994,9 @@ def optimise(
             features.grad = At @ drawn.grad
         optimizer.step()
     gaussians = Gaussians(*(t.detach().cpu() for t in scene()))
-    meta = field.meta | {"optimised": steps, "moved": geometry, "loss": [losses[0], losses[-1]]}
+    end = max(1, min(steps // 2, 16 * V))  # a step alone sees few pixels
+    ends = [mean(losses[:end]), mean(losses[-end:])]
+    meta = field.meta | {"optimised": steps, "moved": geometry, "loss": ends}
     features = features.detach().half().cpu()
     return field._replace(gaussians=gaussians, features=features, meta=meta)
 
@@ -1352,6 +1355,8 @@ def parse_settings(arguments=None):
         "features": Setting("dinov2_vits14", "dinov2_vits14", f"{TEACHERS}, or a file of one"),
         "geometry": Setting(None, None, "depth maps, the shipped reconstructor, or a file; default:"
                             " depth where all photos have it"),
+        "optimise": Setting(0, 0, "steps that fit the features to all photos: minutes", 0),
+        "optimise_geometry": Setting(False, False, "and the Gaussians with them"),
         "voxel": Setting(0.0, 0.0, "side of the voxels of voxels.npz, in the cameras' unit", 0),
         "render": Setting(None, None, "transforms.json of cameras to draw"),
         "split": VIEWS["split"], "name": VIEWS["name"],
@@ -1364,6 +1369,8 @@ def parse_settings(arguments=None):
     add_settings(parser, rows)
     settings = {name: row.demo for name, row in rows.items()} | vars(parser.parse_args(arguments))
     check_settings(rows, settings)
+    if settings["optimise_geometry"] and not settings["optimise"]:
+        raise SystemExit("--optimise-geometry goes with --optimise STEPS")
     return settings
 
 
@@ -1416,6 +1423,11 @@ def run(settings):
                 extrinsics=views["extrinsics"].tolist(), Ks=views["Ks"].tolist())  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+    if settings["optimise"]:
+        fit = settings["optimise"], settings["optimise_geometry"]
+        field = optimise(field, views, vit, *fit, counted=counted)
+        first, last = field.meta["loss"]
+        print(f"optimised: the loss fell from {first:.3f} to {last:.3f}")
     field.save(folder)
     if settings["voxel"]:
         arrays = voxels(field, settings["voxel"])
