@@ -372,12 +372,13 @@ def field_errors(shown, own, held):
 
 def draw_fields(path, shown, own, held, warning):
     """The first held-out view: photo, teacher's own features, and each way's photo and features."""
-    photo, size = held["images"][0], held["images"].shape[2:]
+    photo, size = held["photos"][0], held["photos"].shape[2:]
     maps = [own[0], *(view["features"][0] for view in shown.values())]
     pictures = pca_pictures(own.permute(0, 2, 3, 1).flatten(0, 2), maps, size)
     panels = {"photo": photo.permute(1, 2, 0), "teacher": pictures[0]}
     for (way, view), picture in zip(shown.items(), pictures[1:]):
-        panels[way], panels[f"{way}: features"] = view["photo"][0].permute(1, 2, 0), picture
+        panels[way] = data.resized(view["photo"][:1], size, "nearest")[0].permute(1, 2, 0)
+        panels[f"{way}: features"] = picture
     write_sheet(path, panels, warning)
 
 
