@@ -36,7 +36,8 @@ from torch import nn
 import data
 from model import architecture_of, load_vit, normalise, patch_tokens, read_state
 from reconstruct import (
-    FeedForward, SensorDepth, load_reconstructor, mean, optimise, reconstruct, reconstruction,
+    FeedForward, SensorDepth, averaged, load_reconstructor, mean, optimise, reconstruct,
+    reconstruction,
 )  # fmt: skip
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
@@ -46,7 +47,7 @@ from train import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
-FEED_FORWARD = "feed-forward"
+FEED_FORWARD, MEAN = "feed-forward", "feed-forward, mean of views"
 NO_IMAGE = "no image"  # the row of what the training labels alone tell
 
 
@@ -292,6 +293,9 @@ def fields(models, settings, folder):
             seconds[way], shown[way] = time.time() - started, rendered(field, held)
             if way == FEED_FORWARD:
                 start = field._replace(features=torch.zeros_like(field.features))
+                started = time.time() - seconds[way]
+                field = averaged(field, given, vit)
+                seconds[MEAN], shown[MEAN] = time.time() - started, rendered(field, held)
         for steps in settings.steps:
             started = time.time()
             field = optimise(start, context, vit, steps)

@@ -1,5 +1,7 @@
 """Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627).
 
+python reconstruct.py FOLDER makes a capture a field of a teacher's features: see README.
+
 `load_reconstructor` and `FeedForward` use it, `Reconstruction` trains it and `reconstruction`
 measures it. `render` draws Gaussians; `save_ply` writes them for viewers. `reconstruct` merges the
 views of a capture into a `Field`: Gaussians that carry a teacher's features.
@@ -781,29 +783,30 @@ class Field(NamedTuple):
     """A scene as N Gaussians that carry a teacher's features."""
 
     gaussians: Gaussians  # of one scene, B = 1, in the world of the cameras
-    features: torch.Tensor  # [N, C] float16, perhaps mapped from a file; C = 0: without a teacher
+    features: torch.Tensor  # [N, C] float16, perhaps mapped from a file; without a teacher C = 0
     frames: torch.Tensor  # [N] int32: the view, from 0, whose pixel it is
     normals: torch.Tensor  # [N, 3] world, unit, towards that view; 0 where unknown
     meta: dict  # what JSON can say of how it was made
 
     @torch.no_grad()
-    def render(self, extrinsics, K, width, height):
+    def render(self, extrinsics, K, width, height, features=True):
         """What a camera sees, extrinsics [4, 4] and K [3, 3]: {"photo" [3, H, W], "depth" [H, W],
-        "alpha" [H, W], "features" [H, W, C]}. Features and depth are means over what is seen."""
+        "alpha" [H, W] and, if it has and you want them, "features" [H, W, C]}. Features and depth
+        are means over what is seen."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         camera = extrinsics[None].to(device), K[None].to(device), width, height
         rows = self.seen_by(extrinsics, K, width, height)
         gaussians = Gaussians(*(t[:, rows].to(device) for t in self.gaussians))
         photo, depth, alpha = (t[0] for t in render(gaussians, *camera))
-        viewmats, features = torch.linalg.inv(camera[0])[:, None], [alpha[..., None][..., :0]]
-        # Few channels of a memory-mapped file at a time
-        for part in self.features.split(128, 1) if self.features.shape[1] else ():
+        out = {"photo": photo, "depth": depth, "alpha": alpha}
+        if not features or not self.features.shape[1]:
+            return out
+        camera, drawn = (torch.linalg.inv(camera[0])[:, None], camera[1][None], *camera[2:]), []
+        for part in self.features.split(128, 1):  # few channels of a mapped file at a time
             part = part[rows][None].to(device).float()
-            camera = viewmats, K[None, None].to(device), width, height
-            drawn, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
-            features.append(drawn[0, 0] / alpha.clamp(min=1e-6)[..., None])
-        features = torch.cat(features, -1)
-        return {"photo": photo, "depth": depth, "alpha": alpha, "features": features}
+            seen, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
+            drawn.append(seen[0, 0] / alpha.clamp(min=1e-6)[..., None])
+        return out | {"features": torch.cat(drawn, -1)}
 
     def seen_by(self, extrinsics, K, width, height):
         """The numbers of the Gaussians that may touch a camera's image."""
@@ -915,7 +918,10 @@ def of_pair(views, geometry, pair, done):
     """(i, Gaussians of its pixels) of the views of a pair that are not yet done."""
     keys = {"images", "extrinsics", "Ks", "depths", "valid"} & views.keys()
     context = {k: views[k][list(pair)][None] for k in keys}
-    if "ranges" in views and isinstance(geometry, FeedForward):
+    if isinstance(geometry, FeedForward):
+        device = next(geometry.parameters()).device
+        context = {k: v.to(device) for k, v in context.items()}
+    if isinstance(geometry, FeedForward) and "ranges" in views:
         near, far = views["ranges"][list(pair), 0].min(), views["ranges"][list(pair), 1].max()
         baseline = (context["extrinsics"][0, 0] - context["extrinsics"][0, 1])[:3, 3].norm()
         near, far = float(near / baseline), float(far / baseline)
@@ -933,9 +939,35 @@ def pixel_features(vit, views, i):
 def lifted(vit, views, i, factored):
     """`lift_features` of one view alone. The teacher sees "photos" [V, 3, any size], if there."""
     H, W = views["images"].shape[-2:]
-    tokens = patch_tokens(vit, views.get("photos", views["images"])[i : i + 1])  # [1, C, h, w]
+    images = views.get("photos", views["images"])[i : i + 1].to(vit.cls_token.device)
+    tokens = patch_tokens(vit, images)  # [1, C, h, w]
     masks = views.get("masks", torch.zeros(len(views["images"]), H, W, dtype=torch.int64))
     return lift_features(tokens, masks[i : i + 1].to(tokens.device), 1, factored, centred=True)
+
+
+def averaged(field, views, vit, *, counted=lambda items, total, what: items):
+    """The `Field` with a mean over all views in place of one view's features: each Gaussian's is
+    the mean of the teacher's features of all pixels, weighted by what it adds to each. That is one
+    backward pass of the rasteriser a view. Gaussians that no view shows keep theirs.
+
+    Views and counted as in `reconstruct`. [N, C] lies in memory three times, float32.
+    """
+    (V, _, H, W), (N, C) = views["images"].shape, field.features.shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gaussians = [t.to(device) for t in field.gaussians[:3]]
+    sums = torch.zeros(1, N, C + 1, device=device, requires_grad=True)  # for its gradient
+    for i in counted(range(V), V, "view averaged"):
+        with torch.no_grad():
+            wanted = F.pad(lifted(vit, views, i, False), (0, 1), value=1.0).to(device)
+        if "valid" in views:
+            wanted = wanted * views["valid"][i].to(device).flatten()[:, None]
+        camera = torch.linalg.inv(views["extrinsics"][i])[None, None], views["Ks"][i][None, None]
+        camera = (t.to(device) for t in camera)
+        drawn, _ = rasterize(*gaussians, sums, *camera, W, H, near_plane=NEAR_PLANE)
+        drawn.backward(wanted.view_as(drawn))
+    total, weight = sums.grad[0].cpu().split([C, 1], 1)
+    features = torch.where(weight > 0, total / weight.clamp(min=1e-12), field.features.float())
+    return field._replace(features=features.half(), meta=field.meta | {"averaged": True})
 
 
 def optimise(
@@ -1055,21 +1087,21 @@ def agreement(points, own, views, depths, tolerance, size):
     there and see it more finely, [P] each. depths [V, P] of all views; 0 = unknown."""
     there, through, finer = torch.zeros(3, len(points), dtype=torch.int32)
     (H, W), focal = size, views["Ks"][:, 0, 0].cpu()
+    points = points.T.contiguous()
     for i in (i for i in range(len(depths)) if i != own):
-        E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
-        x, y, z = ((points - E[:3, 3]) @ E[:3, :3]).T
-        front = z.clamp(min=NEAR_PLANE)
-        column, row = K[0, 0] * x / front + K[0, 2], K[1, 1] * y / front + K[1, 2]
-        inside = (z > NEAR_PLANE) & (column >= 0) & (column < W) & (row >= 0) & (row < H)
-        at = row.clamp(0, H - 1).long() * W + column.clamp(0, W - 1).long()
-        surface = depths[i][at]
-        known = inside & (surface > 0)
-        agree = known & ((z / surface - 1).abs() < tolerance)
-        there += agree
-        through += known & (z < surface * (1 - tolerance))
+        M = views["Ks"][i].cpu() @ torch.linalg.inv(views["extrinsics"][i].cpu())[:3]  # [3, 4]
+        x, y, z = M[:, :3] @ points + M[:, 3:]  # pixels times depth, and depth
+        inside = (z > NEAR_PLANE) & (x >= 0) & (x < W * z) & (y >= 0) & (y < H * z)
+        inside = inside.nonzero()[:, 0]
+        x, y, z = x[inside], y[inside], z[inside]
+        at = (y / z).long().clamp(max=H - 1) * W + (x / z).long().clamp(max=W - 1)
+        surface = depths[i][at]  # 0: unknown
+        agree = (z / surface - 1).abs() < tolerance
+        there[inside] += agree
+        through[inside] += z < surface * (1 - tolerance)
         # A strict order, so that of all that agree one is kept
-        mine, other = depths[own] / focal[own], surface / focal[i]
-        finer += agree & ((other < mine) | (other == mine) & (i < own))
+        mine, other = depths[own][inside] / focal[own], surface / focal[i]
+        finer[inside] += agree & ((other < mine) | (other == mine) & (i < own))
     return there, through, finer
 
 
@@ -1271,8 +1303,8 @@ def read_poses(path):
 
 
 def along(extrinsics, count):
-    """Cameras [count, 4, 4] along the path of [V, 4, 4], evenly in its numbers, there and back."""
-    at = (1 - torch.linspace(-1, 1, count + 1)[:-1].abs()) * (len(extrinsics) - 1)
+    """Cameras [count, 4, 4] from the first of [V, 4, 4] to the last, evenly by their numbers."""
+    at = torch.linspace(0, len(extrinsics) - 1, count)
     low = at.floor().long().clamp(max=max(0, len(extrinsics) - 2))
     high = (low + 1).clamp(max=len(extrinsics) - 1)
     E = torch.lerp(extrinsics[low], extrinsics[high], (at - low)[:, None, None])
@@ -1334,8 +1366,9 @@ def draw(field, views, folder, poses, warning):
     photo = views["images"][i].permute(1, 2, 0)
     drawn = panels(E[i], Ks[i], W, H)[0]
     write_sheet(folder / "sheet.png", {"photo": photo} | drawn, warning)
-    orbit = [render(field.gaussians, e[None], Ks[:1], W, H)[0][0] for e in along(E, 24)]
+    orbit = [field.render(e, Ks[0], W, H, features=False)["photo"] for e in along(E, 13)]
     orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
+    orbit += orbit[-2:0:-1]  # and back
     options = dict(format="GIF", save_all=True, append_images=orbit[1:], duration=80, loop=0)
     replace_file(folder / "orbit.gif", lambda path: orbit[0].save(path, **options))
     for n, (extrinsics, K, size) in enumerate(zip(*poses)):
@@ -1355,6 +1388,7 @@ def parse_settings(arguments=None):
         "features": Setting("dinov2_vits14", "dinov2_vits14", f"{TEACHERS}, or a file of one"),
         "geometry": Setting(None, None, "depth maps, the shipped reconstructor, or a file; default:"
                             " depth where all photos have it"),
+        "average": Setting(False, False, "features over all photos; they lie in memory then"),
         "optimise": Setting(0, 0, "steps that fit the features to all photos: minutes", 0),
         "optimise_geometry": Setting(False, False, "and the Gaussians with them"),
         "voxel": Setting(0.0, 0.0, "side of the voxels of voxels.npz, in the cameras' unit", 0),
@@ -1411,8 +1445,8 @@ def run(settings):
     views, name, photos = load_capture(settings)
     vit, warning, geometry = load_networks(settings, views)
     folder = free_folder(Path("runs"), "field")
-    if settings["name"]:
-        folder = Path("runs") / settings["name"]
+    if settings["name"] and (folder := Path("runs") / settings["name"]).exists():
+        raise SystemExit(f"{folder}: there is something of that name")
     V, _, H, W = views["images"].shape
     used = f"features {settings['features']}, geometry {settings['geometry']}"
     print(f"{folder}: {name}, {V} photos of {H} x {W}, {used}", flush=True)
@@ -1421,25 +1455,33 @@ def run(settings):
     meta = dict(teacher=settings["features"], geometry=settings["geometry"], warning=warning,
                 commit=commit, settings=settings, photos=photos,
                 extrinsics=views["extrinsics"].tolist(), Ks=views["Ks"].tolist())  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
-    if settings["optimise"]:
-        fit = settings["optimise"], settings["optimise_geometry"]
-        field = optimise(field, views, vit, *fit, counted=counted)
-        first, last = field.meta["loss"]
-        print(f"optimised: the loss fell from {first:.3f} to {last:.3f}")
+    folder.mkdir(parents=True)
+    try:
+        field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+        if settings["average"]:
+            field = averaged(field, views, vit, counted=counted)
+        if settings["optimise"]:
+            fit = settings["optimise"], settings["optimise_geometry"]
+            field = optimise(field, views, vit, *fit, counted=counted)
+            print("optimised: loss {:.3f} at first, {:.3f} at last".format(*field.meta["loss"]))
+    except BaseException:
+        folder.rmdir()
+        raise
     field.save(folder)
     if settings["voxel"]:
         arrays = voxels(field, settings["voxel"])
         replace_file(folder / "voxels.npz", lambda path: save_npz(path, arrays))
     draw(field, views, folder, poses, warning)
-    psnr = []
+    psnr, shares = [], []
     for i in range(0, V, -(-V // 8)):
-        camera = views["extrinsics"][i : i + 1], views["Ks"][i : i + 1], W, H
-        mse = (render(field.gaussians, *camera)[0] - views["images"][i]).square().mean()
-        psnr.append(float(-10 * mse.clamp(min=1e-10).log10()))
-    shape = f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels"
-    print(f"{shape}; {len(psnr)} of the photos rendered: {mean(psnr):.1f} dB")
+        shown = field.render(views["extrinsics"][i], views["Ks"][i], W, H, features=False)
+        photo, seen = shown["photo"].cpu(), shown["alpha"].cpu() > 0.5
+        mse = (photo - views["images"][i]).square()[:, seen].mean()
+        psnr.append(float(-10 * mse.clamp(min=1e-10).log10()) if seen.any() else None)
+        shares.append(float(seen.float().mean()))
+    print(f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels")
+    seen = f"{100 * mean(shares):.0f} % of the pixels show something"
+    print(f"{len(psnr)} of the photos, rendered: {seen}, at {mean(psnr) or 0:.1f} dB")
     if warning:
         banner(warning)
     written = " ".join(sorted(path.name for path in folder.iterdir()))

@@ -273,7 +273,7 @@ def load_teacher(settings):
     except WeightsNotFound as error:
         if settings["data"]:
             raise SystemExit(f"{error} (--teacher-weights FILE)") from None
-        print(f"{error}\nOn procedural rooms the shipped teacher, vit_tiny14, stands in for it.")
+        print(f"{error}\nThe shipped teacher, vit_tiny14, stands in for it.")
         settings["teacher"] = "vit_tiny14"
         return load_vit("vit_tiny14"), SHIPPED
 

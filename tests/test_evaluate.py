@@ -1322,8 +1322,8 @@ def test_the_table_of_fields(tmp_path, capsys):
     evaluate(f"--task fields {few}")
     table = results("runs", "fields-1")["summary"]
     assert list(table) == [
-        "nearest view, unwarped", "feed-forward", "feed-forward, across segments",
-        "sensor depth", "optimised, 2 steps", "optimised, 5 steps",
+        "nearest view, unwarped", "feed-forward", "feed-forward, mean of views",
+        "feed-forward, across segments", "sensor depth", "optimised, 2 steps", "optimised, 5 steps",
     ]  # fmt: skip
     value = lambda way, key: table[way][key]["mean"]  # noqa: E731
     ways = list(table)[1:]

@@ -4,16 +4,21 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
 import reconstruct as R
+from model import SHIPPED_TEACHER, load_vit, patch_tokens, upsample_features
 from reference import random_rotation
 from test_model import golden_state
 
@@ -503,7 +508,7 @@ def test_bad_files_get_one_sentence(tmp_path):
 class Painter(torch.nn.Module):
     """A teacher whose patch tokens are the mean colour of each 8 x 8 patch, as 5 channels."""
 
-    embed_dim, patch_size = 5, 8
+    embed_dim, patch_size, cls_token = 5, 8, torch.zeros(1)
 
     def forward_features(self, images):  # normalised as for DINOv2
         colours = F.avg_pool2d(images, 8).flatten(2).mT  # [B, h*w, 3]
@@ -630,3 +635,292 @@ def test_what_cannot_be_optimised_is_said_in_a_sentence():
         R.optimise(field, broken, Painter(), 3)
     with pytest.raises(SystemExit, match="--optimise-geometry goes with --optimise STEPS"):
         R.parse_settings(["--optimise-geometry"])
+
+
+# --------------------------------------------------------------------------- fields
+
+
+def wall_views(*shifts, depth=2.0, size=32):
+    """Cameras side by side before a wall of noise at z = depth, which each sees alike."""
+    V = len(shifts)
+    extrinsics = torch.eye(4).repeat(V, 1, 1)
+    extrinsics[:, 0, 3] = torch.tensor(shifts)
+    K = torch.tensor([[float(size), 0, size / 2], [0, size, size / 2], [0, 0, 1]])
+    return {
+        "images": torch.rand(V, 3, size, size), "extrinsics": extrinsics,
+        "Ks": K.expand(V, 3, 3), "depths": torch.full((V, size, size), depth),
+    }  # fmt: skip
+
+
+def test_a_wall_that_two_views_see_is_kept_once():
+    """The second camera is 8 of 32 pixels to the right: only its last 8 columns are new."""
+    field = R.reconstruct(wall_views(0.0, 0.5), R.SensorDepth())
+    assert field.frames.bincount().tolist() == [32 * 32, 8 * 32]
+    x = field.gaussians.means[0, field.frames == 1, 0]
+    assert x.min() > 1.0  # where the first one's image ends
+    # A nearer camera sees it finer: all of its own are kept, and of the first the border
+    views = wall_views(0.0, 0.0)
+    views["extrinsics"][1, 2, 3] = 1.0
+    views["depths"][1] = 1.0
+    field = R.reconstruct(views, R.SensorDepth())
+    assert field.frames.bincount().tolist() == [32 * 32 - 16 * 16, 32 * 32]
+    inner = field.normals[field.frames == 1].view(32, 32, 3)[1:-1, 1:-1]
+    torch.testing.assert_close(inner, torch.tensor([0.0, 0, -1]).expand(30, 30, 3))
+
+
+def test_features_are_streamed_in_the_gaussians_order(tmp_path):
+    """From a file, row by row what the ViT says of the pixels that are kept; and a .npz is written
+    of a mapped file without a copy in memory."""
+    views, vit = wall_views(0.0, 0.5), load_vit("vit_tiny14")
+    field = R.reconstruct(views, R.SensorDepth(), vit, folder=tmp_path)
+    tokens = patch_tokens(vit, views["images"])
+    masks = torch.zeros(2, 32, 32, dtype=torch.int64)
+    pixels = upsample_features(tokens, masks, centred=True).permute(0, 2, 3, 1).half()
+    expected = torch.cat([pixels[0].flatten(0, 1), pixels[1, :, 24:].flatten(0, 1)])
+    torch.testing.assert_close(field.features, expected, rtol=0, atol=2e-3)
+    mapped = np.memmap(tmp_path / "rows", np.float16, "w+", shape=(2**18, 128))  # 64 MiB
+    mapped[::1000] = 1
+    tracemalloc.start()
+    R.save_npz(tmp_path / "rows.npz", {"features": mapped, "one": np.array("é")})
+    assert tracemalloc.get_traced_memory()[1] < 24 * 2**20
+    tracemalloc.stop()
+    with np.load(tmp_path / "rows.npz") as read:
+        assert np.array_equal(read["features"], mapped) and str(read["one"]) == "é"
+
+
+def test_what_most_views_see_through_is_dropped():
+    """Something a metre before the wall, in one view of three; behind it nothing is known."""
+    views = wall_views(0.0, 0.0, 0.0)
+    views["depths"][1, 10:20, 10:20] = 1.0
+    field = R.reconstruct(views, R.SensorDepth())
+    assert len(field.frames) == 32 * 32 and (field.frames == 0).all()
+    # With the others' depth unknown nothing contradicts it
+    views["depths"][[0, 2], 5:25, 5:25] = 0.0
+    field = R.reconstruct(views, R.SensorDepth())
+    near = field.gaussians.means[0, :, 2] < 1.5
+    assert near.sum() == 100 and (field.frames[near] == 1).all()
+
+
+@pytest.fixture(scope="module")
+def room():
+    """Seven views of a room, 8 frames apart, and one between the last two."""
+    room = data.Rooms("val")[0]
+    frames = [room.frame(i, 96, 96) for i in (*range(0, 56, 8), 44)]
+    views = {k: torch.stack([f[k] for f in frames[:-1]]) for k in frames[0]}
+    return views | {"numbers": torch.arange(0, 56, 8)}, frames[-1]
+
+
+def psnr(photo, truth):
+    return float(-10 * (photo - truth).square().mean().log10())
+
+
+def test_merged_views_show_more_than_one_pair(room, tmp_path):
+    """A view held out, by the pair at the path's other end and by all views; by geometry of both
+    kinds. Features are those of the ViT, lifted; written to a file or not, they are the same."""
+    views, held_out = room
+    vit = load_vit("vit_tiny14")
+    shipped = R.FeedForward(R.load_reconstructor(), 3.0, 50.0)
+    camera = held_out["extrinsics"], held_out["Ks"], 96, 96
+    for geometry, least, most in ((R.SensorDepth(), 25, 0.02), (shipped, 22, 0.1)):
+        two = {k: v[:2] for k, v in views.items()}
+        few = R.reconstruct(two, geometry).render(*camera)
+        field = R.reconstruct(views, geometry, vit, folder=tmp_path)
+        seen = field.render(*camera)
+        shown = psnr(seen["photo"], held_out["images"])
+        assert shown > least and shown > psnr(few["photo"], held_out["images"]) + 3
+        assert (few["alpha"] < 0.5).sum() > (seen["alpha"] < 0.5).sum()
+        error = (seen["depth"] / held_out["depths"] - 1).abs()[seen["alpha"] > 0.5]
+        assert error.median() < most
+    assert not list(tmp_path.iterdir())  # scratch files are gone, and features still there
+    # What the command streams is what the ViT says of a pixel
+    i, xyz = int(field.frames[5000]), field.gaussians.means[0, 5000]
+    x, y, z = (xyz - views["extrinsics"][i, :3, 3]) @ views["extrinsics"][i, :3, :3]
+    column, row = (int(n) for n in (views["Ks"][i, :2, :2].diagonal() * torch.stack([x, y]) / z
+                                    + views["Ks"][i, :2, 2]))  # fmt: skip
+    tokens = patch_tokens(vit, views["images"][i : i + 1])
+    pixels = upsample_features(tokens, views["masks"][i : i + 1], centred=True)[0]
+    torch.testing.assert_close(field.features[5000], pixels[:, row, column].half())
+    # Rendered features are means of the Gaussians' by what they add: of ones they are ones
+    ones = field._replace(features=torch.ones(len(field.frames), 200, dtype=torch.float16))
+    drawn = ones.render(*camera)
+    known = drawn["features"][drawn["alpha"] > 0.5]
+    torch.testing.assert_close(known, torch.ones_like(known), rtol=0, atol=1e-3)
+
+
+def test_culled_gaussians_would_not_be_seen(room):
+    views, held_out = room
+    field = R.reconstruct(views, R.SensorDepth())
+    extrinsics = held_out["extrinsics"].clone()
+    extrinsics[:3, 3] += extrinsics[:3, 2]  # forward, so that some are behind
+    whole = R.render(field.gaussians, extrinsics[None], held_out["Ks"][None], 96, 96)
+    seen = field.render(extrinsics, held_out["Ks"], 96, 96)
+    assert len(field.seen_by(extrinsics, held_out["Ks"], 96, 96)) < 0.8 * len(field.frames)
+    torch.testing.assert_close(seen["photo"], whole[0][0], rtol=0, atol=1e-4)
+
+
+def test_partners_overlap_and_have_the_baseline():
+    """On a circle of 36 cameras that look at its middle, 10 degrees apart, a tenth of the radius
+    is nearest to one step; two cameras back to back see nothing in common."""
+    angle = torch.arange(36.0) * math.radians(10)
+    E = torch.eye(4).repeat(36, 1, 1)
+    E[:, :3, 2] = torch.stack([-angle.cos(), -angle.sin(), 0 * angle], -1)  # forward
+    E[:, :3, 1] = torch.tensor([0.0, 0, -1])
+    E[:, :3, 0] = torch.linalg.cross(E[:, :3, 1], E[:, :3, 2])
+    E[:, :3, 3] = -5 * E[:, :3, 2]
+    K = torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(36, 3, 3)
+    views = {"images": torch.zeros(36, 3, 32, 32), "extrinsics": E, "Ks": K}
+    distances = R.distances_of(views, E.double())
+    torch.testing.assert_close(distances.float(), torch.full((36,), 5.0), rtol=1e-4, atol=1e-4)
+    pairs = R.pairs_of(views)
+    assert {i for pair in pairs for i in pair} == set(range(36))
+    assert all((i - j) % 36 in (1, 35) for i, j in pairs)
+    two = {k: v[[0, 1]].clone() for k, v in views.items()}
+    two["ranges"] = torch.tensor([[1.0, 3.0]] * 2)
+    turn = torch.diag(torch.tensor([-1.0, 1, -1]))
+    two["extrinsics"][1, :3, :3] = two["extrinsics"][0, :3, :3] @ turn
+    with pytest.raises(ValueError, match="no two photos overlap"):
+        R.reconstruct(two, R.FeedForward(R.new_reconstructor(), 3.0, 50.0))
+    with pytest.warns(UserWarning, match="1 of 3 photos overlap no other"):
+        three = {k: v[[0, 1, 20]].clone() for k, v in views.items()}
+        three["extrinsics"][2, :3, 3] += 100
+        R.pairs_of(three | {"ranges": torch.tensor([[4.0, 6]] * 3)})
+
+
+def test_saved_field_is_the_same_scene(room, tmp_path):
+    """An independent reader of the .ply gets an image within 0.5 dB of the field's."""
+    views, held_out = room
+    shipped = R.FeedForward(R.load_reconstructor(), 3.0, 50.0)
+    field = R.reconstruct(views, shipped, load_vit("vit_tiny14"))
+    field.save(tmp_path)
+    ply = read_ply(tmp_path / "scene.ply")
+    stack = lambda *names: torch.stack([ply[n] for n in names], -1)  # noqa: E731
+    w, x, y, z = stack("rot_0", "rot_1", "rot_2", "rot_3").T
+    axes = torch.stack([
+        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
+    ], -1).view(-1, 3, 3)  # fmt: skip
+    scales = stack("scale_0", "scale_1", "scale_2").exp()
+    harmonics = stack("f_dc_0", "f_dc_1", "f_dc_2")[..., None]
+    covars, opacities = axes @ torch.diag_embed(scales**2) @ axes.mT, torch.sigmoid(ply["opacity"])
+    parts = stack("x", "y", "z"), covars, opacities, harmonics
+    read = R.Gaussians(*(part[None] for part in parts))
+    camera = held_out["extrinsics"][None], held_out["Ks"][None], 96, 96
+    ours, theirs = (R.render(scene, *camera)[0][0] for scene in (field.gaussians, read))
+    assert psnr(theirs, ours) > 40
+    ours, theirs = (psnr(photo, held_out["images"]) for photo in (ours, theirs))
+    assert ours == pytest.approx(theirs, abs=0.5)
+    with np.load(tmp_path / "points.npz") as points:  # no pickle is in it
+        assert {k: (v.shape[1:], v.dtype.name) for k, v in points.items() if k != "meta"} == {
+            "xyz": ((3,), "float32"), "rgb": ((3,), "float32"), "opacity": ((), "float32"),
+            "normal": ((3,), "float32"), "features": ((192,), "float16"), "frame": ((), "int32"),
+        }  # fmt: skip
+        assert np.array_equal(points["features"], field.features.numpy())
+        np.testing.assert_allclose(points["xyz"], stack("x", "y", "z").numpy())
+        assert json.loads(str(points["meta"])) == {}
+
+
+def test_voxels_are_plain_means(room):
+    """What a Minkowski or point network takes, against a loop over Gaussians."""
+    two = {k: v[:2] for k, v in room[0].items()}
+    field = R.reconstruct(two, R.SensorDepth(), load_vit("vit_tiny14"))
+    arrays, side = R.voxels(field, 0.25), 0.25
+    bins = {}
+    for n, xyz in enumerate(field.gaussians.means[0].tolist()):
+        bins.setdefault(tuple(math.floor(c / side) for c in xyz), []).append(n)
+    assert [tuple(i) for i in arrays["indices"].tolist()] == sorted(bins)
+    assert arrays["indices"].dtype == torch.int32 and min(arrays["indices"].flatten()) < 0
+    assert arrays["counts"].tolist() == [len(bins[i]) for i in sorted(bins)]
+    for m, i in list(enumerate(sorted(bins)))[::40]:
+        expected = field.features[bins[i]].double().mean(0)
+        torch.testing.assert_close(arrays["features"][m].double(), expected, rtol=2e-3, atol=2e-3)
+        xyz = field.gaussians.means[0, bins[i]].mean(0)
+        torch.testing.assert_close(arrays["xyz"][m], xyz, rtol=0, atol=1e-4)
+        assert ((xyz / side).floor().int() == arrays["indices"][m]).all()
+        torch.testing.assert_close(arrays["rgb"][m], field.rgb()[bins[i]].mean(0))
+
+
+def capture(folder, scene, indices, size=64, depth=True):
+    """Frames of a scene written as a capture of nerfstudio's layout."""
+    folder.mkdir(exist_ok=True)
+    frames = []
+    for i in indices:
+        frame = scene.frame(i, size, size)
+        image = (frame["images"].permute(1, 2, 0) * 255).round().byte().numpy()
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+        pose = frame["extrinsics"].clone()
+        pose[:3, 1:3] *= -1
+        row = {"file_path": f"{i:03d}.png", "transform_matrix": pose.tolist()}
+        if depth:
+            np.save(folder / f"{i:03d}.npy", frame["depths"].numpy())
+            row["depth_file_path"] = f"{i:03d}.npy"
+        frames.append(row)
+    (K, w) = (frame["Ks"].tolist(), size)
+    about = dict(fl_x=K[0][0], fl_y=K[1][1], cx=K[0][2], cy=K[1][2], w=w, h=w, frames=frames)
+    (folder / "transforms.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """What it writes can be looked at; what --render draws is what the camera's photo shows."""
+    monkeypatch.chdir(tmp_path)
+    folder = capture(tmp_path / "scan", data.Rooms("val")[0], (0, 8, 16))
+    poses = capture(tmp_path / "poses", data.Rooms("val")[0], (4, 12), size=48) / "transforms.json"
+    R.main([str(folder), "--features", "vit_tiny14", "--voxel", "0.1", "--render", str(poses),
+            "--height", "64", "--width", "64"])  # fmt: skip
+    said, out = capsys.readouterr().out, tmp_path / "runs" / "field-1"
+    assert "geometry depth" in said and "s left" in said and "of the photos, rendered" in said
+    drawn = [f"{n:04d}_{what}.png" for n in range(2) for what in ("depth", "features", "photo")]
+    names = [*drawn, "orbit.gif", "points.npz", "scene.ply", "sheet.png", "voxels.npz"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    truth = data.Rooms("val")[0].frame(12, 48, 48)
+    photo = torch.tensor(np.array(Image.open(out / "0001_photo.png"))).permute(2, 0, 1) / 255
+    assert psnr(photo, truth["images"]) > 20
+    depth = torch.tensor(np.array(Image.open(out / "0001_depth.png")).astype(np.float32)) / 1000
+    # On a slanted surface the nearer Gaussians come first, and 64 pixels are coarse
+    assert (depth / truth["depths"] - 1).abs().median() < 0.04
+    with Image.open(out / "orbit.gif") as orbit:
+        assert orbit.n_frames == 24 and orbit.size == (64, 64)
+    with np.load(out / "points.npz") as points, np.load(out / "voxels.npz") as grid:
+        meta = json.loads(str(points["meta"]))
+        assert meta["teacher"] == "vit_tiny14"
+        assert meta["photos"] == ["000.png", "008.png", "016.png"]
+        assert meta["geometry"] == "depth" and meta["settings"]["voxel"] == 0.1
+        assert grid["counts"].sum() == len(points["xyz"]) and grid["side"] == np.float32(0.1)
+    with pytest.raises(SystemExit, match="field-1: there is something of that name"):
+        R.main([str(folder), "--features", str(SHIPPED_TEACHER), "--name", "field-1"])
+
+
+@pytest.mark.parametrize("flags,said", [
+    ("missing", "missing: no such folder"),
+    ("plain --geometry depth", "plain: not all photos have depth maps; with --geometry shipped"),
+    ("one", "one: 1 photo, where at least 2 are needed"),
+    ("apart", "no two photos overlap"),
+    ("plain --render broken.json", "broken.json: not poses in the layout of transforms.json"),
+    ("plain --render turned.json", "turned.json: frame 0: not rigid"),
+    ("plain --render none.json", "none.json: no.* such file|none.json: .*No such file"),
+    ("plain --features none.pth", "unknown model 'none.pth'"),
+    ("plain --geometry none.pth", "none.pth: no such file"),
+    ("plain --height 50", "multiples of 16 pixels high and wide"),
+    ("plain --voxel -1", "--voxel must be at least 0"),
+])  # fmt: skip
+def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    room = data.Rooms("val")[0]
+    capture(tmp_path / "plain", room, (0, 8), depth=False)
+    capture(tmp_path / "one", room, (0,))
+    capture(tmp_path / "apart", room, (0, 8), depth=False)
+    about = json.loads((tmp_path / "apart" / "transforms.json").read_text())
+    turned = torch.tensor(about["frames"][0]["transform_matrix"])
+    turned[:3, [0, 2]] *= -1  # the other way
+    turned[:3, 3] += 5 * turned[:3, 2]
+    about["frames"][1]["transform_matrix"] = turned.tolist()
+    (tmp_path / "apart" / "transforms.json").write_text(json.dumps(about))
+    (tmp_path / "broken.json").write_text("{")
+    about["frames"][0]["transform_matrix"] = [[2.0, 0, 0, 0]] * 4
+    (tmp_path / "turned.json").write_text(json.dumps(about))
+    usual = [] if "--features" in flags else ["--features", "vit_tiny14"]
+    with pytest.raises(SystemExit) as stop:
+        R.main(flags.split() + usual)
+    assert re.search(said, str(stop.value)) and "\n" not in str(stop.value)
+    assert not list(tmp_path.glob("runs/*"))
