@@ -924,3 +924,31 @@ def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, said):
         R.main(flags.split() + usual)
     assert re.search(said, str(stop.value)) and "\n" not in str(stop.value)
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_averaged_features_are_means_by_a_plain_loop():
+    """Weights of one Gaussian alone are what it adds to an image as a single channel of 1."""
+    field, views = scene_in_three_views(N=40)
+    field = field._replace(features=field.features.half())
+    views |= {"valid": torch.arange(32).expand(3, 32, 32) < 20}
+    vit, H = Painter(), 32
+    total, weight = torch.zeros(40, 5), torch.zeros(40, 1)
+    for i in range(3):
+        wanted = R.lifted(vit, views, i, False)[0]  # [H * W, 5]
+        camera = torch.linalg.inv(views["extrinsics"][i])[None, None], views["Ks"][i][None, None]
+        for n in range(40):
+            one = torch.zeros(1, 40, 1)
+            one[0, n] = 1
+            options = dict(near_plane=R.NEAR_PLANE)
+            adds = R.rasterize(*field.gaussians[:3], one, *camera, H, H, **options)[0].view(-1, 1)
+            adds = adds * views["valid"][i].view(-1, 1)
+            total[n] += (adds * wanted).sum(0)
+            weight[n] += adds.sum()
+    shown = weight[:, 0] > 1e-3
+    assert 10 < shown.sum() < 40
+    found = R.averaged(field, views, vit)
+    expected = (total / weight.clamp(min=1e-9))[shown]
+    torch.testing.assert_close(found.features[shown].float(), expected, atol=2e-3, rtol=2e-3)
+    unseen = weight[:, 0] == 0
+    assert unseen.any() and torch.equal(found.features[unseen], field.features[unseen])
+    assert found.meta["averaged"] and "averaged" not in field.meta
