@@ -6,6 +6,7 @@
     segmentation     a linear layer from features to classes (DINOv2's)
     all              these four
     reconstruction   photos to 3D Gaussians, against sensor depth and simple baselines
+    fields           3D fields of the teacher's features, against optimising each scene's
 
 The default compares the newest run's student with its teacher on procedural rooms that no training
 sees; --data FOLDER takes your data and the published settings. Tables, results.json and pictures
@@ -35,16 +36,20 @@ from safetensors import safe_open
 from torch import nn
 
 import data
-from model import architecture_of, load_vit, normalise, read_state
-from reconstruct import mean, reconstruction
+from model import architecture_of, load_vit, normalise, patch_tokens, read_state
+from reconstruct import (
+    FeedForward, SensorDepth, averaged, load_reconstructor, mean, optimise, reconstruct,
+    reconstruction,
+)  # fmt: skip
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
-    depth_colours, free_folder, load_teacher, many_processes, plain_messages, replace_file,
-    write_sheet,
+    depth_colours, free_folder, load_teacher, many_processes, pca_pictures, plain_messages,
+    replace_file, write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
+FEED_FORWARD, MEAN = "feed-forward", "feed-forward, mean of views"
 NO_IMAGE = "no image"  # the row of what the training labels alone tell
 
 
@@ -298,6 +303,133 @@ def draw_matches(images, errors, start, end):
     for error, (x0, y0), (x1, y1) in zip(errors.tolist(), (4 * start).tolist(), (4 * end).tolist()):
         pen.line((x0, y0, W + x1, y1), fill=(0, 170, 0) if error < 10 else (220, 0, 0))
     return torch.from_numpy(np.array(picture)) / 255
+
+
+# ----------------------------------------------------------------------------- feature fields
+
+
+def fields(models, settings, folder):
+    """{way: [the mean over scenes]}: how much of the teacher is in a field's views, held out?
+
+    A scene is two context views of `data.Views`, the target between them and a view half a gap
+    past the last, or the nearest to that. The teacher sees photos of --image-size; Gaussians, of
+    photos half that size, come from the context views alone. The optimised fields start from the
+    Gaussians of photos, without features.
+    """
+    (vit,), (H, W) = models[0].vits, (side // 2 for side in settings.image_size)
+    scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
+    options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
+    views = data.Views(scenes, H, W, **options, length=settings.scenes)
+    network = FeedForward(load_reconstructor().to(DEVICE), settings.near, settings.far)
+    rows, deep = {}, "depths" in views.keys
+    for n in counted(range(settings.scenes), settings.scenes, "scene"):
+        context, held = field_views(views, n)
+        with torch.no_grad():
+            own = patch_tokens(vit, held["photos"].to(DEVICE)).cpu()  # [V, C, h, w]
+            inputs = patch_tokens(vit, context["photos"].to(DEVICE)).cpu()
+        shown, seconds = {"nearest view, unwarped": unwarped(context, inputs, held)}, {}
+        ways = {FEED_FORWARD: (network, context)}
+        if context["masks"].any():
+            whole = {k: v for k, v in context.items() if k != "masks"}
+            ways[f"{FEED_FORWARD}, across segments"] = network, whole
+        ways |= {"sensor depth": (SensorDepth(), context)} if deep else {}
+        for way, (geometry, given) in ways.items():
+            started = time.time()
+            field = reconstruct(given, geometry, vit)
+            seconds[way], shown[way] = time.time() - started, rendered(field, held)
+            if way == FEED_FORWARD:
+                start = field._replace(features=torch.zeros_like(field.features))
+                started = time.time() - seconds[way]
+                field = averaged(field, given, vit)
+                seconds[MEAN], shown[MEAN] = time.time() - started, rendered(field, held)
+        for steps in settings.steps:
+            started = time.time()
+            field = optimise(start, context, vit, steps)
+            way, took = f"optimised, {steps} steps", time.time() - started
+            seconds[way], shown[way] = seconds[FEED_FORWARD] + took, rendered(field, held)
+        for way, view in shown.items():
+            row = {"seconds": seconds.get(way)} | field_errors(view, own, held)
+            rows.setdefault(way, []).append(row)
+        if n < 4:
+            draw_fields(folder / f"scene_{n}.png", shown, own, held, warning_of(models))
+    # The teacher's own features, whose cosine would be 1
+    return {way: [{k: mean(r[k] for r in each) for k in each[0]}] for way, each in rows.items()}
+
+
+def field_views(views, n):
+    """Sample n of `data.Views` with one held-out view more: the context and the held-out views, of
+    stacked tensors, and "photos" twice their size."""
+    scene, context, target = views.draw(n)
+    numbers = np.asarray(scene.numbers)
+    past = numbers[context[-1]] + (numbers[context[-1]] - numbers[context[0]]) / 2
+    others = [i for i in range(len(scene)) if i not in (*context, target)]
+    held = [target, *sorted(others, key=lambda i: abs(numbers[i] - past))[:1]]
+    (H, W), parts = views.size, []
+    for frames in (context, held):
+        seen = [{"depths": torch.zeros(H, W)} | scene.frame(i, H, W) for i in frames]
+        parts.append({k: torch.stack([view[k] for view in seen]) for k in views.keys})
+        photos = [scene.frame(i, 2 * H, 2 * W)["images"] for i in frames]
+        parts[-1] |= {"photos": torch.stack(photos), "numbers": numbers[frames]}
+    return parts
+
+
+def unwarped(context, inputs, held):
+    """Photos and features [V, C, h, w] of the context views nearest to the held-out ones."""
+    away = (held["extrinsics"][:, None] - context["extrinsics"])[..., :3, 3].norm(dim=-1)
+    nearest = away.argmin(1)  # [V]
+    photo = context["images"][nearest]
+    return {"photo": photo, "features": inputs[nearest], "alpha": torch.ones_like(photo[:, 0])}
+
+
+def rendered(field, held):
+    """`Field.render` of the held-out views, stacked: features [V, C, H, W]."""
+    W, H = held["images"].shape[:1:-1]
+    drawn = [field.render(E, K, W, H) for E, K in zip(held["extrinsics"], held["Ks"])]
+    shown = {k: torch.stack([view[k].cpu() for view in drawn]) for k in drawn[0]}
+    return shown | {"features": shown["features"].permute(0, 3, 1, 2)}
+
+
+def field_errors(shown, own, held):
+    """Metrics of what is shown of held-out views against the teacher's own features [V, C, h, w].
+
+    The cosine is the mean over patches that are seen, with features resized to patches as targets
+    are; also over those that show several segments, and over those that show one. Recall is that of
+    `match` from the first view to the second, in pixels of maps whose shorter side is about 56. A
+    view's PSNR is in dB; holes are the share of pixels with an alpha of at most 0.5.
+    """
+    alpha, (V, _, h, w) = shown["alpha"], own.shape
+    valid = held.get("valid", torch.ones_like(alpha, dtype=torch.bool))  # [V, H, W]
+    seen = data.resized(((alpha > 0.5) & valid).float(), (h, w), "nearest") > 0
+    cosine = F.cosine_similarity(data.resized(shown["features"], (h, w)), own, dim=1)  # [V, h, w]
+    masks = held["masks"].double()
+    border = F.adaptive_max_pool2d(masks, (h, w)) > -F.adaptive_max_pool2d(-masks, (h, w))
+    row = {"cosine": float(cosine[seen].mean()) if seen.any() else None}
+    for part, where in (("borders", border), ("inside", ~border)):
+        known = masks.any() and (where & seen).any()  # without segments all masks are 0
+        row[f"cosine_{part}"] = float(cosine[where & seen].mean()) if known else None
+    if V == 2 and "depths" in held:
+        step = max(1, min(alpha.shape[1:]) // 56)
+        Ks = held["Ks"] / torch.tensor([[step], [step], [1.0]])
+        Rt = torch.linalg.inv(held["extrinsics"][1]) @ held["extrinsics"][0]
+        depths = held["depths"][:, ::step, ::step]
+        errors = match(shown["features"], depths, Ks, Rt, 1000)[0]
+        row |= {k: v for k, v in recall(errors, 0.0).items() if "deg" not in k}
+    squares = (shown["photo"] - held["images"]).square().mean(1) * valid  # [V, H, W]
+    mse = squares.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+    holes = ((alpha <= 0.5) & valid).sum() / valid.sum().clamp(min=1)
+    return row | {"psnr": float(-10 * mse.clamp(min=1e-10).log10().mean()), "holes": float(holes)}
+
+
+def draw_fields(path, shown, own, held, warning):
+    """The first held-out view: photo, teacher's own features, and each way's photo and features."""
+    photo, size = held["photos"][0], held["photos"].shape[2:]
+    maps = [own[0], *(view["features"][0] for view in shown.values())]
+    pictures = pca_pictures(own.permute(0, 2, 3, 1).flatten(0, 2), maps, size)
+    panels = {"photo": photo.permute(1, 2, 0), "teacher": pictures[0]}
+    for (way, view), picture in zip(shown.items(), pictures[1:]):
+        panels[way] = data.resized(view["photo"][:1], size, "nearest")[0].permute(1, 2, 0)
+        panels[f"{way}: features"] = picture
+    write_sheet(path, panels, warning)
 
 
 # ----------------------------------------------------------------------------- linear probes
@@ -701,6 +833,8 @@ def measure(task, settings, models, home):
     try:
         if task == "reconstruction":
             results = reconstruction(settings, folder, counted, draw_views)
+        elif task == "fields":
+            results = fields(models, settings, folder)
         elif task == "correspondence":
             results, by_pair = correspondence(models, settings, folder)
         else:
@@ -797,6 +931,11 @@ TASKS = {
     "reconstruction": Task(DATA | {
         "scenes": Setting(50, 50, "pairs of context views, with a target between them", 1),
     } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=16),
+    "fields": Task(DATA | {
+        "teacher": Setting("dinov2_vits14", "dinov2_vits14", TEACHERS),
+        "teacher_weights": FEATURES["teacher_weights"],
+        "scenes": Setting(20, 20, "pairs of context views, with two views held out", 1),
+    } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=32),
 }  # fmt: skip
 
 
@@ -811,10 +950,13 @@ def parse_settings(arguments=None):
     task = parser.parse_known_args(arguments)[0].task
     row = TASKS[task or "all"]
     add("-h", "--help", action="help", help="show this and exit")
-    size = "default: 224 224 on rooms, else 480 640 or the protocol's own"
+    size = "default: 224 224 on rooms, else 480 640 (fields: 224 288) or the protocol's own"
     add("--image-size", nargs=2, type=int, metavar=("H", "W"), help=size)
     if task == "reconstruction":
         add("--weights", nargs="+", default=["shipped"], help="reconstructors; default: shipped")
+    elif task == "fields":
+        steps = "of the optimised fields; default: 100 1000"
+        add("--steps", nargs="+", type=int, default=[100, 1000], help=steps)
     else:
         add("--weights", nargs="+", help="DINOv2 or DINOv3 files to compare, instead of a run's")
         add("--layers", nargs="+", type=int, help="the blocks to probe, from 0, side by side")
@@ -828,7 +970,8 @@ def parse_settings(arguments=None):
     if "protocol" in row.settings and "protocol" not in given:
         given.protocol = "paper" if "data" in given else "quick"
     if given.image_size is None and not (row.probe and given.protocol == "paper"):
-        given.image_size = [480, 640] if "data" in given else [224, 224]
+        large = [224, 288] if task == "fields" else [480, 640]
+        given.image_size = large if "data" in given else [224, 224]
     if "epochs" in given and "steps" not in given:
         given.steps = 0
     settings = settings_of(task, given)
@@ -853,6 +996,8 @@ def check(task, settings):
     if any(side < 1 or side % row.multiple for side in size):
         wanted = f"multiples of {row.multiple}" if row.multiple > 1 else "more than 0"
         raise SystemExit(f"--image-size must be {wanted}, not {size[0]} {size[1]}")
+    if task == "fields" and min(settings.steps) < 1:
+        raise SystemExit(f"--steps must be at least 1, not {min(settings.steps)}")
     for name, what in (("weights", "file"), ("layers", "block")):
         if given(name) and len(set(given(name))) < len(given(name)):
             raise SystemExit(f"--{name} names a {what} twice")
@@ -869,8 +1014,12 @@ def check(task, settings):
 def main(arguments=None):
     with many_processes(), plain_messages():
         settings = parse_settings(arguments)
-        on_features = settings.task != "reconstruction"
-        models, home = load_models(settings) if on_features else ([], Path("runs"))
+        models, home = [], Path("runs")
+        if settings.task == "fields":
+            vit, warning = load_teacher(vars(settings))
+            models = [Model(settings.teacher, [vit.to(DEVICE)], warning)]
+        elif settings.task != "reconstruction":
+            models, home = load_models(settings)
         if warning := warning_of(models):
             banner(warning)
         four = [task for task, row in TASKS.items() if row.norm is not None]

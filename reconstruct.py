@@ -34,7 +34,8 @@ from safetensors import safe_open
 from torch import nn
 
 import data
-from kernels import rasterize
+from kernels import Mixture, rasterize
+from kernels.torch_backend import pair_weights
 from model import (
     NEAR_PLANE, lift_features, load_strictly, mean_of, normalise, patch_tokens, read_state,
     without_masked,
@@ -65,19 +66,24 @@ def render(gaussians, extrinsics, Ks, width, height):
     camera), at least 0, on black; as in other viewers, degree 4 is left out. Depth is along z,
     the mean over what is seen, and 0 where nothing is.
     """
-    means, covars, opacities, harmonics = gaussians
-    directions = F.normalize(means - extrinsics[:, None, :3, 3], dim=-1)
-    degree = min(3, math.isqrt(harmonics.shape[-1]) - 1)
-    basis = sh_basis(degree, directions)[:, :, None]  # [B, N, 1, (degree + 1)^2]
-    colours = (harmonics[..., : basis.shape[-1]] * basis).sum(-1) + 0.5  # [B, N, 3]
+    means, covars, opacities, _ = gaussians
     viewmats = torch.linalg.inv(extrinsics)
     z = (means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]
     out, alphas = rasterize(
-        means, covars, opacities, torch.cat([colours.clamp(min=0), z], -1), viewmats[:, None],
+        means, covars, opacities, torch.cat([colours(gaussians, extrinsics), z], -1),
+        viewmats[:, None],
         Ks[:, None], width, height, near_plane=NEAR_PLANE, precision="ieee",
     )  # fmt: skip
     photo, depth = out[:, 0].permute(0, 3, 1, 2).split([3, 1], 1)
     return photo, depth[:, 0] / alphas[:, 0].clamp(min=1e-6), alphas[:, 0]
+
+
+def colours(gaussians, extrinsics):
+    """Colours [B, N, 3] of Gaussians as cameras [B, 4, 4] see them: see `render`."""
+    directions = F.normalize(gaussians.means - extrinsics[:, None, :3, 3], dim=-1)
+    degree = min(3, math.isqrt(gaussians.harmonics.shape[-1]) - 1)
+    basis = sh_basis(degree, directions)[:, :, None]  # [B, N, 1, (degree + 1)^2]
+    return ((gaussians.harmonics[..., : basis.shape[-1]] * basis).sum(-1) + 0.5).clamp(min=0)
 
 
 def real_harmonics(degree, directions):
@@ -935,12 +941,152 @@ def of_pair(views, geometry, pair, done):
 
 def pixel_features(vit, views, i):
     """The teacher's features of a view's pixels, upsampled as the method does it: [H*W, C] half."""
-    images = views["images"][i : i + 1].to(vit.cls_token.device)
-    tokens = patch_tokens(vit, images)  # [1, C, h, w]
+    return lifted(vit, views, i, False)[0].half().cpu()
+
+
+def lifted(vit, views, i, factored):
+    """`lift_features` of one view alone. The teacher sees "photos" [V, 3, any size], if there."""
     H, W = views["images"].shape[-2:]
+    images = views.get("photos", views["images"])[i : i + 1].to(vit.cls_token.device)
+    tokens = patch_tokens(vit, images)  # [1, C, h, w]
     masks = views.get("masks", torch.zeros(len(views["images"]), H, W, dtype=torch.int64))
-    masks = masks[i : i + 1].to(tokens.device)
-    return lift_features(tokens, masks, 1, False, centred=True)[0].half().cpu()
+    return lift_features(tokens, masks[i : i + 1].to(tokens.device), 1, factored, centred=True)
+
+
+def averaged(field, views, vit, *, counted=lambda items, total, what: items):
+    """The `Field` with a mean over all views in place of one view's features: each Gaussian's is
+    the mean of the teacher's features of all pixels, weighted by what it adds to each. That is one
+    backward pass of the rasteriser a view. Gaussians that no view shows keep theirs.
+
+    Views and counted as in `reconstruct`. [N, C] lies in memory three times, float32.
+    """
+    (V, _, H, W), (N, C) = views["images"].shape, field.features.shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gaussians = [t.to(device) for t in field.gaussians[:3]]
+    sums = torch.zeros(1, N, C + 1, device=device, requires_grad=True)  # for its gradient
+    for i in counted(range(V), V, "view averaged"):
+        with torch.no_grad():
+            wanted = F.pad(lifted(vit, views, i, False), (0, 1), value=1.0).to(device)
+        if "valid" in views:
+            wanted = wanted * views["valid"][i].to(device).flatten()[:, None]
+        camera = torch.linalg.inv(views["extrinsics"][i])[None, None], views["Ks"][i][None, None]
+        camera = (t.to(device) for t in camera)
+        drawn, _ = rasterize(*gaussians, sums, *camera, W, H, near_plane=NEAR_PLANE)
+        drawn.backward(wanted.view_as(drawn))
+    total, weight = sums.grad[0].cpu().split([C, 1], 1)
+    features = torch.where(weight > 0, total / weight.clamp(min=1e-12), field.features.float())
+    return field._replace(features=features.half(), meta=field.meta | {"averaged": True})
+
+
+def optimise(
+    field, views, vit, steps, geometry=False, *, counted=lambda items, total, what: items
+):  # fmt: skip
+    """The per-scene way, as FiT3D (arXiv 2407.20229): a `Field` fitted to the teacher's maps of all
+    views by Adam, from what it is. Views and counted as in `reconstruct`.
+
+    A step takes one view, all channels at once, at every fourth row and column: sixteen steps see
+    every pixel. The loss is the squared error to the teacher's features, upsampled as for lifting,
+    over their variance, so that 1 is what their mean would have. (1 - cosine fits worse: it leaves
+    open how long features are, but blending needs to know.) With geometry=True means, covariances,
+    opacities and colours are fitted too, and the photo's error over its variance is added. Normals
+    stay. [N, C] lies in memory four times, float32. "loss" in the meta: at the start and the end.
+    ValueError: no views, features or steps, or a loss that is NaN or infinite.
+    """
+    (V, _, H, W), C = views["images"].shape, field.features.shape[1]
+    if not V or not C or steps < 1:
+        few = f"{V} views, {C} channels and {steps} steps"
+        raise ValueError(f"optimise needs views, features and steps; there are {few}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    views = {k: t.to(device) for k, t in views.items() if torch.is_tensor(t)}
+    gaussians = Gaussians(*(t.to(device) for t in field.gaussians))
+    with torch.no_grad():
+        maps = [Mixture(*(t[0] for t in lifted(vit, views, i, True))) for i in range(V)]
+    spread = torch.cat([m.tokens for m in maps]).var(0).mean(), views["images"].var()
+    features = field.features.to(device, torch.float32, copy=True).requires_grad_(True)  # [N, C]
+    scene = InOwnSize(gaussians, geometry)
+    rates = [dict(params=[features], lr=0.05), dict(params=list(scene.parameters()), lr=0.01)]
+    optimizer, losses, kept = torch.optim.Adam(rates[: 1 + geometry], fused=True), [], {}
+    for step in counted(range(steps), steps, "step"):
+        i, corner = step % V, step // V * 7 % 16  # 7: to and fro
+        at = [torch.arange(c, n, 4, device=device) for c, n in zip(divmod(corner, 4), (H, W))]
+        pixels = (at[0][:, None] * W + at[1]).flatten()  # [P]
+        gaussians, E = scene(), views["extrinsics"][i : i + 1]
+        camera = torch.linalg.inv(E)[:, None], views["Ks"][i : i + 1, None], W, H
+        if geometry:
+            channels = torch.cat([features[None], colours(gaussians, E)], -1)
+            options = dict(near_plane=NEAR_PLANE, at=at)
+            drawn, alpha = rasterize(*gaussians[:3], channels, *camera, **options)
+            drawn, alpha = drawn.flatten(0, 3), alpha.detach().flatten()[pixels, None]
+        else:  # splatting is then one linear map, which is listed once for a view and a corner
+            if (i, corner) not in kept:
+                if len(kept) == 256:  # of a long capture the latest ones
+                    del kept[next(iter(kept))]
+                kept[i, corner] = linear_map(gaussians, camera, pixels)
+            A, At, alpha = kept[i, corner]
+            drawn = (A @ features.detach()).requires_grad_(True)
+        loss = fit_error(drawn, alpha, maps[i], views, i, pixels, spread)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"optimise: the loss is {losses[-1]} in step {step + 1}")
+        optimizer.zero_grad()
+        loss.backward()
+        if not geometry:
+            features.grad = At @ drawn.grad
+        optimizer.step()
+    gaussians = Gaussians(*(t.detach().cpu() for t in scene()))
+    end = max(1, min(steps // 2, 16 * V))  # a step alone sees few pixels
+    ends = [mean(losses[:end]), mean(losses[-end:])]
+    meta = field.meta | {"optimised": steps, "moved": geometry, "loss": ends}
+    features = features.detach().half().cpu()
+    return field._replace(gaussians=gaussians, features=features, meta=meta)
+
+
+def fit_error(drawn, alpha, tokens, views, i, pixels, spread):
+    """`optimise`'s loss of view i: drawn [P, C], perhaps with 3 colours more, at pixels [P], whose
+    alpha is [P, 1], against a Mixture of tokens and the photo; spread holds their variances."""
+    wanted = (tokens.tokens[tokens.indices[pixels]] * tokens.weights[pixels][..., None]).sum(1)
+    C = wanted.shape[1]
+    errors = [drawn[:, :C] - alpha * wanted]  # features are means over what is seen
+    if drawn.shape[1] > C:  # a photo is on black
+        errors.append(drawn[:, C:] - views["images"][i].flatten(1).T[pixels])
+    counts = views["valid"][i].flatten()[pixels, None] if "valid" in views else 1.0
+    return sum((counts * e.square()).mean() / s.clamp(min=1e-8) for e, s in zip(errors, spread))
+
+
+def linear_map(gaussians, camera, pixels):
+    """Splatting of one view's pixels [P] by Gaussians that stay: what each adds to each, sparse
+    [P, N], its transpose, which is the backward, and alphas [P, 1]."""
+    *_, W, H = camera
+    weights, owner, pixel = pair_weights(*gaussians[:3], *camera, NEAR_PLANE, 1e10, 0.3)
+    number = torch.full((H * W,), -1, device=pixel.device)
+    number[pixels] = torch.arange(len(pixels), device=pixel.device)
+    there = number[pixel] >= 0
+    where = torch.stack([number[pixel][there], owner[there].long()])
+    shape = len(pixels), len(gaussians.means[0])
+    A = torch.sparse_coo_tensor(where, weights[there], shape, check_invariants=False).coalesce()
+    return A, A.t().coalesce(), torch.sparse.sum(A, 1).to_dense()[:, None]
+
+
+class InOwnSize(nn.Module):
+    """Gaussians to optimise, or to leave as they are. Lengths are counted in each one's axes and
+    standard deviations, so that one learning rate suits scenes of any unit."""
+
+    def __init__(self, gaussians, learn):
+        super().__init__()
+        self.fixed, self.learn = gaussians, learn
+        variances, axes = torch.linalg.eigh(gaussians.covars)
+        self.root = axes * variances.clamp(min=0).sqrt()[..., None, :]  # root root' = covars
+        self.moved = nn.Parameter(torch.zeros_like(gaussians.means))
+        self.stretched = nn.Parameter(torch.zeros_like(gaussians.covars))
+        self.logits = nn.Parameter(gaussians.opacities.logit(1e-4))
+        self.harmonics = nn.Parameter(gaussians.harmonics.clone())
+
+    def forward(self):
+        if not self.learn:
+            return self.fixed
+        means = self.fixed.means + (self.root @ self.moved[..., None])[..., 0]
+        root = self.root + self.root @ self.stretched
+        return Gaussians(means, root @ root.mT, self.logits.sigmoid(), self.harmonics)
 
 
 def agreement(points, own, views, depths, tolerance, size):
@@ -1250,6 +1396,9 @@ def parse_settings(arguments=None):
         "features": Setting("dinov2_vits14", "dinov2_vits14", f"{TEACHERS}, or a file of one"),
         "geometry": Setting(None, None, "depth maps, the shipped reconstructor, or a file; default:"
                             " depth where all photos have it"),
+        "average": Setting(True, True, "features over all photos; not where they fill a GiB"),
+        "optimise": Setting(0, 0, "steps that fit the features to all photos: minutes", 0),
+        "optimise_geometry": Setting(False, False, "and the Gaussians with them"),
         "voxel": Setting(0.0, 0.0, "side of the voxels of voxels.npz, in the cameras' unit", 0),
         "render": Setting(None, None, "transforms.json of cameras to draw"),
         "split": VIEWS["split"], "name": VIEWS["name"],
@@ -1262,6 +1411,8 @@ def parse_settings(arguments=None):
     add_settings(parser, rows)
     settings = {name: row.demo for name, row in rows.items()} | vars(parser.parse_args(arguments))
     check_settings(rows, settings)
+    if settings["optimise_geometry"] and not settings["optimise"]:
+        raise SystemExit("--optimise-geometry goes with --optimise STEPS")
     return settings
 
 
@@ -1315,6 +1466,15 @@ def run(settings):
     folder.mkdir(parents=True)
     try:
         field = reconstruct(views, geometry, vit, folder=folder, meta=meta, counted=counted)
+        size = field.features.numel()
+        if settings["average"] and 4 * size > 2**30:
+            print(f"Features take {4 * size / 2**30:.1f} GiB in memory: not averaged over photos")
+        elif settings["average"]:
+            field = averaged(field, views, vit, counted=counted)
+        if settings["optimise"]:
+            fit = settings["optimise"], settings["optimise_geometry"]
+            field = optimise(field, views, vit, *fit, counted=counted)
+            print("optimised: loss {:.3f} at first, {:.3f} at last".format(*field.meta["loss"]))
     except BaseException:
         folder.rmdir()
         raise

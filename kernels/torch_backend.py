@@ -267,19 +267,24 @@ def _means(weights, pixel, column, table, factors, labels):
     return (sums / count.clamp(min=1)).view(B, V, L, table.shape[1])
 
 
+def pair_weights(means, covars, opacities, viewmats, Ks, width, height, *limits):
+    """`PairWeights` of the arguments of `rasterize`."""
+    seen = project(means, covars, viewmats, Ks, width, height, *limits)
+    means2d, conics, covars2d, depths, visible = seen
+    radii = image_radii(covars2d.detach(), opacities.detach(), visible).flatten(1, 2)
+    image_gaussians = torch.cat([means2d, conics, opacities[:, None].expand_as(depths)[None]])
+    depths = depths.flatten(0, 1)
+    return PairWeights.apply(image_gaussians.flatten(1), radii, depths, width, height)
+
+
 def rasterize(
     means, covars, opacities, features, viewmats, Ks, width, height, near_plane, far_plane, eps2d,
     at=None, labels=None,
 ):  # fmt: skip
     """`kernels.rasterize` after its checks; shapes as there."""
     (B, N), V = opacities.shape, viewmats.shape[1]
-    limits = width, height, near_plane, far_plane, eps2d
-    means2d, conics, covars2d, depths, visible = project(means, covars, viewmats, Ks, *limits)
-    radii = image_radii(covars2d.detach(), opacities.detach(), visible).flatten(1, 2)
-    image_gaussians = torch.cat([means2d, conics, opacities[:, None].expand(B, V, N)[None]])
-    weights, owner, pixel = PairWeights.apply(
-        image_gaussians.flatten(1), radii, depths.flatten(0, 1), width, height
-    )
+    camera = viewmats, Ks, width, height, near_plane, far_plane, eps2d
+    weights, owner, pixel = pair_weights(means, covars, opacities, *camera)
     alphas = weights.new_zeros(B * V * height * width).index_add(0, pixel, weights)
 
     # Rows of all scenes' Gaussians, and of all scenes' tokens

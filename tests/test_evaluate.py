@@ -1242,3 +1242,96 @@ def test_weights_that_are_no_dinov2_are_named(tmp_path):
     no_settings = "runs/x/student.safetensors: its metadata has no settings"
     with pytest.raises(SystemExit, match=no_settings):
         evaluate("--task depth")
+
+
+# ------------------------------------------------------------------ feature fields
+
+
+def field_sample():
+    context, held = E.field_views(data.Views(data.Rooms("probe"), 112, 112, seed=0, length=1), 0)
+    vit = M.load_vit("vit_tiny14")
+    with torch.no_grad():
+        return context, held, *(M.patch_tokens(vit, v["photos"]) for v in (context, held)), vit
+
+
+def test_field_errors_equal_plain_loops():
+    context, held, inputs, own, _ = field_sample()
+    shown = E.unwarped(context, inputs, held)
+    shown["alpha"] = shown["alpha"].clone()
+    shown["alpha"][:, :28, :56] = 0.3  # not seen: of 16 x 16 patches the first 4 rows, 8 columns
+    row = E.field_errors(shown, own, held)
+    found, squares = {"borders": [], "inside": []}, []
+    for v in range(2):
+        # The nearest context view, by hand
+        eyes = [pose[:3, 3] for pose in context["extrinsics"]]
+        away = [float((eye - held["extrinsics"][v, :3, 3]).norm()) for eye in eyes]
+        nearest = away.index(min(away))
+        squares.append(float((context["images"][nearest] - held["images"][v]).square().mean()))
+        for y, x in itertools.product(range(16), range(16)):
+            if y < 4 and x < 8:
+                continue
+            a, b = inputs[nearest, :, y, x].double(), own[v, :, y, x].double()
+            ids = held["masks"][v, 7 * y : 7 * y + 7, 7 * x : 7 * x + 7].unique()
+            found["borders" if len(ids) > 1 else "inside"].append(
+                float(a @ b / (a.norm() * b.norm()))
+            )
+    for name, cosines in found.items():
+        assert len(cosines) > 20
+        assert row[f"cosine_{name}"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
+    every = found["borders"] + found["inside"]
+    assert row["cosine"] == pytest.approx(sum(every) / len(every), abs=1e-5)
+    psnr = [-10 * math.log10(mse) for mse in squares]
+    assert row["psnr"] == pytest.approx(sum(psnr) / 2, rel=1e-4)
+    assert row["holes"] == pytest.approx(28 * 56 / 112**2)
+    # The teacher's own features agree with themselves
+    shown["features"] = own
+    assert E.field_errors(shown, own, held)["cosine_borders"] == pytest.approx(1, abs=1e-5)
+    none = held | {"masks": torch.zeros_like(held["masks"])}
+    assert E.field_errors(shown, own, none)["cosine_borders"] is None
+
+
+def test_a_field_seen_from_a_wrong_camera_is_another_view():
+    context, held, inputs, own, vit = field_sample()
+    field = E.reconstruct(context, E.SensorDepth(), vit)
+    right = E.field_errors(E.rendered(field, held), own, held)
+    turn = torch.eye(4)
+    turn[:3, :3] = torch.tensor([[0.94, 0, 0.342], [0, 1, 0], [-0.342, 0, 0.94]])  # 20 degrees
+    wrong = E.rendered(field, held | {"extrinsics": held["extrinsics"] @ turn})
+    wrong = E.field_errors(wrong, own, held)
+    assert right["cosine"] > wrong["cosine"] + 0.1 and right["psnr"] > wrong["psnr"] + 2
+    assert right["recall_2px"] > wrong["recall_2px"] + 0.15
+    beside = E.field_errors(E.unwarped(context, inputs, held), own, held)
+    assert right["cosine"] > beside["cosine"] and right["recall_2px"] > beside["recall_2px"]
+
+
+def test_held_out_views_are_no_context_views(tmp_path):
+    for seed in range(4):
+        views = data.Views(data.Rooms("probe"), 32, 32, seed=seed, length=2)
+        scene, context, target = views.draw(1)
+        _, held = E.field_views(views, 1)
+        assert held["numbers"][0] == target and len(set(held["numbers"]) | set(context)) == 4
+        assert held["photos"].shape == (2, 3, 64, 64)
+    capture(tmp_path / "scan", frames=3)  # no fourth photo: one view held out
+    with pytest.warns(UserWarning, match="too few"):
+        views = data.Views(data.open_scenes(tmp_path / "scan"), 32, 32, length=1)
+    assert len(E.field_views(views, 0)[1]["images"]) == 1
+
+
+def test_the_table_of_fields(tmp_path, capsys):
+    few = "--scenes 1 --steps 2 5 --image-size 64 64 --teacher vit_tiny14"
+    evaluate(f"--task fields {few}")
+    table = results("runs", "fields-1")["summary"]
+    assert list(table) == [
+        "nearest view, unwarped", "feed-forward", "feed-forward, mean of views",
+        "feed-forward, across segments", "sensor depth", "optimised, 2 steps", "optimised, 5 steps",
+    ]  # fmt: skip
+    value = lambda way, key: table[way][key]["mean"]  # noqa: E731
+    ways = list(table)[1:]
+    assert value("feed-forward", "seconds") < min(value(way, "seconds") for way in ways[-2:])
+    assert value("optimised, 5 steps", "psnr") == value("feed-forward", "psnr")  # geometry stays
+    assert value("optimised, 2 steps", "cosine") != value("optimised, 5 steps", "cosine")
+    assert Path("runs/evaluation/fields-1/scene_0.png").is_file()
+    assert SHIPPED in capsys.readouterr().out
+    for flags, said in (("--steps 0", "--steps must be at least 1"), ("--image-size 40 40", "32")):
+        with pytest.raises(SystemExit, match=said):
+            settings_of(f"--task fields {flags}")

@@ -517,6 +517,141 @@ def test_bad_files_get_one_sentence(tmp_path):
         R.load_reconstructor(path)
 
 
+# --------------------------------------------------------------------------- the per-scene way
+
+
+class Painter(torch.nn.Module):
+    """A teacher whose patch tokens are the mean colour of each 8 x 8 patch, as 5 channels."""
+
+    embed_dim, patch_size, cls_token = 5, 8, torch.zeros(1)
+
+    def forward_features(self, images):  # normalised as for DINOv2
+        colours = F.avg_pool2d(images, 8).flatten(2).mT  # [B, h*w, 3]
+        return {"x_norm_patchtokens": torch.cat([colours, -colours[..., :2]], -1)}
+
+
+def scene_in_three_views(seed=0, N=600, size=32):
+    """A field with features of a few directions, and the views that it shows: no outside truth."""
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.rand(shape, generator=generator)  # noqa: E731
+    means = (random(1, N, 3) - 0.5) * torch.tensor([2.4, 2.4, 0.4]) + torch.tensor([0, 0, 3.0])
+    covars = 0.004 * torch.eye(3).expand(1, N, 3, 3).clone()
+    colours = torch.stack([means[0, :, 0] > 0, means[0, :, 1] > 0, means[0, :, 0] < 0.4], -1)
+    harmonics = (0.8 * colours[None].float() + 0.1 - 0.5)[..., None] / R.SH_C0
+    gaussians = R.Gaussians(means, covars, torch.full((1, N), 0.8), harmonics)
+    extrinsics = torch.eye(4).repeat(3, 1, 1)
+    extrinsics[:, 0, 3] = torch.tensor([-0.3, 0.0, 0.3])
+    K = torch.tensor([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1.0]])
+    features = torch.randn(N, 5, generator=generator)
+    field = R.Field(gaussians, features, torch.zeros(N, dtype=torch.int32), means[0] * 0, {})
+    photos = [field.render(E, K, size, size)["photo"] for E in extrinsics]
+    views = dict(images=torch.stack(photos), extrinsics=extrinsics, Ks=K.repeat(3, 1, 1))
+    return field, views
+
+
+def shown_features(field, views, i):
+    H, W = views["images"].shape[2:]
+    shown = field.render(views["extrinsics"][i], views["Ks"][i], W, H)
+    return torch.where(shown["alpha"][..., None] > 0.5, shown["features"], 0.0)
+
+
+def test_optimising_recovers_features_that_views_show(monkeypatch):
+    truth, views = scene_in_three_views()
+    cameras = zip(views["extrinsics"], views["Ks"])
+    shown = [truth.render(E, K, 32, 32)["features"] for E, K in cameras]
+    maps = [shown_features(truth, views, i) for i in range(3)]
+
+    def lifted(vit, views, i, factored):  # one token a pixel: the features that the truth shows
+        each = torch.arange(32 * 32)[None, :, None]
+        return R.Mixture(shown[i].view(1, -1, 5), each, torch.ones_like(each).float())
+
+    monkeypatch.setattr(R, "lifted", lifted)
+    unseen = truth._replace(features=torch.zeros_like(truth.features))
+    error = lambda field: mean_error(field, views, maps)  # noqa: E731
+    before = error(unseen)
+    few, many = (error(R.optimise(unseen, views, None, steps)) for steps in (30, 400))
+    assert many < 0.01 * before and many < few < 0.5 * before
+    # In a camera that it was not fitted to as well
+    aside = views | {"extrinsics": views["extrinsics"] + 0.0}
+    aside["extrinsics"][:, 0, 3] = 0.15
+    fitted = R.optimise(unseen, views, None, 400)
+    away, expected = shown_features(fitted, aside, 0), shown_features(truth, aside, 0)
+    assert F.cosine_similarity(away, expected, dim=-1)[expected.norm(dim=-1) > 0].mean() > 0.98
+    (start, end), steps = fitted.meta["loss"], fitted.meta["optimised"]
+    assert end < 0.2 * start and steps == 400
+    for now, then in zip(fitted.gaussians, truth.gaussians):
+        assert torch.equal(now, then)  # only features move
+    assert unseen.features.abs().max() == 0  # in a field of their own
+
+
+def mean_error(field, views, maps):
+    shown = [shown_features(field, views, i) for i in range(3)]
+    return sum(float((a - b).square().mean()) for a, b in zip(shown, maps))
+
+
+def test_the_listed_map_and_its_transpose_are_the_rasteriser():
+    field, views = scene_in_three_views()
+    camera = torch.linalg.inv(views["extrinsics"][1:2])[:, None], views["Ks"][1:2, None], 32, 32
+    at = torch.arange(1, 32, 4), torch.arange(2, 32, 4)
+    pixels = (at[0][:, None] * 32 + at[1]).flatten()
+    A, At, alpha = R.linear_map(field.gaussians, camera, pixels)
+    features = field.features[None].clone().requires_grad_(True)
+    options = dict(near_plane=R.NEAR_PLANE, at=at)
+    drawn, alphas = R.rasterize(*field.gaussians[:3], features, *camera, **options)
+    torch.testing.assert_close(A @ field.features, drawn.detach().flatten(0, 3))
+    torch.testing.assert_close(alpha[:, 0], alphas.flatten()[pixels])
+    upstream = torch.randn(len(pixels), 5, generator=torch.Generator().manual_seed(1))
+    drawn.backward(upstream.view_as(drawn))
+    torch.testing.assert_close(At @ upstream, features.grad[0])
+
+
+def test_optimising_geometry_brings_the_photo_nearer():
+    truth, views = scene_in_three_views()
+    generator = torch.Generator().manual_seed(2)
+    means, grey = truth.gaussians.means, 0.2 * truth.gaussians.harmonics
+    means = means + 0.03 * torch.randn(means.shape, generator=generator)
+    shaken = truth._replace(gaussians=truth.gaussians._replace(means=means, harmonics=grey))
+
+    def error(field):
+        drawn = R.render(field.gaussians, views["extrinsics"][:1], views["Ks"][:1], 32, 32)[0]
+        return float((drawn[0] - views["images"][0]).square().mean())
+
+    fitted = R.optimise(shaken, views, Painter(), 150, geometry=True)
+    assert error(fitted) < 0.3 * error(shaken)
+    covars, opacities = fitted.gaussians.covars, fitted.gaussians.opacities
+    assert torch.linalg.eigvalsh(covars).min() > 0 and 0 < opacities.min() < opacities.max() < 1
+    left = R.optimise(shaken, views, Painter(), 5)
+    assert error(left) == error(shaken) and torch.equal(left.gaussians.means, means)
+
+
+def test_masked_pixels_teach_nothing():
+    field, views = scene_in_three_views()
+    zero = field._replace(features=torch.zeros_like(field.features))
+    nothing = views | {"valid": torch.zeros(3, 32, 32, dtype=torch.bool)}
+    assert R.optimise(zero, nothing, Painter(), 3).features.abs().max() == 0
+    half = views | {"valid": torch.arange(32).expand(3, 32, 32) < 16}
+    learnt = R.optimise(zero, half, Painter(), 96).features.norm(dim=1) > 0
+    right = field.gaussians.means[0, :, 0] > 0.6  # beyond the middle in every view
+    left = field.gaussians.means[0, :, 0] < -0.6
+    assert not learnt[right].any() and learnt[left].float().mean() > 0.5
+
+
+def test_what_cannot_be_optimised_is_said_in_a_sentence():
+    field, views = scene_in_three_views()
+    none = {k: t[:0] for k, t in views.items()}
+    with pytest.raises(ValueError, match="there are 0 views, 5 channels and 3 steps"):
+        R.optimise(field, none, Painter(), 3)
+    with pytest.raises(ValueError, match="3 views, 0 channels"):
+        R.optimise(field._replace(features=field.features[:, :0]), views, Painter(), 3)
+    with pytest.raises(ValueError, match="and 0 steps"):
+        R.optimise(field, views, Painter(), 0)
+    broken = views | {"images": views["images"] * torch.nan}
+    with pytest.raises(ValueError, match="the loss is nan in step 1"):
+        R.optimise(field, broken, Painter(), 3)
+    with pytest.raises(SystemExit, match="--optimise-geometry goes with --optimise STEPS"):
+        R.parse_settings(["--optimise-geometry"])
+
+
 # --------------------------------------------------------------------------- fields
 
 
@@ -804,3 +939,31 @@ def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, said):
         R.main(flags.split() + usual)
     assert re.search(said, str(stop.value)) and "\n" not in str(stop.value)
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_averaged_features_are_means_by_a_plain_loop():
+    """Weights of one Gaussian alone are what it adds to an image as a single channel of 1."""
+    field, views = scene_in_three_views(N=40)
+    field = field._replace(features=field.features.half())
+    views |= {"valid": torch.arange(32).expand(3, 32, 32) < 20}
+    vit, H = Painter(), 32
+    total, weight = torch.zeros(40, 5), torch.zeros(40, 1)
+    for i in range(3):
+        wanted = R.lifted(vit, views, i, False)[0]  # [H * W, 5]
+        camera = torch.linalg.inv(views["extrinsics"][i])[None, None], views["Ks"][i][None, None]
+        for n in range(40):
+            one = torch.zeros(1, 40, 1)
+            one[0, n] = 1
+            options = dict(near_plane=R.NEAR_PLANE)
+            adds = R.rasterize(*field.gaussians[:3], one, *camera, H, H, **options)[0].view(-1, 1)
+            adds = adds * views["valid"][i].view(-1, 1)
+            total[n] += (adds * wanted).sum(0)
+            weight[n] += adds.sum()
+    shown = weight[:, 0] > 1e-3
+    assert 10 < shown.sum() < 40
+    found = R.averaged(field, views, vit)
+    expected = (total / weight.clamp(min=1e-9))[shown]
+    torch.testing.assert_close(found.features[shown].float(), expected, atol=2e-3, rtol=2e-3)
+    unseen = weight[:, 0] == 0
+    assert unseen.any() and torch.equal(found.features[unseen], field.features[unseen])
+    assert found.meta["averaged"] and "averaged" not in field.meta
