@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from kernels import bench, rasterize
 
 TARGETS = ("80", "90")
+# 3.6 compiles the same kernels, to up to twice the instructions, and spills a few registers
+counted = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9), reason="counted with Triton 3.9"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,7 @@ def test_every_kernel_compiles(report):
     assert {target for _, target in report} == {80, 90}
 
 
+@counted
 @pytest.mark.parametrize("target", [80, 90])
 def test_blending_forward_keeps_its_registers(report, target):
     rows = {name: row for (name, t), row in report.items() if t == target}
@@ -45,16 +51,18 @@ def test_blending_forward_keeps_its_registers(report, target):
     assert spilled == {name: 0 for name in spilled} and len(spilled) == 1 + 5 * 7
 
 
+@counted
 @pytest.mark.parametrize("kernel,most", [
     ("blend_forward_kernel bf16", 40), ("blend_forward_kernel tf32", 60),
     ("mixture_forward_kernel bf16", 40), ("blend_forward_kernel tf32, C = 3", 28),
     ("blend_backward_kernel tf32", 230), ("mixture_backward_kernel bf16", 120),
 ])  # fmt: skip
 def test_instructions_do_not_grow(report, kernel, most):
-    """Issue slots per (pixel, Gaussian) on sm_90: README's, with some room for other compilers."""
+    """Issue slots per (pixel, Gaussian) on sm_90: README's, with a little room."""
     assert 10 < report[kernel, 90]["slots"] <= most
 
 
+@counted
 def test_384_channels_cost_hardly_more_than_3(report):
     wide, narrow = (report[f"blend_forward_kernel {k}", 90] for k in ("bf16", "bf16, C = 3"))
     assert wide["slots"] / narrow["slots"] <= 1.6

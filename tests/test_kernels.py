@@ -204,7 +204,7 @@ def test_tf32_costs_little():
     """The default for float32 features, against float64, relative to the largest value."""
     scene = make_scene(24, N=200, C=384, width=64, height=48)
     exact, _, certain = rasterize_dense(*scene)
-    for precision, most in (("tf32", 2e-3), ("tf32x3", 1e-4), ("ieee", 1e-4)):
+    for precision, most in (("tf32", 7e-4), ("tf32x3", 1e-4), ("ieee", 1e-4)):
         out = rasterize(*scene, precision=precision)[0].double()
         assert float((out - exact)[certain].abs().max() / exact.abs().max()) < most, precision
 
