@@ -863,52 +863,38 @@ def reconstruct(
 ):  # fmt: skip
     """Views of one scene -> a `Field`. Features are the pixels' own, as the method lifts them.
 
-    Args:
         views: {"images" [V, 3, H, W] in 0..1, "extrinsics" [V, 4, 4], "Ks" [V, 3, 3]} along the
             path, as context views are without B; if known "depths", "masks" and "valid" [V, H, W],
             "numbers" [V] of the photos and "ranges" [V, 2], near and far in the cameras' unit.
         geometry: `SensorDepth`, or a `FeedForward`, which gets the pairs that `pairs_of` chooses.
-        vit: the teacher (`model.load_vit`), or None for a field without features.
-        tolerance: depths that differ by this share are of one surface.
-        folder: of scratch files; features stay mapped from one without a name. Default: /tmp.
+        vit: the teacher, or None for none. tolerance: depths closer than this share are the same.
+        folder: of scratch files, default /tmp; features stay mapped from one without a name.
         counted(items, total, what): passes on items and may print progress.
 
     Two rules merge the views. Each projects a Gaussian into the other views and compares its depth
     with the depth of the pixel that it falls on. 1. It is dropped if more views see through it, to
     a surface behind, than have their surface there. 2. Of Gaussians that agree, the one is kept
     that was seen finest: depth over focal length is least. Opacities below 1/255 are dropped too.
-    In memory are a pair, the depth maps of all views, and the result without its features.
-    ValueError: there are no depths for `SensorDepth`; no two views overlap; nothing is left.
+    In memory are a pair, all depth maps, and the result but for its features. ValueError: no depths
+    for `SensorDepth`; no two views overlap; nothing is left.
     """
-    V, _, H, W = views["images"].shape
-    depths, normals = torch.zeros(V, H * W), {}
-    place = dict(dir=folder)
-    with tempfile.TemporaryDirectory(**place) as scratch, tempfile.TemporaryFile(**place) as file:
-        # Geometry, pair by pair
-        pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
-        for pair in counted(pairs, len(pairs), "pair"):
-            for i, gaussians in of_pair(views, geometry, pair, normals):
-                E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
-                z = (gaussians.means[0] - E[:3, 3]) @ E[:3, 2]  # [H * W]
-                depths[i] = torch.where(gaussians.opacities[0] >= 1 / 255, z.clamp(min=0), 0.0)
-                toward = data.normals_from_depth(depths[i].view(H, W), K).flatten(1)
-                normals[i] = (E[:3, :3] @ toward).T  # [H * W, 3]
-                torch.save(list(gaussians), f"{scratch}/{i}.pt")
-        # Rule 1, by the depths of all views
+    compare, at = dict(views=views, tolerance=tolerance), dict(dir=folder)
+    with tempfile.TemporaryDirectory(**at) as scratch, tempfile.TemporaryFile(**at) as file:
+        depths, normals = lift_views(views, geometry, scratch, counted)
         load = lambda i: torch.load(f"{scratch}/{i}.pt", weights_only=True)  # noqa: E731
-        votes = {}
+        # Rule 1, by the depths of all views
+        kept = torch.ones_like(depths, dtype=torch.bool)
         for i in counted(sorted(normals), len(normals), "view compared"):
-            there, through, _ = agreement(load(i)[0][0], i, views, depths, tolerance, (H, W))
-            votes[i] = through <= there
-        for i, kept in votes.items():
-            depths[i] *= kept
+            there, through, _ = agreement(load(i)[0][0], i, depths=depths, **compare)
+            kept[i] = through <= there
+        depths *= kept
         # Rule 2, by what is left; and the features of what is kept, written as they come
         parts = []
         for i in counted(sorted(normals), len(normals), "view merged"):
             gaussians = load(i)
-            finer = agreement(gaussians[0][0], i, views, depths, tolerance, (H, W))[2]
+            finer = agreement(gaussians[0][0], i, depths=depths, **compare)[2]
             rows = ((depths[i] > 0) & (finer == 0)).nonzero()[:, 0]
-            frame = torch.full((len(rows),), i, dtype=torch.int32)
+            frame = torch.full_like(rows, i, dtype=torch.int32)
             parts.append((*(t[0, rows] for t in gaussians), frame, normals.pop(i)[rows]))
             if vit is not None and len(rows):
                 file.write(pixel_features(vit, views, i)[rows].numpy().tobytes())
@@ -916,10 +902,28 @@ def reconstruct(
         if not len(frames):
             raise ValueError("nothing could be reconstructed: no depth that views agree on")
         file.flush()
-        shape = len(frames), vit.embed_dim if vit is not None else 0
-        features = np.memmap(file, np.float16, "r+", shape=shape) if vit else np.zeros(shape, "f2")
-    gaussians = Gaussians(*(t[None] for t in gaussians))
-    return Field(gaussians, torch.from_numpy(features), frames, normals, meta or {})
+        features = np.zeros((len(frames), 0), np.float16)
+        if vit is not None:
+            features = np.memmap(file, np.float16, "r+", shape=(len(frames), vit.embed_dim))
+    gaussians, features = Gaussians(*(t[None] for t in gaussians)), torch.from_numpy(features)
+    return Field(gaussians, features, frames, normals, meta or {})
+
+
+def lift_views(views, geometry, scratch, counted):
+    """Gaussians of every view's pixels, pair by pair, each view's as a file in the folder scratch.
+    Returns their depths [V, H*W], 0 where there is none, and normals {view: [H*W, 3] world}."""
+    V, _, H, W = views["images"].shape
+    depths, normals = torch.zeros(V, H * W), {}
+    pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
+    for pair in counted(pairs, len(pairs), "pair"):
+        for i, gaussians in of_pair(views, geometry, pair, normals):
+            E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
+            z = (gaussians.means[0] - E[:3, 3]) @ E[:3, 2]  # [H * W]
+            depths[i] = torch.where(gaussians.opacities[0] >= 1 / 255, z.clamp(min=0), 0.0)
+            toward = data.normals_from_depth(depths[i].view(H, W), K).flatten(1)
+            normals[i] = (E[:3, :3] @ toward).T
+            torch.save(list(gaussians), f"{scratch}/{i}.pt")
+    return depths, normals
 
 
 def of_pair(views, geometry, pair, done):
@@ -998,42 +1002,30 @@ def optimise(
         raise ValueError(f"optimise needs views, features and steps; there are {few}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     views = {k: t.to(device) for k, t in views.items() if torch.is_tensor(t)}
-    gaussians = Gaussians(*(t.to(device) for t in field.gaussians))
     with torch.no_grad():
         maps = [Mixture(*(t[0] for t in lifted(vit, views, i, True))) for i in range(V)]
     spread = torch.cat([m.tokens for m in maps]).var(0).mean(), views["images"].var()
     features = field.features.to(device, torch.float32, copy=True).requires_grad_(True)  # [N, C]
-    scene = InOwnSize(gaussians, geometry)
-    rates = [dict(params=[features], lr=0.05), dict(params=list(scene.parameters()), lr=0.01)]
-    optimizer, losses, kept = torch.optim.Adam(rates[: 1 + geometry], fused=True), [], {}
+    gaussians = Gaussians(*(t.to(device) for t in field.gaussians))
+    scene, rates = Still(gaussians), [dict(params=[features], lr=0.05)]
+    if geometry:
+        scene = Moving(gaussians)
+        rates.append(dict(params=list(scene.parameters()), lr=0.01))
+    optimizer, losses = torch.optim.Adam(rates, fused=True), []
     for step in counted(range(steps), steps, "step"):
         i, corner = step % V, step // V * 7 % 16  # 7: to and fro
         at = [torch.arange(c, n, 4, device=device) for c, n in zip(divmod(corner, 4), (H, W))]
         pixels = (at[0][:, None] * W + at[1]).flatten()  # [P]
-        gaussians, E = scene(), views["extrinsics"][i : i + 1]
-        camera = torch.linalg.inv(E)[:, None], views["Ks"][i : i + 1, None], W, H
-        if geometry:
-            channels = torch.cat([features[None], colours(gaussians, E)], -1)
-            options = dict(near_plane=NEAR_PLANE, at=at)
-            drawn, alpha = rasterize(*gaussians[:3], channels, *camera, **options)
-            drawn, alpha = drawn.flatten(0, 3), alpha.detach().flatten()[pixels, None]
-        else:  # splatting is then one linear map, which is listed once for a view and a corner
-            if (i, corner) not in kept:
-                if len(kept) == 256:  # of a long capture the latest ones
-                    del kept[next(iter(kept))]
-                kept[i, corner] = linear_map(gaussians, camera, pixels)
-            A, At, alpha = kept[i, corner]
-            drawn = (A @ features.detach()).requires_grad_(True)
+        view = {k: views[k][i : i + 1] for k in ("extrinsics", "Ks")}
+        drawn, alpha = scene.splat(features, view, at, pixels, (W, H))
         loss = fit_error(drawn, alpha, maps[i], views, i, pixels, spread)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise ValueError(f"optimise: the loss is {losses[-1]} in step {step + 1}")
         optimizer.zero_grad()
         loss.backward()
-        if not geometry:
-            features.grad = At @ drawn.grad
         optimizer.step()
-    gaussians = Gaussians(*(t.detach().cpu() for t in scene()))
+    gaussians = Gaussians(*(t.detach().cpu() for t in scene.gaussians()))
     end = max(1, min(steps // 2, 16 * V))  # a step alone sees few pixels
     ends = [mean(losses[:end]), mean(losses[-end:])]
     meta = field.meta | {"optimised": steps, "moved": geometry, "loss": ends}
@@ -1067,34 +1059,75 @@ def linear_map(gaussians, camera, pixels):
     return A, A.t().coalesce(), torch.sparse.sum(A, 1).to_dense()[:, None]
 
 
-class InOwnSize(nn.Module):
-    """Gaussians to optimise, or to leave as they are. Lengths are counted in each one's axes and
-    standard deviations, so that one learning rate suits scenes of any unit."""
+class SparseMap(torch.autograd.Function):
+    """A @ x, whose backward is At @ v. Both lists of pairs are made once."""
 
-    def __init__(self, gaussians, learn):
+    @staticmethod
+    def forward(ctx, x, A, At):
+        ctx.At = At
+        return A @ x
+
+    @staticmethod
+    def backward(ctx, v):
+        return ctx.At @ v, None, None
+
+
+class Still:
+    """Gaussians that stay: splatting is one linear map, listed once for a view and its pixels."""
+
+    def __init__(self, gaussians):
+        self.fixed, self.maps = gaussians, {}
+
+    def gaussians(self):
+        return self.fixed
+
+    def splat(self, features, view, at, pixels, size):
+        """Features [P, C] of a view's pixels [P], rows and columns `at`, and alpha [P, 1]."""
+        key = view["extrinsics"].cpu().numpy().tobytes(), int(pixels[0])
+        if key not in self.maps:
+            if len(self.maps) == 256:  # of a long capture the latest ones
+                del self.maps[next(iter(self.maps))]
+            camera = torch.linalg.inv(view["extrinsics"])[:, None], view["Ks"][:, None], *size
+            self.maps[key] = linear_map(self.fixed, camera, pixels)
+        A, At, alpha = self.maps[key]
+        return SparseMap.apply(features, A, At), alpha
+
+
+class Moving(nn.Module):
+    """Gaussians to optimise. Lengths are counted in each one's axes and standard deviations, so
+    that one learning rate suits scenes of any unit."""
+
+    def __init__(self, gaussians):
         super().__init__()
-        self.fixed, self.learn = gaussians, learn
         variances, axes = torch.linalg.eigh(gaussians.covars)
+        self.start = gaussians.means
         self.root = axes * variances.clamp(min=0).sqrt()[..., None, :]  # root root' = covars
         self.moved = nn.Parameter(torch.zeros_like(gaussians.means))
         self.stretched = nn.Parameter(torch.zeros_like(gaussians.covars))
         self.logits = nn.Parameter(gaussians.opacities.logit(1e-4))
         self.harmonics = nn.Parameter(gaussians.harmonics.clone())
 
-    def forward(self):
-        if not self.learn:
-            return self.fixed
-        means = self.fixed.means + (self.root @ self.moved[..., None])[..., 0]
+    def gaussians(self):
+        means = self.start + (self.root @ self.moved[..., None])[..., 0]
         root = self.root + self.root @ self.stretched
         return Gaussians(means, root @ root.mT, self.logits.sigmoid(), self.harmonics)
 
+    def splat(self, features, view, at, pixels, size):
+        """As `Still`'s, with three colours more."""
+        gaussians, E = self.gaussians(), view["extrinsics"]
+        channels = torch.cat([features[None], colours(gaussians, E)], -1)
+        camera = torch.linalg.inv(E)[:, None], view["Ks"][:, None], *size
+        options = dict(near_plane=NEAR_PLANE, at=at)
+        drawn, alpha = rasterize(*gaussians[:3], channels, *camera, **options)
+        return drawn.flatten(0, 3), alpha.detach().flatten()[pixels, None]
 
-def agreement(points, own, views, depths, tolerance, size):
+
+def agreement(points, own, *, views, depths, tolerance):
     """Of points [P, 3] of view `own`, one a pixel: how many of the other views have their surface
     there, how many see through the point to a surface behind it, and how many have their surface
     there and see it more finely, [P] each. depths [V, P] of all views; 0 = unknown."""
     there, through, finer = torch.zeros(3, len(points), dtype=torch.int32)
-    (H, W), focal = size, views["Ks"][:, 0, 0].cpu()
+    (H, W), focal = views["images"].shape[-2:], views["Ks"][:, 0, 0].cpu()
     points = points.T.contiguous()
     for i in (i for i in range(len(depths)) if i != own):
         M = views["Ks"][i].cpu() @ torch.linalg.inv(views["extrinsics"][i].cpu())[:3]  # [3, 4]
@@ -1483,20 +1516,25 @@ def run(settings):
         arrays = voxels(field, settings["voxel"])
         replace_file(folder / "voxels.npz", lambda path: save_npz(path, arrays))
     draw(field, views, folder, poses, warning)
-    psnr, shares = [], []
+    print(f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels")
+    print_psnr(field, views)
+    if warning:
+        banner(warning)
+    written = " ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"Written to {folder}/ in {time.time() - started:.0f} s: {written}")
+
+
+def print_psnr(field, views):
+    """How well up to eight of the photos are rendered."""
+    (V, _, H, W), psnr, shares = views["images"].shape, [], []
     for i in range(0, V, -(-V // 8)):
         shown = field.render(views["extrinsics"][i], views["Ks"][i], W, H, features=False)
         photo, seen = shown["photo"].cpu(), shown["alpha"].cpu() > 0.5
         mse = (photo - views["images"][i]).square()[:, seen].mean()
         psnr.append(float(-10 * mse.clamp(min=1e-10).log10()) if seen.any() else None)
         shares.append(float(seen.float().mean()))
-    print(f"{len(field.frames):,} Gaussians of {V * H * W:,} pixels, {vit.embed_dim} channels")
     seen = f"{100 * mean(shares):.0f} % of the pixels show something"
     print(f"{len(psnr)} of the photos, rendered: {seen}, at {mean(psnr) or 0:.1f} dB")
-    if warning:
-        banner(warning)
-    written = " ".join(sorted(path.name for path in folder.iterdir()))
-    print(f"Written to {folder}/ in {time.time() - started:.0f} s: {written}")
 
 
 def main(arguments=None):

@@ -77,6 +77,13 @@ def load_splats(splats_ptr, n, used):
 
 
 @triton.jit
+def load_ahead(splats_ptr, gaussians_ptr, n, chunk, place, count, K):
+    """Splats of a chunk, whose Gaussians are n [KI, KO], and the next one's Gaussians."""
+    splats = load_splats(splats_ptr, n, chunk + place < count)
+    return splats, tl.load(gaussians_ptr + chunk + K + place, chunk + K + place < count, 0)
+
+
+@triton.jit
 def columns(rows, KI: tl.constexpr):
     """The first seven columns of rows [KI, KO, 8], each [KI, 1, KO, 1]."""
     x0246, x1357 = tl.split(tl.reshape(rows, [KI, 1, KO, 1, 4, 2]))
@@ -154,6 +161,49 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr)
 
 
 @triton.jit
+def new_ends(TILE: tl.constexpr):
+    """Of a walk so far, each [TILE, KO, TILE]: R, also past the stop and the same for all ko, and
+    of each ko's own Gaussians the sum of w, T and last."""
+    one = tl.full([TILE, KO, TILE], 1.0, tl.float32)
+    return one, tl.zeros([TILE, KO, TILE], tl.float32), one, tl.zeros([TILE, KO, TILE], tl.int32)
+
+
+@triton.jit
+def chunk_forward(splats, xy, ends, number, KI: tl.constexpr, FAST: tl.constexpr,
+                  SAVE: tl.constexpr):  # fmt: skip
+    """Weights [KI, TILE, KO, TILE] of a chunk, and the ends after it; number [KI, KO] is one past
+    each Gaussian's within the tile."""
+    R_after, alphas, T, last = ends
+    _, _, alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
+    w, R, R_after = scan(alpha, alpha, R_after, KI)
+    w = tl.where(R > MIN_TRANSMITTANCE, w, 0.0)
+    alphas += tl.sum(w, 0)
+    if SAVE:
+        T = tl.minimum(T, tl.min(tl.where(w > 0, R, 1.0), 0))
+        last = tl.maximum(last, tl.max(tl.where(w > 0, number[:, None, :, None], 0), 0))
+    return w, (R_after, alphas, T, last)
+
+
+@triton.jit
+def store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAVE: tl.constexpr):
+    _, alphas, T, last = ends
+    P: tl.constexpr = pixel.shape[0]
+    tl.store(alphas_ptr + pixel, tl.reshape(tl.sum(alphas, 1), [P]), inside)
+    if SAVE:
+        tl.store(transmittance_ptr + pixel, tl.reshape(tl.min(T, 1), [P]), inside)
+        tl.store(last_ptr + pixel, tl.reshape(tl.max(last, 1), [P]), inside)
+
+
+@triton.jit
+def load_blocks(features_ptr, row, c, C, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr):
+    """Features of the rows [K], all of them: BLOCKS times [K, BLOCK_C]."""
+    at, f = features_ptr + row.to(tl.int64)[:, None] * C + c[None, :], ()
+    for i in tl.static_range(BLOCKS):
+        f = f + (tl.load(at + i * BLOCK_C, (c + i * BLOCK_C < C)[None, :], 0.0),)
+    return f
+
+
+@triton.jit
 def blend_forward_kernel(
     splats_ptr,  # [I, N, 8]
     features_ptr,  # [B, N, C]
@@ -174,38 +224,21 @@ def blend_forward_kernel(
     splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
     gaussians_ptr += start
     c = tl.program_id(1) * (BLOCK_C * BLOCKS) + tl.arange(0, BLOCK_C)
-    acc = ()
+    acc, ends = (), new_ends(TILE)
     for i in tl.static_range(BLOCKS):
         acc = acc + (tl.zeros([P, BLOCK_C], tl.float32),)
-    R_after = tl.full([TILE, KO, TILE], 1.0, tl.float32)
-    alphas = tl.zeros([TILE, KO, TILE], tl.float32)
-    T = tl.full([TILE, KO, TILE], 1.0, tl.float32)
-    last = tl.zeros([TILE, KO, TILE], tl.int32)
-
     # Loads run a chunk ahead. Past the end features are the last Gaussian's; their weight is 0
     k, place = tl.arange(0, K), places(KI)
     row = tl.load(gaussians_ptr + tl.minimum(k, count - 1), tl.minimum(k, count - 1) >= 0, 0)
     n = tl.load(gaussians_ptr + place, place < count, 0)
-    ahead = load_splats(splats_ptr, n, place < count)
-    n = tl.load(gaussians_ptr + K + place, K + place < count, 0)
+    ahead, n = load_ahead(splats_ptr, gaussians_ptr, n, 0, place, count, K)
     chunk = 0
-    while (chunk < count) & (tl.max(R_after) > MIN_TRANSMITTANCE):
-        at, f = features_ptr + row.to(tl.int64)[:, None] * C + c[None, :], ()
-        for i in tl.static_range(BLOCKS):
-            f = f + (tl.load(at + i * BLOCK_C, (c + i * BLOCK_C < C)[None, :], 0.0),)
+    while (chunk < count) & (tl.max(ends[0]) > MIN_TRANSMITTANCE):
+        f = load_blocks(features_ptr, row, c, C, BLOCK_C, BLOCKS)
         splats, next = ahead, chunk + K
         row = tl.load(gaussians_ptr + tl.minimum(next + k, count - 1))
-        ahead = load_splats(splats_ptr, n, next + place < count)
-        n = tl.load(gaussians_ptr + next + K + place, next + K + place < count, 0)
-
-        _, _, alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
-        w, R, R_after = scan(alpha, alpha, R_after, KI)
-        w = tl.where(R > MIN_TRANSMITTANCE, w, 0.0)
-        alphas += tl.sum(w, 0)
-        if SAVE:
-            T = tl.minimum(T, tl.min(tl.where(w > 0, R, 1.0), 0))
-            number = (chunk + 1 + place)[:, None, :, None]
-            last = tl.maximum(last, tl.max(tl.where(w > 0, number, 0), 0))
+        ahead, n = load_ahead(splats_ptr, gaussians_ptr, n, next, place, count, K)
+        w, ends = chunk_forward(splats, xy, ends, chunk + 1 + place, KI, FAST, SAVE)
 
         # [P, K] @ [K, BLOCK_C] -> [P, BLOCK_C]
         w, sums = as_matrix(operand(w, DTYPE, PRECISION, FAST), P, K), ()
@@ -220,10 +253,7 @@ def blend_forward_kernel(
         inside_c = inside[:, None] & (c + i * BLOCK_C < C)[None, :]
         tl.store(at + i * BLOCK_C, acc[i].to(out_ptr.dtype.element_ty), inside_c)
     if tl.program_id(1) == 0:
-        tl.store(alphas_ptr + pixel, tl.reshape(tl.sum(alphas, 1), [P]), inside)
-        if SAVE:
-            tl.store(transmittance_ptr + pixel, tl.reshape(tl.min(T, 1), [P]), inside)
-            tl.store(last_ptr + pixel, tl.reshape(tl.max(last, 1), [P]), inside)
+        store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAVE)
 
 
 # ------------------------------------------------------------------------------ backward
@@ -247,6 +277,16 @@ def blend_forward_kernel(
 # Chunks are taken back to front. R before a chunk is R after it divided by the chunk's product,
 # starting from the stored T; S is carried along. Within a chunk, what lies behind k is the chunk's
 # total minus the sum up to k: what rounding loses is relative to the chunk, not to the whole ray.
+
+
+@triton.jit
+def load_chunk(splats_ptr, gaussians_ptr, first, count, KI: tl.constexpr):
+    """Of the Gaussians from number `first` of the tile on: index and existence [K], numbers
+    [KI, KO] and splats."""
+    k, place = first + tl.arange(0, KI * KO), first + places(KI)
+    row = tl.load(gaussians_ptr + k, k < count, 0).to(tl.int64)
+    n = tl.load(gaussians_ptr + place, place < count, 0)
+    return row, k < count, place, load_splats(splats_ptr, n, place < count)
 
 
 @triton.jit
@@ -302,6 +342,18 @@ def splats_backward(v_splats_ptr, splats_ptr, n, used, xy, v_q, FAST: tl.constex
 
 
 @triton.jit
+def geometry_backward(v_splats_ptr, splats_ptr, n, used, xy, alpha, R_before, g, S,
+                      KI: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Add the gradients by the splats n [K] of a chunk, by g [P, K]. Returns S with the chunk."""
+    TILE: tl.constexpr = xy[0].shape[0]
+    g = tl.permute(tl.reshape(g, [TILE, TILE, KO, KI]), (3, 0, 2, 1))
+    v_q, S = alpha_backward(alpha, R_before, g, S)
+    v_q = as_matrix(v_q, TILE * TILE, KI * KO)
+    splats_backward(v_splats_ptr, splats_ptr, n, used, xy, v_q, FAST)
+    return S
+
+
+@triton.jit
 def column_of(M, i: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, M.shape[1])[None, :] == i, M, 0.0), 1)
 
@@ -330,19 +382,16 @@ def blend_backward_kernel(
     tile = get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE)
     image, start, count, xy, pixel, inside = tile
     splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
+    gaussians_ptr += start
     c = tl.arange(0, BLOCK_C)
     T, last = load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE)
     v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
     S = tl.zeros([TILE, KO, TILE], tl.float32)  # behind the chunk
     v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
-
     chunks = tl.cdiv(tl.max(last), K)
     for chunk in range(chunks):
         first = (chunks - 1 - chunk) * K
-        k, place = first + tl.arange(0, K), first + places(KI)
-        row = tl.load(gaussians_ptr + start + k, k < count, 0).to(tl.int64)
-        n = tl.load(gaussians_ptr + start + place, place < count, 0)
-        splats = load_splats(splats_ptr, n, place < count)
+        row, used, place, splats = load_chunk(splats_ptr, gaussians_ptr, first, count, KI)
         alpha, R_before, T = chunk_backward(splats, xy, place, last, T, KI, FAST)
         w = as_matrix(operand(alpha * R_before, DTYPE, PRECISION, FAST), P, K)
         g = tl.zeros([P, K], tl.float32) + v_alpha[:, None]
@@ -351,20 +400,17 @@ def blend_backward_kernel(
             if BLOCKS > 1:  # else it is held
                 v_out = load_block(v_out_ptr, pixel, inside, c_i, C, DTYPE, PRECISION, FAST)
             if v_splats_ptr is not None:
-                f = load_block(features_ptr, row, k < count, c_i, C, DTYPE, PRECISION, FAST)
+                f = load_block(features_ptr, row, used, c_i, C, DTYPE, PRECISION, FAST)
                 # [P, BLOCK_C] @ [BLOCK_C, K] -> [P, K]
                 g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
             if v_features_ptr is not None:
                 # [K, P] @ [P, BLOCK_C] -> [K, BLOCK_C]
                 v_f = tl.dot(tl.trans(w), v_out, input_precision=PRECISION)
                 at = v_features_ptr + (image // V * N + row)[:, None] * C + c_i[None, :]
-                used = (k < count)[:, None] & (c_i < C)[None, :]
-                tl.atomic_add(at, v_f, used, sem="relaxed")
+                tl.atomic_add(at, v_f, used[:, None] & (c_i < C)[None, :], sem="relaxed")
         if v_splats_ptr is not None:
-            g = tl.permute(tl.reshape(g, [TILE, TILE, KO, KI]), (3, 0, 2, 1))
-            v_q, S = alpha_backward(alpha, R_before, g, S)
-            v_q, v_ptr = as_matrix(v_q, P, K), v_splats_ptr + image * N * 8
-            splats_backward(v_ptr, splats_ptr, row, k < count, xy, v_q, FAST)
+            S = geometry_backward(v_splats_ptr + image * N * 8, splats_ptr, row, used, xy, alpha,
+                                  R_before, g, S, KI, FAST)  # fmt: skip
 
 
 @triton.jit

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .blend import (
-    KO, MIN_TRANSMITTANCE, alpha_backward, as_asked, as_matrix, centres, chunk_backward, columns,
-    get_tile, gradients, launch, launch_options, load_block, load_ends, load_splats, new_images,
-    operand, pair_alpha, places, scan, splats_backward, tiles_of,
+    KO, MIN_TRANSMITTANCE, as_asked, as_matrix, chunk_backward, chunk_forward, geometry_backward,
+    get_tile, gradients, launch, launch_options, load_ahead, load_block, load_chunk, load_ends,
+    new_ends, new_images, operand, places, store_ends, tiles_of,
 )  # fmt: skip
 
 NONE = tl.constexpr(2**30)  # above every index of a token
@@ -61,6 +61,23 @@ def mixed(indices_ptr, mix_ptr, n, used, tokens, J: tl.constexpr):
 
 
 @triton.jit
+def store_mixture(out_ptr, tokens_ptr, W, tokens, pixel, inside, C, first_walk,
+                  BLOCK_C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                  FAST: tl.constexpr):  # fmt: skip
+    """out = W @ tokens, or what it adds in a later walk."""
+    W, token, real = operand(W, DTYPE, PRECISION, FAST), tokens.to(tl.int64), tokens < NONE
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        f = load_block(tokens_ptr, token, real, c, C, DTYPE, PRECISION, FAST)
+        # [P, SLOTS] @ [SLOTS, BLOCK_C] -> [P, BLOCK_C]
+        out = tl.dot(W, f, input_precision=PRECISION)
+        at, inside_c = pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
+        if not first_walk:
+            out += tl.load(out_ptr + at, inside_c, 0.0).to(tl.float32)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside_c)
+
+
+@triton.jit
 def mixture_forward_kernel(
     splats_ptr,  # [I, N, 8]
     tokens_ptr,  # [B, M, C]
@@ -82,57 +99,30 @@ def mixture_forward_kernel(
     indices_ptr, mix_ptr = indices_ptr + scene * N * J, mix_ptr + scene * N * J
     gaussians_ptr += start
     k, place = tl.arange(0, K), places(KI)
-    low = -1
-    more = True
+    low, more = -1, True
     while more:  # once, as a rule
         tokens = next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS, J, J_UP)
-        W = tl.zeros([P, SLOTS], tl.float32)
-        R_after = tl.full([TILE, KO, TILE], 1.0, tl.float32)
-        alphas = tl.zeros([TILE, KO, TILE], tl.float32)
-        T = tl.full([TILE, KO, TILE], 1.0, tl.float32)
-        last = tl.zeros([TILE, KO, TILE], tl.int32)
-
+        W, ends = tl.zeros([P, SLOTS], tl.float32), new_ends(TILE)
         # The walk, as in blend_forward_kernel
         row = tl.load(gaussians_ptr + k, k < count, 0)
         n = tl.load(gaussians_ptr + place, place < count, 0)
-        ahead = load_splats(splats_ptr, n, place < count)
-        n = tl.load(gaussians_ptr + K + place, K + place < count, 0)
+        ahead, n = load_ahead(splats_ptr, gaussians_ptr, n, 0, place, count, K)
         chunk = 0
-        while (chunk < count) & (tl.max(R_after) > MIN_TRANSMITTANCE):
+        while (chunk < count) & (tl.max(ends[0]) > MIN_TRANSMITTANCE):
             m = mixed(indices_ptr, mix_ptr, row, chunk + k < count, tokens, J)
             splats, next = ahead, chunk + K
             row = tl.load(gaussians_ptr + next + k, next + k < count, 0)
-            ahead = load_splats(splats_ptr, n, next + place < count)
-            n = tl.load(gaussians_ptr + next + K + place, next + K + place < count, 0)
+            ahead, n = load_ahead(splats_ptr, gaussians_ptr, n, next, place, count, K)
 
-            _, _, alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
-            w, R, R_after = scan(alpha, alpha, R_after, KI)
-            w = tl.where(R > MIN_TRANSMITTANCE, w, 0.0)
-            alphas += tl.sum(w, 0)
-            if SAVE:
-                T = tl.minimum(T, tl.min(tl.where(w > 0, R, 1.0), 0))
-                number = (chunk + 1 + place)[:, None, :, None]
-                last = tl.maximum(last, tl.max(tl.where(w > 0, number, 0), 0))
+            w, ends = chunk_forward(splats, xy, ends, chunk + 1 + place, KI, FAST, SAVE)
             # [P, K] @ [K, SLOTS] -> [P, SLOTS]
             w = as_matrix(operand(w, DTYPE, PRECISION, FAST), P, K)
             W = tl.dot(w, operand(m, DTYPE, PRECISION, FAST), W, input_precision=PRECISION)
             chunk += K
 
-        W = operand(W, DTYPE, PRECISION, FAST)
-        for first in range(0, C, BLOCK_C):
-            c = first + tl.arange(0, BLOCK_C)
-            token, real = tokens.to(tl.int64), tokens < NONE
-            f = load_block(tokens_ptr, token, real, c, C, DTYPE, PRECISION, FAST)
-            # [P, SLOTS] @ [SLOTS, BLOCK_C] -> [P, BLOCK_C]
-            out = tl.dot(W, f, input_precision=PRECISION)
-            at, inside_c = pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
-            if low >= 0:
-                out += tl.load(out_ptr + at, inside_c, 0.0).to(tl.float32)
-            tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside_c)
-        tl.store(alphas_ptr + pixel, tl.reshape(tl.sum(alphas, 1), [P]), inside)
-        if SAVE:
-            tl.store(transmittance_ptr + pixel, tl.reshape(tl.min(T, 1), [P]), inside)
-            tl.store(last_ptr + pixel, tl.reshape(tl.max(last, 1), [P]), inside)
+        store_mixture(out_ptr, tokens_ptr, W, tokens, pixel, inside, C, low < 0, BLOCK_C, DTYPE,
+                      PRECISION, FAST)  # fmt: skip
+        store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAVE)
         low = tl.max(tokens)
         more = low < NONE  # all slots are taken: there may be more tokens
 
@@ -144,6 +134,36 @@ def mixture_forward_kernel(
 #
 # Gradients by splats are linear in g. So where a tile is walked again for more tokens, every walk
 # adds what its own tokens say, and the first what v_alpha says.
+@triton.jit
+def by_weights(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
+               DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """G = v_out @ tokens' [P, SLOTS]"""
+    G = tl.zeros([pixel.shape[0], tokens.shape[0]], tl.float32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
+        f = load_block(
+            tokens_ptr, tokens.to(tl.int64), tokens < NONE, c, C, DTYPE, PRECISION, FAST
+        )
+        # [P, BLOCK_C] @ [BLOCK_C, SLOTS] -> [P, SLOTS]
+        G = tl.dot(v_out, tl.trans(f), G, input_precision=PRECISION)
+    return operand(G, DTYPE, PRECISION, FAST)
+
+
+@triton.jit
+def add_tokens(v_tokens_ptr, v_out_ptr, W, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
+               DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Add W' @ v_out to the gradients by tokens."""
+    W = operand(W, DTYPE, PRECISION, FAST)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
+        # [SLOTS, P] @ [P, BLOCK_C] -> [SLOTS, BLOCK_C]
+        v_token = tl.dot(tl.trans(W), v_out, input_precision=PRECISION)
+        at = v_tokens_ptr + tokens.to(tl.int64)[:, None] * C + c[None, :]
+        tl.atomic_add(at, v_token, (tokens < NONE)[:, None] & (c < C)[None, :], sem="relaxed")
+
+
 @triton.jit
 def mixture_backward_kernel(
     splats_ptr, tokens_ptr, indices_ptr, mix_ptr, gaussians_ptr, offsets_ptr,  # as forward
@@ -166,31 +186,18 @@ def mixture_backward_kernel(
     gaussians_ptr += start
     T_end, last = load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE)
     v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
-    low = -1
-    more = True
+    low, more = -1, True
     while more:  # once, as a rule
         tokens = next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS, J, J_UP)
-        real, token = tokens < NONE, tokens.to(tl.int64)
-        G = tl.zeros([P, SLOTS], tl.float32)
         if v_splats_ptr is not None:
-            for first in range(0, C, BLOCK_C):
-                c = first + tl.arange(0, BLOCK_C)
-                v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
-                f = load_block(tokens_ptr, token, real, c, C, DTYPE, PRECISION, FAST)
-                # [P, BLOCK_C] @ [BLOCK_C, SLOTS] -> [P, SLOTS]
-                G = tl.dot(v_out, tl.trans(f), G, input_precision=PRECISION)
-        G = operand(G, DTYPE, PRECISION, FAST)
-        W = tl.zeros([P, SLOTS], tl.float32)
-        S = tl.zeros([TILE, KO, TILE], tl.float32)
-        T = T_end
+            G = by_weights(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C, DTYPE,
+                           PRECISION, FAST)  # fmt: skip
+        W, S, T = tl.zeros([P, SLOTS], tl.float32), tl.zeros([TILE, KO, TILE], tl.float32), T_end
         chunks = tl.cdiv(tl.max(last), K)
         for chunk in range(chunks):
             first = (chunks - 1 - chunk) * K
-            k, place = first + tl.arange(0, K), first + places(KI)
-            row = tl.load(gaussians_ptr + k, k < count, 0).to(tl.int64)
-            n = tl.load(gaussians_ptr + place, place < count, 0)
-            splats = load_splats(splats_ptr, n, place < count)
-            m = mixed(indices_ptr, mix_ptr, row, k < count, tokens, J)
+            row, used, place, splats = load_chunk(splats_ptr, gaussians_ptr, first, count, KI)
+            m = mixed(indices_ptr, mix_ptr, row, used, tokens, J)
             m = operand(m, DTYPE, PRECISION, FAST)
             alpha, R_before, T = chunk_backward(splats, xy, place, last, T, KI, FAST)
             if v_tokens_ptr is not None:
@@ -201,19 +208,11 @@ def mixture_backward_kernel(
                 # [P, SLOTS] @ [SLOTS, K] -> [P, K]
                 g = tl.dot(G, tl.trans(m), input_precision=PRECISION)
                 g += tl.where(low < 0, v_alpha, 0.0)[:, None]
-                g = tl.permute(tl.reshape(g, [TILE, TILE, KO, KI]), (3, 0, 2, 1))
-                v_q, S = alpha_backward(alpha, R_before, g, S)
-                v_q, v_ptr = as_matrix(v_q, P, K), v_splats_ptr + image * N * 8
-                splats_backward(v_ptr, splats_ptr, row, k < count, xy, v_q, FAST)
+                S = geometry_backward(v_splats_ptr + image * N * 8, splats_ptr, row, used, xy,
+                                      alpha, R_before, g, S, KI, FAST)  # fmt: skip
         if v_tokens_ptr is not None:
-            W = operand(W, DTYPE, PRECISION, FAST)
-            for first in range(0, C, BLOCK_C):
-                c = first + tl.arange(0, BLOCK_C)
-                v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
-                # [SLOTS, P] @ [P, BLOCK_C] -> [SLOTS, BLOCK_C]
-                v_token = tl.dot(tl.trans(W), v_out, input_precision=PRECISION)
-                at = v_tokens_ptr + (scene * M + token)[:, None] * C + c[None, :]
-                tl.atomic_add(at, v_token, real[:, None] & (c < C)[None, :], sem="relaxed")
+            add_tokens(v_tokens_ptr + scene * M * C, v_out_ptr, W, tokens, pixel, inside, C,
+                       BLOCK_C, DTYPE, PRECISION, FAST)  # fmt: skip
         low = tl.max(tokens)
         more = low < NONE
 

@@ -105,6 +105,16 @@ def row_of_M(f, z, u, r, r_z):
 
 
 @triton.jit
+def report_bad(bad_ptr, total, covar, valid):
+    """Set bad if a sum of all arguments is NaN or infinite, as it is if one of them is."""
+    for i in tl.static_range(3):
+        total += covar[i][0] + covar[i][1] + covar[i][2]
+    bad = valid & ((total - total) != 0)
+    if tl.max(bad.to(tl.int32), 0) > 0:
+        tl.atomic_max(bad_ptr, 1)
+
+
+@triton.jit
 def project_forward_kernel(
     means_ptr,  # [B, N, 3]
     covars_ptr,  # [B, N, 3, 3]
@@ -123,21 +133,14 @@ def project_forward_kernel(
     valid = i < N
     gaussian, out = image // V * N + i, image * N + i
     R, t, f, c = load_camera(viewmats_ptr + image * 16, Ks_ptr + image * 9)
-    mean = load_vector(means_ptr + gaussian * 3, valid)
     covar = load_covar(covars_ptr + gaussian * 9, valid)
     opacity = tl.load(opacities_ptr + gaussian, valid, 0.0)
-    x, y, depth = add(transform(R, mean), t)
+    x, y, depth = add(transform(R, load_vector(means_ptr + gaussian * 3, valid)), t)
     visible = valid & (depth > near_plane) & (depth < far_plane)
     z = tl.where(visible, depth, 1.0)
     slope_x, slope_y = tl.where(visible, x, 0.0) / z, tl.where(visible, y, 0.0) / z
 
-    # A sum of all arguments is NaN or infinite if one of them is
-    total = x + y + depth + opacity + f[0] + f[1] + c[0] + c[1]
-    for i in tl.static_range(3):
-        total += covar[i][0] + covar[i][1] + covar[i][2]
-    bad = valid & ((total - total) != 0)
-    if tl.max(bad.to(tl.int32), 0) > 0:
-        tl.atomic_max(bad_ptr, 1)
+    report_bad(bad_ptr, x + y + depth + opacity + f[0] + f[1] + c[0] + c[1], covar, valid)
 
     # Image covariance [[a, b], [b, d]]
     u, _ = clamp_slope(slope_x, f[0], c[0], width)
@@ -151,13 +154,11 @@ def project_forward_kernel(
     # alpha >= 1/255 is q <= ln(255 opacity): an ellipse, half as wide as sqrt(2 q variance)
     reach = 2 * tl.log(tl.maximum(opacity, 1e-12) / MIN_ALPHA)
     visible = visible & (det > 0) & (a > 0) & (reach >= 0)
-    det = tl.where(visible, det, 1.0)
-    reach = tl.maximum(reach, 0.0)
+    det, reach = tl.where(visible, det, 1.0), tl.maximum(reach, 0.0)
     rx = tl.where(visible, tl.sqrt(reach * tl.maximum(a, 0.0)), -1.0)
     ry = tl.where(visible, tl.sqrt(reach * tl.maximum(d, 0.0)), -1.0)
     tl.store(depths_ptr + out, depth, valid)
-    tl.store(radii_ptr + out * 2, rx, valid)
-    tl.store(radii_ptr + out * 2 + 1, ry, valid)
+    store_vector(radii_ptr + out * 2, (rx, ry), valid)
 
     m = f[0] * slope_x + c[0], f[1] * slope_y + c[1]
     o, cap = tl.log2(tl.maximum(opacity, 1e-30)), tl.minimum(opacity, MAX_ALPHA)
@@ -259,8 +260,7 @@ def project_backward_kernel(
         v_J00, v_J02, v_J11, v_J12 = jacobian_backward(v_S2, M0, M1, R, covar)
         v_u = tl.where(s_u, -f[0] / z * v_J02, 0.0)
         v_w = tl.where(s_w, -f[1] / z * v_J12, 0.0)
-        v_x = (f[0] * v_mx + v_u) / z
-        v_y = (f[1] * v_my + v_w) / z
+        v_x, v_y = (f[0] * v_mx + v_u) / z, (f[1] * v_my + v_w) / z
         v_z = f[0] * (u * v_J02 - v_J00 - v_mx * x) + f[1] * (w * v_J12 - v_J11 - v_my * y)
         v_z = v_z / (z * z) - (v_u * u + v_w * w) / z
         v_mean = add(v_mean, transform_back(R, (v_x, v_y, v_z)))
