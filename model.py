@@ -142,6 +142,7 @@ class SplatAndDistill(nn.Module):
         labels = number_segments(target["masks"]) if blends and self.training else None
         rendered, alphas, *means = rasterize(
             *gaussians[:3], features, viewmats, target["Ks"][:, None], W, H, near_plane=NEAR_PLANE,
+            precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
             at=(rows, columns) if self.training else None,
             labels=None if labels is None else labels[:, None],
         )  # fmt: skip
@@ -518,7 +519,8 @@ class Pretraining(nn.Module):
 
 def moved(points, affine):
     """Points [P, 2] under affine maps [..., 2, 3]. [..., P, 2]"""
-    return points @ affine[..., :2].mT + affine[..., None, :, 2]
+    # Elementwise: under autocast a matmul would round positions to bfloat16
+    return (points[..., None, :] * affine[..., None, :, :2]).sum(-1) + affine[..., None, :, 2]
 
 
 # ---------------------------------------------------------------------------- the transformer

@@ -45,11 +45,12 @@ from torch.utils.data import DataLoader, default_collate
 
 import data
 from model import (
-    Pretraining, SplatAndDistill, WeightsNotFound, load_vit, merge_lora, patch_tokens, sizes_of
+    Block, Pretraining, SplatAndDistill, WeightsNotFound, load_vit, merge_lora, patch_tokens,
+    sizes_of,
 )  # fmt: skip
 from reconstruct import (
-    SMALL, FeedForward, Reconstruction, ReconstructorConfig, SensorDepth, load_reconstructor,
-    new_reconstructor, render,
+    SMALL, AttentionLayer, FeedForward, Reconstruction, ReconstructorConfig, ResidualBlock,
+    SensorDepth, UNetResidual, load_reconstructor, new_reconstructor, render,
 )  # fmt: skip
 
 
@@ -59,8 +60,8 @@ class Setting(NamedTuple):
     demo: bool | int | float | str | None
     paper: bool | int | float | str | None
     help: str
-    low: float | None = None  # included, as high is
-    high: float | None = None
+    low: float = -1e9  # of a number, included, as high is
+    high: float = 1e9
     choices: tuple | None = None
 
 
@@ -72,30 +73,34 @@ def changed(rows, **values):
 # demo: on procedural rooms, for two CPU cores. paper: on photos, as published for Splat and Distill
 # on ScanNet++ and for MVSplat on RealEstate10K; for pretrain ours.
 POSITIVE = 1e-12  # the low of a number that must be more than 0
+SIDE, WIDTH = 4096, 65_536  # the most of an image and of a layer, lest a slip take all memory
 TEACHERS = "dinov2_vit{s,b,l,g}14[_reg], dinov3_vit{s16,s16plus,b16,l16}, vit_tiny14"
 TRAINING = {
     "data": Setting(None, None, "folder of photos (README); default: procedural rooms"),
     "name": Setting(None, None, "of the run; default: its kind and the next free number"),
-    "height": Setting(288, 288, "of the images, pixels; a reconstructor takes multiples of 16"),
-    "width": Setting(288, 288, "likewise"),
-    "batch_size": Setting(4, 64, "scenes or photos a step, of each process", 1),
+    "height": Setting(288, 288, "of the images, pixels; a reconstructor takes multiples of 16",
+                      high=SIDE),
+    "width": Setting(288, 288, "likewise", high=SIDE),
+    "batch_size": Setting(4, 64, "scenes or photos a step, of each process", 1, 4096),
     "accumulate": Setting(1, 1, "batches of each process in a step: the mean of their losses", 1),
     "steps": Setting(5000, 100_000, "of the optimiser", 1),
-    "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE),
+    "lr": Setting(1e-3, 1e-3, "peak learning rate", POSITIVE, 10),
     "warmup": Setting(0.05, 0.01, "share of the steps in which lr climbs, before a cosine", 0, 1),
     "weight_decay": Setting(0.05, 0.05, "of AdamW; 0 makes it the papers' Adam", 0),
     "clip": Setting(1.0, 1.0, "largest norm of the gradients", POSITIVE),
     "preview_every": Setting(500, 1000, "steps between previews", 1),
     "checkpoint_every": Setting(250, 1000, "steps between checkpoints", 1),
     "keep": Setting(1, 1, "checkpoints: the newest, and older ones as checkpoint_STEP.pt", 1),
-    "seed": Setting(0, 0, "of everything random", 0),
-    "workers": Setting(1, 4, "processes that load data", 0),
+    "seed": Setting(0, 0, "of everything random", 0, 2**32),
+    "workers": Setting(1, 4, "processes that load data", 0, 256),
+    "compile": Setting(False, False, "networks by torch.compile: a slow first step, then faster"),
 }
-PRECISION = {"precision": Setting("auto", "auto", "of the ViTs; auto: bf16 on a GPU that has it",
+PRECISION = {"precision": Setting("auto", "auto", "of the ViTs; auto: bf16 on a GPU that has it; "
+                                  "with float32 nothing is TF32",
                                   choices=("auto", "float32", "bf16", "fp16"))}  # fmt: skip
 PRETRAIN = TRAINING | PRECISION | {
     "teacher": Setting("vit_tiny14", "vit_tiny14", TEACHERS),
-    "crop": Setting(224, 224, "side of the crops, pixels; a multiple of the patch"),
+    "crop": Setting(224, 224, "side of the crops, pixels; a multiple of the patch", high=SIDE),
     "least_scale": Setting(0.7, 0.7, "of a photo's side that a crop shows", POSITIVE, 1),
     "most_scale": Setting(0.85, 0.85, "likewise", POSITIVE, 1),
     "warp": Setting(0.0, 0.0, "of a crop: 1 turns, stretches and mirrors it, 0 only shifts", 0, 1),
@@ -106,7 +111,7 @@ PRETRAIN = TRAINING | PRECISION | {
 }
 VIEWS = changed(TRAINING, batch_size=(1, 1), weight_decay=(0.0, 0.0), preview_every=(250, 1000)) | {
     "split": Setting(None, None, "text file of the scenes in --data to take, one name a line"),
-    "context_views": Setting(2, 2, "views that are lifted to 3D", 1),
+    "context_views": Setting(2, 2, "views that are lifted to 3D", 1, 256),
     "min_gap": Setting(8, 8, "least frames from the first to the last context view: parallax"),
     "max_gap": Setting(12, 12, "most frames between them: overlap"),
     "target": Setting("between", "between", "the context views, or any frame as the paper's code",
@@ -121,9 +126,11 @@ RECONSTRUCT = changed(
     "start": Setting("small", "published", "random network: small or published; or a file"),
     "coarse": Setting(3, 0, "cheap steps that only match views, for every one that renders", 0),
     "depth_weight": Setting(0.2, 0.2, "of the depth error, where depth is known", 0),
+    "precision": Setting("auto", "auto", "auto: a GPU's convolutions may be TF32",
+                         choices=("auto", "float32")),
 }  # fmt: skip
 METHOD = {  # what SplatAndDistill takes
-    "lora_rank": Setting(0, 8, "of the student's LoRA; 0 trains all weights, for few steps", 0),
+    "lora_rank": Setting(0, 8, "of the student's LoRA; 0: all weights, for few steps", 0, WIDTH),
     "lora_alpha": Setting(8.0, 8.0, "LoRA's scale is alpha / rank"),
     "lora_dropout": Setting(0.1, 0.1, "on LoRA's input", 0, 1),
     "loss": Setting("contrastive", "prototypes", "the paper's is prototypes",
@@ -131,9 +138,9 @@ METHOD = {  # what SplatAndDistill takes
     "temperature": Setting(0.07, 0.07, "of the contrastive loss", POSITIVE),
     "targets": Setting("splatted", "splatted", "own, as a control: the target view's features",
                        choices=("splatted", "own")),
-    "prototypes": Setting(1024, 65_536, "of the heads; 65,536 take seconds a step on a CPU", 1),
-    "head_dim": Setting(512, 2048, "hidden width of the heads", 1),
-    "bottleneck_dim": Setting(128, 256, "width before the prototypes", 1),
+    "prototypes": Setting(1024, 65_536, "of the heads; 65,536: seconds a step on a CPU", 1, 2**20),
+    "head_dim": Setting(512, 2048, "hidden width of the heads", 1, WIDTH),
+    "bottleneck_dim": Setting(128, 256, "width before the prototypes", 1, WIDTH),
     "upsampling": Setting("centred", "mask-aware", "of features to pixels: mask-aware (the paper's "
                           "code), the same centred on patches, or bilinear across segments",
                           choices=("mask-aware", "centred", "bilinear")),
@@ -198,11 +205,10 @@ def check_settings(rows, values):
         value, kinds = values[name], {type(row.demo), type(row.paper)}
         if type(value) not in (kinds if row.paper is not None else {str, type(None)}):
             raise SystemExit(f"{flag(name)} cannot be {value!r}")
-        if row.low is not None and not value >= row.low:  # NaN is out of any range
-            least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
-            raise SystemExit(f"{flag(name)} must be {least}, not {value}")
-        if row.high is not None and not value <= row.high:
-            raise SystemExit(f"{flag(name)} must be at most {row.high}, not {value}")
+        if isinstance(value, (int, float)) and not row.low <= value <= row.high:  # or it is NaN
+            bound = f"at most {row.high}" if value > row.high else f"at least {row.low}"
+            bound = "more than 0" if bound == f"at least {POSITIVE}" else bound
+            raise SystemExit(f"{flag(name)} must be {bound}, not {value}")
 
 
 def parse_settings(arguments=None):
@@ -263,7 +269,8 @@ def command(settings):
     """What to type for these settings."""
     about = ["--stage", settings["stage"], "--preset", settings["preset"]]
     usual = parse_settings(about)
-    flags = [f"{flag(name)} {value}" for name, value in settings.items() if value != usual[name]]
+    flags = [flag(name) if value is True else f"{flag(name)} {value}"
+             for name, value in settings.items() if value != usual[name]]  # fmt: skip
     return " ".join(["python train.py", *about, *flags])
 
 
@@ -282,7 +289,7 @@ def load_teacher(settings):
     except WeightsNotFound as error:
         if settings["data"]:
             raise SystemExit(f"{error} (--teacher-weights FILE)") from None
-        print(f"{error}\nThe shipped teacher, vit_tiny14, stands in for it.")
+        say(f"{error}\nThe shipped teacher, vit_tiny14, stands in for it.")
         settings["teacher"] = "vit_tiny14"
         return load_vit("vit_tiny14"), SHIPPED
 
@@ -301,7 +308,7 @@ def load_views(settings, num_shown):
     from_points = settings.pop("points", False) and settings.get("geometry") != "depth"
     if from_points and (found := views.point_range()):
         near, far = (float(f"{depth:.3g}") for depth in found)
-        print(f"{path}: by its points, --near {near:g} --far {far:g}")
+        say(f"{path}: by its points, --near {near:g} --far {far:g}")
         settings.update(near=near, far=far)
     held_out = scenes if path else data.Rooms("val")
     shown = data.Views(held_out, **options, seed=seed + 1, length=num_shown)
@@ -343,7 +350,7 @@ class Distill:
                 lack = f"no depth maps in {no_depth} of {len(scenes)} scenes"
                 raise ValueError(f"{path}: {lack}; with another --geometry photos suffice")
             if no_masks:
-                print(f"No segment masks in {no_masks} of {len(scenes)} scenes: no blending there")
+                say(f"No segment masks in {no_masks} of {len(scenes)} scenes: no blending there")
             self.then = "load it: model.load_vit('{teacher}', '{weights}')"
         vit, self.warning = load_teacher(settings)
         self.notes = {"random_weights": self.warning == RANDOM}
@@ -509,6 +516,11 @@ def replace_file(path, write):
             temporary.unlink(missing_ok=True)
 
 
+def write_checkpoint(checkpoint, path):
+    with open(path, "wb") as file:  # given a path, torch does not say why it cannot write there
+        torch.save(checkpoint, file)
+
+
 def free_folder(parent, kind):
     """parent/kind-1, or with the first number that is not taken."""
     folders = (parent / f"{kind}-{i}" for i in itertools.count(1))
@@ -633,6 +645,19 @@ def checksum(tensors):  # the same on any device
     return functools.reduce(lambda sum, array: zlib.crc32(array, sum), whole, 0)
 
 
+def compile_blocks(model, device):
+    """Compile, in place, the blocks that its networks repeat: those that are alike at once.
+    SystemExit: there is no compiler that works."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SystemExit(f"--compile: torch.compile does not work here ({reason})") from None
+    for module in model.modules():
+        if isinstance(module, (Block, ResidualBlock, AttentionLayer, UNetResidual)):
+            module.compile(dynamic=False)
+
+
 def outlive_signals(done, _worker):
     """Signals reach the loader's processes too, which have to live until the run is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -655,6 +680,11 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.settings, self.stage = settings, STAGES[settings["stage"]](settings)
         self.model = self.parallel = self.stage.model.to(self.device).train()
+        # A GPU's TF32 is for convolutions and splatted features: products of cameras do not bear it
+        torch.backends.cudnn.allow_tf32 = settings["precision"] != "float32"
+        torch.backends.cuda.matmul.allow_tf32 = False
+        if settings["compile"]:
+            compile_blocks(self.model, self.device)
         self.rank, self.processes = 0, 1
         if dist.is_initialized():
             self.rank, self.processes = dist.get_rank(), dist.get_world_size()
@@ -796,7 +826,7 @@ class Run:
             replace_file(kept, lambda path: shutil.copyfile(newest, path))
             for path in sorted(self.folder.glob("checkpoint_*.pt"), key=data.natural)[:-older]:
                 path.unlink()
-        replace_file(newest, lambda path: torch.save(checkpoint, path))
+        replace_file(newest, functools.partial(write_checkpoint, checkpoint))
         self.saved = self.step
         path = self.folder / self.stage.filename
         replace_file(path, lambda path: path.write_bytes(save(weights, about)))
@@ -841,7 +871,7 @@ class Run:
         return True
 
     def train_step(self, batches):
-        """The next step. Returns {metric: mean of the batches}. SystemExit: a loss is not finite."""
+        """The next step: {metric: mean of the batches}. SystemExit: a loss is not finite."""
         take, number = self.stage.step, self.step + 1
         rows = [take(self.parallel, move(b, self.device), number, self.descend) for b in batches]
         self.step += 1
@@ -851,6 +881,12 @@ class Run:
         if not math.isfinite(metrics["loss"]):
             raise SystemExit(f"{self.folder}: the loss of step {self.step} is {metrics['loss']}")
         return metrics | {"lr": self.schedule.get_last_lr()[0]}
+
+    def log(self, metrics):
+        """Append a step's line to metrics.jsonl. ValueError: it cannot be written."""
+        path = os.devnull if self.rank else self.folder / "metrics.jsonl"
+        with data.naming(path, "cannot be written"), open(path, "a") as file:
+            file.write(json.dumps(metrics | self.stage.notes) + "\n")
 
     @torch.no_grad()
     def preview(self):
@@ -883,30 +919,27 @@ def train(settings):
     what = settings.get("teacher") or f"reconstructor, {settings['start']} to begin with,"
     count = sum(p.numel() for p in run.trainable) / 1e6
     how = f"{count:.1f} M trainable, {settings['steps']} steps"
-    print(f"{run.folder}: {what} on {run.device}, {how}")
+    say(f"{run.folder}: {what} on {run.device}, {how}")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, run.ask_to_stop)
     if run.step == 0:
         run.preview()
-    with open(os.devnull if run.rank else run.folder / "metrics.jsonl", "a") as log:
-        for batch in run.batches():
-            line = run.train_step(batch)
-            recent.append(line)
-            last = run.step == settings["steps"]
-            if last or run.step % settings["preview_every"] == 0:
-                line = line | run.preview()
-            with data.naming(log.name, "cannot be written"):
-                log.write(json.dumps(line | run.stage.notes) + "\n")
-                log.flush()
-            if last or run.step % 10 == 0:
-                progress(run, recent)
-                recent.clear()
-            stop = any_process(run.asked_to_stop)
-            if last or stop or run.step % settings["checkpoint_every"] == 0:
-                run.save()
-            if stop and not last:
-                go_on = f"To go on: python train.py --resume {run.folder}"
-                return print(f"Stopped after step {run.step}. {go_on}")
+    for batch in run.batches():
+        line = run.train_step(batch)
+        recent.append(line)
+        last = run.step == settings["steps"]
+        if last or run.step % settings["preview_every"] == 0:
+            line = line | run.preview()
+        run.log(line)
+        if last or run.step % 10 == 0:
+            progress(run, recent)
+            recent.clear()
+        stop = any_process(run.asked_to_stop)
+        if last or stop or run.step % settings["checkpoint_every"] == 0:
+            run.save()
+        if stop and not last:
+            go_on = f"To go on: python train.py --resume {run.folder}"
+            return say(f"Stopped after step {run.step}. {go_on}")
     if run.rank == 0:
         report(run)
 
@@ -918,9 +951,17 @@ TITLES = {
 }  # fmt: skip
 
 
+def say(text):
+    """Print at once. A reader that has gone, as in `train.py | head -1`, does not end the run."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def banner(text):
     line = "!" * (len(text) + 6)
-    print(f"\n{line}\n!! {text} !!\n{line}\n", flush=True)
+    say(f"\n{line}\n!! {text} !!\n{line}\n")
 
 
 def progress(run, recent):
@@ -930,7 +971,7 @@ def progress(run, recent):
     left = timedelta(seconds=int((steps - run.step) / rate))
     values = {title: [m[k] for m in recent if k in m] for k, title in TITLES.items()}
     said = "   ".join(f"{title} {sum(v) / len(v):.6f}" for title, v in values.items() if v)
-    print(f"step {run.step}/{steps}   {said}   {rate:.2f} steps/s   {left} left", flush=True)
+    say(f"step {run.step}/{steps}   {said}   {rate:.2f} steps/s   {left} left")
 
 
 def report(run):
@@ -943,20 +984,20 @@ def report(run):
     change = "nothing was ever splatted into a target view"
     if early > 0:
         change = f"{100 * (late / early - 1):+.0f} %"
-    print(f"\n{title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
+    say(f"\n{title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
     said = {k: "none" if v is None else f"{v:.4f}" for k, v in run.measured.items()}
-    print(run.stage.summary.format(**{"shown_abs_rel": "unknown"} | said))
+    say(run.stage.summary.format(**{"shown_abs_rel": "unknown"} | said))
     weights = run.folder / run.stage.filename
-    print(f"Written to {run.folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
+    say(f"Written to {run.folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
     if run.stage.warning:
         banner(run.stage.warning)
-    print("Next,", run.stage.then.format(weights=weights, teacher=run.settings.get("teacher")))
+    say("Next, " + run.stage.then.format(weights=weights, teacher=run.settings.get("teacher")))
 
 
 @contextlib.contextmanager
 def plain_messages():
     """Bad input and Ctrl-C end the program with one sentence; warnings print as notes."""
-    warnings.showwarning = lambda message, *_: print(f"Note: {message}")
+    warnings.showwarning = lambda message, *_: say(f"Note: {message}")
     warnings.filterwarnings("ignore", "Grad strides do not match")  # costs DDP a copy, no more
     try:
         yield

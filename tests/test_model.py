@@ -49,6 +49,16 @@ def tiny_vit(seed=0, registers=0, mlp=M.Mlp):
     return vit.eval()
 
 
+def test_autocast_does_not_round_positions():
+    """bfloat16 would move them by up to half a pixel of a crop."""
+    points, affine = torch.rand(50, 2) * 2 - 1, torch.randn(3, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = M.moved(points, affine)
+    truth = torch.einsum("bij,pj->bpi", affine[..., :2].double(), points.double())
+    truth = truth + affine[:, None, :, 2].double()
+    assert (moved - truth).abs().max() < 1e-6
+
+
 # --------------------------------------------------------------------------- the transformer
 
 

@@ -1,6 +1,7 @@
 """train.py from its command line inwards, on a tiny transformer: what it writes and refuses."""
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -543,7 +544,7 @@ def begun(*arguments, steps=2, **limits):
     about = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, start_new_session=True, **about, **limits)
     lines, deadline = Path("runs/run/metrics.jsonl"), time.time() + 120
-    while not (lines.exists() and lines.read_text().count("\n") >= steps):
+    while steps and not (lines.exists() and lines.read_text().count("\n") >= steps):
         assert time.time() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
     return process
@@ -584,9 +585,9 @@ def test_after_a_kill_of_the_loader_or_of_all_a_resumed_run_is_the_same():
     assert all(torch.equal(whole[name], run[name]) for name in whole)
 
 
-def few_bytes():  # as if the disk were full: files end at 1 MB
+def few_bytes(size=10**6):  # as if the disk were full: files end at 1 MB
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_whole_files():
@@ -603,6 +604,68 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files():
     assert after.keys() == before.keys() and len(metrics("run")) in (step + 1, step + 2)
     same = [name for name in before if name != "metrics.jsonl"]
     assert all(after[name] == before[name] for name in same)
+
+
+def ended_in(process):
+    """The last line that a process prints which fails."""
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in out, out
+    return out.splitlines()[-1]
+
+
+def goes_on_as(whole):
+    """The run that failed, resumed, is the one that nothing disturbed."""
+    assert not list(Path("runs/run").glob("*.tmp"))
+    train.main(["--resume", "runs/run"])
+    assert metrics("run") == metrics(whole)
+
+
+def test_a_disk_too_full_for_metrics_or_a_preview_loses_nothing_written():
+    flags = f"{TINY} --workers 0 --steps 24 --checkpoint-every 99 --preview-every 20 --name"
+    train.main([*flags.split(), "whole"])
+    process = begun(*flags.split(), "run")
+    process.terminate()
+    process.communicate()
+    size = Path("runs/run/metrics.jsonl").stat().st_size
+    for name, room in (("metrics.jsonl", 20), ("preview_000020.png", 9000)):  # 20: half a line
+        limit = lambda: few_bytes(size + room)  # noqa: E731, B023
+        process = begun("--resume", "runs/run", preexec_fn=limit, steps=0)
+        assert ended_in(process) == f"runs/run/{name}: cannot be written (File too large)"
+    goes_on_as("whole")
+
+
+def bound_by_modes():
+    """Root without its right to ignore modes: a process that it then starts lacks it too."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+def test_a_folder_that_turns_read_only_is_one_sentence_and_loses_nothing_written():
+    flags = f"{TINY} --steps 16 --checkpoint-every 6 --name"
+    train.main([*flags.split(), "whole"])
+    process = begun(*flags.split(), "run", steps=7, preexec_fn=bound_by_modes)
+    os.chmod("runs/run", 0o555)
+    assert ended_in(process) == "runs/run/checkpoint.pt: cannot be written (Permission denied)"
+    process = begun("--resume", "runs/run", steps=0, preexec_fn=bound_by_modes)
+    assert ended_in(process).endswith("(Permission denied)")
+    os.chmod("runs/run", 0o755)
+    goes_on_as("whole")
+
+
+def test_a_reader_of_the_output_that_goes_away_does_not_end_the_run():
+    """As in `train.py | head -1`."""
+    process = begun(*TINY.split(), "--name", "run")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert torch.load("runs/run/checkpoint.pt")["step"] == len(metrics("run")) == 30
+
+
+def test_ctrl_c_while_the_model_is_built_is_one_word(monkeypatch):
+    pressed = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(train, "load_vit", pressed)
+    with pytest.raises(SystemExit, match="^Interrupted$"):
+        train.main(SMALL)
+    assert not Path("runs").exists()
 
 
 def test_a_run_killed_before_its_weights_were_written_writes_them_when_resumed():
@@ -641,6 +704,14 @@ def test_a_file_where_the_folder_belongs_is_named():
         (["--height", "10"], "--height must be at least 14, not 10"),
         (["--workers", "-1"], "--workers must be at least 0"),
         (["--seed", "-1"], "--seed must be at least 0"),
+        (["--height", "1000000"], "--height must be at most 4096, not 1000000"),
+        (["--prototypes", "1000000000"], "--prototypes must be at most 1048576"),
+        (["--workers", "100000"], "--workers must be at most 256"),
+        (["--batch-size", "10000000"], "--batch-size must be at most 4096"),
+        (["--lora-rank", "1000000"], "--lora-rank must be at most 65536"),
+        (["--lr", "1e31"], "--lr must be at most 10, not 1e[+]31"),
+        (["--clip", "inf"], "--clip must be at most 1000000000.0, not inf"),
+        (["--lora-alpha=-inf"], "--lora-alpha must be at least -1000000000.0, not -inf"),
         (["--teacher", "vit"], "unknown model 'vit'; known are"),
         (["--teacher-weights", "nothing.pth"], "nothing.pth: no such file"),
         (["--near", "5", "--far", "2"], "--far must be more than --near"),
@@ -723,6 +794,46 @@ def test_accumulated_batches_are_one_large_batch(precision, near, lr):
         for name, weight in large["model"].items():
             torch.testing.assert_close(weight, parts["model"][name], rtol=0, atol=1e-5, msg=name)
     assert (large["scaler"] == {}) and (parts["scaler"] != {}) == (precision == "fp16")
+
+
+def test_compiled_networks_train_alike():
+    flags = "--lora-dropout 0 --steps 2 --name".split()
+    train.main([*SMALL, *flags, "eager"])
+    frames = torch._dynamo.utils.counters["frames"]
+    frames.clear()
+    try:
+        train.main([*SMALL, *flags, "compiled", "--compile"])
+    except SystemExit as error:
+        pytest.skip(str(error))
+    assert frames["ok"] > 2  # a first one is the trial
+    for eager, compiled in zip(metrics("eager"), metrics("compiled"), strict=True):
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-4)
+    eager, compiled = (f"runs/{run}/student.safetensors" for run in ("eager", "compiled"))
+    assert load_file(eager).keys() == load_file(compiled).keys()
+    with safe_open(compiled, "pt") as file:
+        assert "--compile" in file.metadata()["command"].split()
+
+
+def test_without_a_compiler_compile_is_one_sentence(tmp_path):
+    env = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = begun(*TINY.split(), "--compile", steps=0, env=os.environ | env)
+    assert ended_in(process).startswith("--compile: torch.compile does not work here (")
+    assert not Path("runs").exists()
+
+
+def test_float32_takes_no_tf32(monkeypatch):
+    """And cameras are never multiplied in it: only convolutions and splatted features are."""
+    asked, rasterize = [], M.rasterize
+    note = lambda *a, **k: asked.append(k["precision"]) or rasterize(*a, **k)  # noqa: E731
+    monkeypatch.setattr(M, "rasterize", note)
+    for precision, allowed in (("auto", True), ("float32", False)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+        torch.backends.cuda.matmul.allow_tf32 = True  # as a user's environment may have it
+        train.main([*SMALL, "--steps", "1", "--precision", precision])
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert set(asked) == {"tf32" if allowed else "ieee"}
+        asked.clear()
 
 
 def test_a_clock_that_jumps_back_disturbs_nothing(monkeypatch, capsys):
