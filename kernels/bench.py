@@ -278,6 +278,14 @@ def predicted(name, slots, card):
     return {"blending": round(1e3 * max(times), 2), "call": round(1e3 * call, 2)}
 
 
+def prediction(row, report, card):
+    """Of a report of this card, what was predicted for what a row measures, or None."""
+    what = tuple(row.get(k) for k in ("workload", "C", "way"))
+    for guess in report.get("predicted", ()):
+        if guess["card"] == card and what == ("paper", *MEASURED.get(guess["predicted"], ())):
+            return f"{guess['call']} ms"
+
+
 def slots_report(rows):
     """Lines about a compile report: predictions, marked as such, and last the slots on sm_90."""
     slots = {(row["kernel"], row["target"]): row.get("slots") for row in rows}
@@ -383,11 +391,7 @@ def main():
     if card:
         report_compiled(CARDS[card][-1:], report, lambda row: None)
     for row in run("cuda" if on_gpu else "cpu", scene, device):
-        what = tuple(row.get(k) for k in ("workload", "C", "way"))
-        for guess in report.get("predicted", ()):
-            if guess["card"] == card and what == ("paper", *MEASURED.get(guess["predicted"], ())):
-                row["predicted"] = f"{guess['call']} ms"
-        keep("rows", row)
+        keep("rows", row | dict(predicted=prediction(row, report, card)))
     print("\n| aim | | found |\n| --- | --- | --- |")
     for what, aim, found in aims(report["rows"]):
         print(f"| {what} | {aim} | {'not measured yet' if found is None else f'{found:.3g}'} |")

@@ -117,6 +117,11 @@ def test_predictions_are_the_model():
     )
     assert bench.predicted("dense tf32", 1.0, "H100")["blending"] > 0.4  # memory bounds it
     assert all(row["call"] > row["blending"] for row in lines)
+    measured, report = dict(workload="paper", C=3, way="ours"), dict(predicted=lines)
+    expected = next(row for row in lines if (row["predicted"], row["card"]) == ("C = 3", "A100"))
+    assert bench.prediction(measured, report, "A100") == f"{expected['call']} ms"
+    assert bench.prediction(measured | dict(way="torch"), report, "A100") is None
+    assert bench.prediction(measured, report, None) is None
 
 
 def test_errors_leave_out_pixels_where_rounding_decided():
