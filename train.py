@@ -749,7 +749,21 @@ class Run:
                 raise ValueError(f"metrics.jsonl lacks some of its {step} steps")
         run = cls(settings)
         with data.naming(path, "not of this version, or damaged"):
-            run.restore(saved)
+            if form(saved["model"]) != form(trained(run.model)):
+                raise ValueError("its parameters are not those that its settings train")
+            run.model.load_state_dict(saved["model"], strict=False)
+            run.optimizer.load_state_dict(saved["optimizer"])
+            run.schedule.load_state_dict(saved["schedule"])
+            run.scaler.load_state_dict(saved["scaler"])
+            moments = [(p, s[k]) for p, s in run.optimizer.state.items() for k in s if k != "step"]
+            if not all(p.isfinite().all() and m.shape == p.shape for p, m in moments):
+                raise ValueError("NaN or infinite weights, or another optimiser's")
+            rates = [group["lr"] for group in run.optimizer.param_groups]
+            if run.schedule.last_epoch != step or run.schedule.get_last_lr() != rates:
+                raise ValueError("its schedule is at another step")
+            if saved["frozen"] != run.frozen:
+                raise ValueError("the weights that it does not train are not those it began with")
+            run.seconds, run.measured = float(saved["seconds"]), dict(saved["measured"])
             rng, cuda_rng = saved["rng"], saved["cuda_rng"][: torch.cuda.device_count()]
             torch.set_rng_state(rng)
         run.folder, run.step, run.first, run.samples = folder, step, step, samples
@@ -768,25 +782,6 @@ class Run:
         torch.set_rng_state(rng)
         torch.cuda.set_rng_state_all(cuda_rng)
         return run
-
-    def restore(self, saved):
-        """Take over what a checkpoint has of model, optimiser and schedule. ValueError: it does not
-        fit, or has values that training cannot have left."""
-        if form(saved["model"]) != form(trained(self.model)):
-            raise ValueError("its parameters are not those that its settings train")
-        self.model.load_state_dict(saved["model"], strict=False)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
-        self.scaler.load_state_dict(saved["scaler"])
-        moments = [(p, s[k]) for p, s in self.optimizer.state.items() for k in s if k != "step"]
-        if not all(p.isfinite().all() and m.shape == p.shape for p, m in moments):
-            raise ValueError("NaN or infinite weights, or another optimiser's")
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        if self.schedule.last_epoch != saved["step"] or self.schedule.get_last_lr() != rates:
-            raise ValueError("its schedule is at another step")
-        if saved["frozen"] != self.frozen:
-            raise ValueError("the weights that it does not train are not those it began with")
-        self.seconds, self.measured = float(saved["seconds"]), dict(saved["measured"])
 
     def lock(self):
         """Keep others out of the folder while this process lives. SystemExit: one is in it."""
