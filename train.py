@@ -645,6 +645,30 @@ def checksum(tensors):  # the same on any device
     return functools.reduce(lambda sum, array: zlib.crc32(array, sum), whole, 0)
 
 
+def read_checkpoint(path):
+    """What Run.save wrote {name: value}, and the lines of metrics.jsonl up to there, as bytes.
+    ValueError: it is damaged, or its parts contradict each other."""
+    with data.naming(path, "not a checkpoint of train.py"):
+        saved = torch.load(data.unpacked(path), map_location="cpu", weights_only=True)
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a bit of it has changed")
+        settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
+        lines = path.with_name("metrics.jsonl").read_bytes()[: saved["written"]]
+        known = SETTINGS[settings["stage"]].keys() | {"stage", "preset"}
+        if settings.keys() != known or settings["preset"] not in ("demo", "paper"):
+            raise ValueError("its settings are those of another version")
+        try:
+            check(settings)
+        except SystemExit as error:
+            raise ValueError(error) from None
+        logged = [json.loads(line)["step"] for line in lines.splitlines()]
+        if {type(step), type(samples)} != {int} or samples < 0 or step > settings["steps"]:
+            raise ValueError(f"step {step} of {settings['steps']}, {samples} samples")
+        if logged != list(range(1, step + 1)):
+            raise ValueError(f"metrics.jsonl lacks some of its {step} steps")
+    return saved, lines
+
+
 def compile_blocks(model, device):
     """Compile, in place, the blocks that its networks repeat: those that are alike at once.
     SystemExit: there is no compiler that works."""
@@ -729,24 +753,8 @@ class Run:
         """A run as its checkpoint has it. SystemExit: it does not fit, or nothing is left to do."""
         path = folder if folder.is_file() else folder / "checkpoint.pt"
         folder = path.parent
-        with data.naming(path, "not a checkpoint of train.py"):
-            saved = torch.load(data.unpacked(path), map_location="cpu", weights_only=True)
-            if zipfile.ZipFile(path).testzip():
-                raise ValueError("a bit of it has changed")
-            settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
-            lines = (folder / "metrics.jsonl").read_bytes()[: saved["written"]]
-            known = SETTINGS[settings["stage"]].keys() | {"stage", "preset"}
-            if settings.keys() != known or settings["preset"] not in ("demo", "paper"):
-                raise ValueError("its settings are those of another version")
-            try:
-                check(settings)
-            except SystemExit as error:
-                raise ValueError(error) from None
-            logged = [json.loads(line)["step"] for line in lines.splitlines()]
-            if {type(step), type(samples)} != {int} or samples < 0 or step > settings["steps"]:
-                raise ValueError(f"step {step} of {settings['steps']}, {samples} samples")
-            if logged != list(range(1, step + 1)):
-                raise ValueError(f"metrics.jsonl lacks some of its {step} steps")
+        saved, lines = read_checkpoint(path)
+        settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
         run = cls(settings)
         with data.naming(path, "not of this version, or damaged"):
             if form(saved["model"]) != form(trained(run.model)):
