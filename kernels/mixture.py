@@ -65,6 +65,8 @@ def store_mixture(out_ptr, tokens_ptr, W, tokens, pixel, inside, C, first_walk,
                   BLOCK_C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                   FAST: tl.constexpr):  # fmt: skip
     """out = W @ tokens, or what it adds in a later walk."""
+    if not first_walk:
+        tl.debug_barrier()  # other threads may have stored what this one loads
     W, token, real = operand(W, DTYPE, PRECISION, FAST), tokens.to(tl.int64), tokens < NONE
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
