@@ -661,7 +661,7 @@ def test_a_reader_of_the_output_that_goes_away_does_not_end_the_run():
 
 
 def test_ctrl_c_while_the_model_is_built_is_one_word(monkeypatch):
-    pressed = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    pressed = lambda *_: signal.raise_signal(signal.SIGINT)  # noqa: E731
     monkeypatch.setattr(train, "load_vit", pressed)
     with pytest.raises(SystemExit, match="^Interrupted$"):
         train.main(SMALL)
