@@ -20,7 +20,10 @@ import reconstruct
 import train
 
 H, W, V = 112, 112, 2
+# At import: autograd counts devices when it first runs
+_setup_privateuseone_for_python_backend("gpu")
 LIBRARY = torch.library.Library("_", "IMPL")  # under autocast, operators as they are
+LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 MODE = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
 
 
@@ -37,9 +40,6 @@ def choose(tensor, index):
 @pytest.fixture
 def gpu(monkeypatch):
     """Inside, device "gpu" has fake tensors, which kernels and autocast take for a GPU's."""
-    if not hasattr(torch, "gpu"):
-        _setup_privateuseone_for_python_backend("gpu")
-        LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     on_gpu = property(lambda t: t.device.type == "gpu")
     monkeypatch.setattr(FakeTensor, "is_cuda", on_gpu, raising=False)
     torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]
