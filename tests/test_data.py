@@ -1565,7 +1565,7 @@ def test_photos_of_rooms_are_their_frames():
 
 def test_how_fast_a_capture_loads_is_a_commands_output(tmp_path, monkeypatch, capsys):
     clock = iter([0.0, 4.0])
-    monkeypatch.setattr(data.time, "time", lambda: next(clock))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock, 9.0))
     data.main("--height 8 --width 10 --workers 0 --samples 6".split())
     # Two context views and a target each
     assert capsys.readouterr().out == "4.5 images of 8 x 10 a second by 0 processes\n"

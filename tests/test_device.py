@@ -5,6 +5,8 @@ Fake tensors have shapes, types and a device, and no values. A tensor that is ma
 than those that it meets raises. What kernels compute is tested elsewhere.
 """
 
+import subprocess
+import sys
 import types
 
 import pytest
@@ -20,10 +22,17 @@ import reconstruct
 import train
 
 H, W, V = 112, 112, 2
-# At import: autograd counts devices when it first runs
-_setup_privateuseone_for_python_backend("gpu")
+
+
+def test_what_only_a_gpu_runs():
+    """Every trace_ below, in a process of its own: a device once registered stays."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short",
+               "--show-capture=no", "-o", "python_functions=trace_*", __file__]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and "9 passed" in run.stdout, run.stdout[-5000:]
+
+
 LIBRARY = torch.library.Library("_", "IMPL")  # under autocast, operators as they are
-LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 MODE = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
 
 
@@ -40,6 +49,9 @@ def choose(tensor, index):
 @pytest.fixture
 def gpu(monkeypatch):
     """Inside, device "gpu" has fake tensors, which kernels and autocast take for a GPU's."""
+    if not hasattr(torch, "gpu"):
+        _setup_privateuseone_for_python_backend("gpu")
+        LIBRARY.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     on_gpu = property(lambda t: t.device.type == "gpu")
     monkeypatch.setattr(FakeTensor, "is_cuda", on_gpu, raising=False)
     torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]
@@ -98,7 +110,7 @@ def take_step(stage, batch):
 
 @pytest.mark.parametrize("loss", ["contrastive", "both"])
 @pytest.mark.parametrize("geometry", ["depth", "photos"])
-def test_distillation(gpu, loss, geometry):
+def trace_distillation(gpu, loss, geometry):
     method = {name: row.demo for name, row in train.METHOD.items()}
     method |= dict(loss=loss, blend=0.5, prototypes=32, head_dim=16, bottleneck_dim=8)
     with gpu:
@@ -119,7 +131,7 @@ def preview(stage, batch):
 
 
 @pytest.mark.parametrize("coarse", [0, 1])
-def test_reconstruction(gpu, coarse):
+def trace_reconstruction(gpu, coarse):
     with gpu:
         network = reconstruct.MVSplat(reconstruct.SMALL)
         network = reconstruct.Reconstruction(network, 3.0, 50.0, 0.2).train()
@@ -129,7 +141,7 @@ def test_reconstruction(gpu, coarse):
     preview(stage, batch_of(gpu))
 
 
-def test_pretraining(gpu):
+def trace_pretraining(gpu):
     with gpu:
         network = model.Pretraining(model.ViT(48, 2, 3), 0.07, 0.1, True).train()
     stage = stage_of(train.Pretrain, network, precision="auto")
@@ -140,7 +152,7 @@ def test_pretraining(gpu):
     preview(stage, batch | {"photos": torch.empty(4, 3, H, W, device=gpu)})
 
 
-def test_features_of_probes(gpu, monkeypatch):
+def trace_features_of_probes(gpu, monkeypatch):
     monkeypatch.setattr(evaluate, "DEVICE", "gpu")
     with gpu:
         vits = [model.ViT(48, 2, 3), model.ViT(48, 2, 3, patch=16)]
@@ -151,7 +163,7 @@ def test_features_of_probes(gpu, monkeypatch):
     assert patches.shape == (2, 2 * 2 * 48, 8, 9) and patches.dtype == torch.half
 
 
-def test_a_tensor_on_the_wrong_device_is_found(gpu):
+def trace_a_tensor_on_the_wrong_device_is_found(gpu):
     """What this file relies on."""
     batch = batch_of(gpu)
     batch["context"]["Ks"] = torch.empty(2, V, 3, 3)
