@@ -677,6 +677,7 @@ def compile_blocks(model, device):
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise SystemExit(f"--compile: torch.compile does not work here ({reason})") from None
+    torch._dynamo.config.recompile_limit = 64  # a block has many widths, in training and previews
     for module in model.modules():
         if isinstance(module, (Block, ResidualBlock, AttentionLayer, UNetResidual)):
             module.compile(dynamic=False)
@@ -1021,6 +1022,9 @@ def sentence(error):
     if any(sign in str(error) for sign in signs):  # at any moment, so that it may be wrapped
         killed = "a process that loads data was killed, as for want of memory or of /dev/shm"
         return f"{killed} (--workers); --resume goes on from the checkpoint"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = str(error).strip().partition("\n")[0]
+        return f"--compile failed ({reason}); torch's cache of compiled code may need emptying"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, RuntimeError):

@@ -52,7 +52,7 @@ def metrics(name):
 
 def wait_for_steps(process, name, steps):
     path = Path("runs", name, "metrics.jsonl")
-    for _ in range(4000):
+    for _ in range(8000):
         if path.exists() and path.read_text().count("\n") >= steps:
             return
         assert process.poll() is None, process.stdout.read()
