@@ -502,11 +502,25 @@ STAGES = {"distill": Distill, "reconstruct": Reconstruct, "pretrain": Pretrain}
 
 
 # ------------------------------------------------------------------------------ what is written
+@contextlib.contextmanager
+def children_later():
+    """Inside, nobody hears of a loader that is killed: torch's handler raises where it is called, and
+    the file that is being written would get the blame. It is called at the end."""
+    handler, late = signal.getsignal(signal.SIGCHLD), []
+    signal.signal(signal.SIGCHLD, lambda *call: late.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    if late and callable(handler):
+        handler(*late[0])
+
+
 def replace_file(path, write):
     """Write a file beside its place, flush it to disk and rename it: there is always a whole one.
     ValueError: it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
-    with data.naming(path, "cannot be written"):
+    with children_later(), data.naming(path, "cannot be written"):
         try:
             write(temporary)
             with open(temporary, "rb") as file:

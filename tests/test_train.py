@@ -663,8 +663,31 @@ def test_a_reader_of_the_output_that_goes_away_does_not_end_the_run():
 def test_ctrl_c_while_the_model_is_built_is_one_word(monkeypatch):
     pressed = lambda *_: signal.raise_signal(signal.SIGINT)  # noqa: E731
     monkeypatch.setattr(train, "load_vit", pressed)
-    with pytest.raises(SystemExit, match="^Interrupted$"):
-        train.main(SMALL)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        with pytest.raises(SystemExit, match="^Interrupted$"):
+            train.main(SMALL)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_loader_killed_while_a_file_is_written_is_heard_of_after_it(tmp_path):
+    """Torch's handler of SIGCHLD raises; the file is whole, and is not named."""
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def write(path):
+        signal.raise_signal(signal.SIGCHLD)
+        path.write_text("whole")
+
+    before = signal.signal(signal.SIGCHLD, killed)
+    try:
+        with pytest.raises(RuntimeError, match="^DataLoader worker"):
+            train.replace_file(tmp_path / "file", write)
+        assert signal.getsignal(signal.SIGCHLD) is killed
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert (tmp_path / "file").read_text() == "whole"
     assert not Path("runs").exists()
 
 
