@@ -504,7 +504,7 @@ STAGES = {"distill": Distill, "reconstruct": Reconstruct, "pretrain": Pretrain}
 # ------------------------------------------------------------------------------ what is written
 @contextlib.contextmanager
 def children_later():
-    """Inside, nobody hears of a loader that is killed: torch's handler raises where it is called, and
+    """Inside, nobody hears of a killed loader: torch's handler raises where it is called, and
     the file that is being written would get the blame. It is called at the end."""
     handler, late = signal.getsignal(signal.SIGCHLD), []
     signal.signal(signal.SIGCHLD, lambda *call: late.append(call))
