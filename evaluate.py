@@ -334,18 +334,18 @@ def fields(models, settings, folder):
             ways[f"{FEED_FORWARD}, across segments"] = network, whole
         ways |= {"sensor depth": (SensorDepth(), context)} if deep else {}
         for way, (geometry, given) in ways.items():
-            started = time.time()
+            started = time.monotonic()
             field = reconstruct(given, geometry, vit)
-            seconds[way], shown[way] = time.time() - started, rendered(field, held)
+            seconds[way], shown[way] = time.monotonic() - started, rendered(field, held)
             if way == FEED_FORWARD:
                 start = field._replace(features=torch.zeros_like(field.features))
-                started = time.time() - seconds[way]
+                started = time.monotonic() - seconds[way]
                 field = averaged(field, given, vit)
-                seconds[MEAN], shown[MEAN] = time.time() - started, rendered(field, held)
+                seconds[MEAN], shown[MEAN] = time.monotonic() - started, rendered(field, held)
         for steps in settings.steps:
-            started = time.time()
+            started = time.monotonic()
             field = optimise(start, context, vit, steps)
-            way, took = f"optimised, {steps} steps", time.time() - started
+            way, took = f"optimised, {steps} steps", time.monotonic() - started
             seconds[way], shown[way] = seconds[FEED_FORWARD] + took, rendered(field, held)
         for way, view in shown.items():
             row = {"seconds": seconds.get(way)} | field_errors(view, own, held)

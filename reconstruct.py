@@ -1231,11 +1231,11 @@ def reconstruction(settings, folder, counted, draw):
                            for part in ("context", "target"))  # fmt: skip
         shown = {NEAREST: nearest_photo(context, target)}
         for name, way in ways.items():
-            started = time.time()
+            started = time.monotonic()
             gaussians = way(context)
             if name in networks:
                 float(gaussians.means.sum())  # waits for a GPU
-                seconds[name].append(time.time() - started)
+                seconds[name].append(time.monotonic() - started)
                 if not (folder / "scene.ply").exists():
                     save_ply(folder / "scene.ply", gaussians)
             photo, depth, alphas = render(gaussians, target["extrinsics"], target["Ks"], W, H)
@@ -1480,7 +1480,7 @@ def run(settings):
     from evaluate import counted
     from train import banner, free_folder, replace_file
 
-    started, poses = time.time(), ()
+    started, poses = time.monotonic(), ()
     if settings["render"]:
         poses = read_poses(settings["render"])
     views, name, photos = load_capture(settings)
@@ -1521,7 +1521,7 @@ def run(settings):
     if warning:
         banner(warning)
     written = " ".join(sorted(path.name for path in folder.iterdir()))
-    print(f"Written to {folder}/ in {time.time() - started:.0f} s: {written}")
+    print(f"Written to {folder}/ in {time.monotonic() - started:.0f} s: {written}")
 
 
 def print_psnr(field, views):

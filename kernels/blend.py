@@ -30,11 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import torch_backend
+from .projection import LN2, MAX_ALPHA, MIN_ALPHA
 
-MAX_ALPHA = tl.constexpr(torch_backend.MAX_ALPHA)
-MIN_ALPHA = tl.constexpr(torch_backend.MIN_ALPHA)
 MIN_TRANSMITTANCE = tl.constexpr(torch_backend.MIN_TRANSMITTANCE)
-LN2 = tl.constexpr(0.6931471805599453)
 KO = tl.constexpr(4)  # with the 8 columns of a tile the 32 lanes of a warp
 
 
