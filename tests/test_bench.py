@@ -23,15 +23,22 @@ counted = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
+    """What all kernels compile to, both targets at once."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    out = tmp_path_factory.mktemp("bench") / "bench.json"
-    command = [sys.executable, "-m", "kernels.bench", "--out", out, "--compile", *TARGETS]
-    root = Path(__file__).parent.parent
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = json.loads(out.read_text())
-    assert run.stdout.splitlines()[-1] == report["slots"]
-    return {(row["kernel"], row["target"]): row for row in report["compiled"]}
+    command = [sys.executable, "-m", "kernels.bench", "--compile"]
+    about = dict(env=environment, cwd=Path(__file__).parent.parent, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    outs = {target: tmp_path_factory.mktemp("bench") / f"{target}.json" for target in TARGETS}
+    runs = {target: subprocess.Popen([*command, target, "--out", out], **about, **pipes)
+            for target, out in outs.items()}  # fmt: skip
+    rows = {}
+    for target, run in runs.items():
+        printed, errors = run.communicate()
+        assert run.returncode == 0, errors[-3000:]
+        report = json.loads(outs[target].read_text())
+        assert target != "90" or printed.splitlines()[-1] == report["slots"]
+        rows |= {(row["kernel"], row["target"]): row for row in report["compiled"]}
+    return rows
 
 
 def test_every_kernel_compiles(report):

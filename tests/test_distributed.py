@@ -32,6 +32,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # exact on a CPU
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def start(launcher, *options, script=SCRIPT):
@@ -64,7 +68,7 @@ def wait_for_steps(process, name, steps):
 def test_two_processes_train_as_one_with_twice_the_batch(stage):
     options = f"{STAGES[stage]} --steps 3 --preview-every 2".split()
     out = finished(start(TORCHRUN, *options, "--batch-size", "1", "--name", "two"))
-    finished(start([sys.executable], *options, "--batch-size", "2", "--name", "one"))
+    train.main([*options, "--batch-size", "2", "--name", "one"])
     assert out.count("step 3/3") == 1  # the first process alone prints
     one, two = metrics("one"), metrics("two")
     assert len(one) == len(two) == 3
@@ -114,10 +118,10 @@ def in_this_process(load_views):  # the loader's process would keep what it saw 
 
 
 def test_torchrun_restarts_a_killed_process_from_the_checkpoint():
-    options = f"{STAGES['distill']} --steps 12 --checkpoint-every 2 --name".split()
+    options = f"{STAGES['distill']} --steps 8 --checkpoint-every 2 --name".split()
     finished(start(TORCHRUN, *options, "whole"))
     process = start([*TORCHRUN, "--max-restarts", "1"], *options, "killed")
-    wait_for_steps(process, "killed", 5)
+    wait_for_steps(process, "killed", 3)
     os.kill(youngest_child(process), signal.SIGKILL)
     finished(process)
     assert metrics("killed") == metrics("whole")
@@ -143,12 +147,12 @@ def test_what_all_processes_find_wrong_is_said_once(tmp_path):
 def test_two_processes_evaluate_as_one(task):
     """The same table to the last bit: features are shared out, and every probe sees them all."""
     options = f"--task {task} --teacher vit_tiny14 --seeds 2 --image-size 56 56".split()
-    outs = [finished(start(launcher, *options, script=evaluate.__file__))
-            for launcher in (TORCHRUN, [sys.executable])]  # fmt: skip
+    out = finished(start(TORCHRUN, *options, script=evaluate.__file__))
+    evaluate.main(options)
     two, one = (json.loads(Path(f"runs/evaluation/{options[1]}-{i}/results.json").read_text())
                 for i in (1, 2))  # fmt: skip
     assert one["per_seed"] == two["per_seed"] and one["summary"] == two["summary"]
-    assert "vit_tiny14" in one["summary"] and outs[0].count("Written to") == 1
+    assert "vit_tiny14" in one["summary"] and out.count("Written to") == 1
     sheets = [sorted(p.name for p in Path(f"runs/evaluation/{options[1]}-{i}").glob("*.png"))
               for i in (1, 2)]  # fmt: skip
     assert sheets[0] == sheets[1] != []

@@ -147,14 +147,14 @@ def test_triton_matches_torch(scene):
 
 
 @pytest.mark.parametrize("faint", [True, False])
-def test_ten_thousand_gaussians_in_one_tile(faint):
+def test_two_thousand_gaussians_in_one_tile(faint):
     """Past faint specks every pixel sees to the end of the list; a few bright ones close it."""
     g = torch.Generator().manual_seed(0)
-    N, C, size = 10_000, 5, 8
+    N, C, size = 2000, 5, 8
     z = 1 + 3 * torch.rand(N, 1, generator=g)
     means = torch.cat([(torch.rand(N, 2, generator=g) - 0.5) * z, z], 1)[None]
     covars = torch.eye(3).expand(1, N, 3, 3) * (0.02 * z**2)[None, ..., None] / size**2
-    opacities = (0.03 if faint else 0.9) * torch.rand(1, N, generator=g)
+    opacities = (0.1 if faint else 0.9) * torch.rand(1, N, generator=g)
     features = torch.randn(1, N, C, generator=g)
     K = torch.tensor([[size, 0, size / 2], [0, size, size / 2], [0, 0, 1]])[None, None]
     tensors = (means, covars, opacities, features, torch.eye(4)[None, None], K)
@@ -333,7 +333,7 @@ def test_unchanged_under_rigid_motion_of_world_and_camera(backend):
 @both_backends
 def test_feature_gradient_is_the_adjoint(backend):
     """<rasterize(f), g> = <f, gradient>: the product and its transpose are of the same matrix."""
-    scene = make_scene(7, B=2, V=2, N=23, C=5)
+    scene = make_scene(7, B=2, V=2, N=17, C=5, width=11, height=9)
     scene[3].requires_grad_()
     out, _ = rasterize(*scene, backend=backend)
     g = torch.randn_like(out)
@@ -415,7 +415,7 @@ def test_a_mixture_of_bfloat16_tokens(backend):
 @pytest.mark.parametrize(
     "B,V,N,M,C,J",
     [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4),
-     (1, 1, 29, 100, 7, 4), (1, 2, 61, 64, 17, 3), (1, 1, 16, 32, 5, 2)],  # more than 32 in a tile
+     (1, 1, 29, 100, 7, 4), (1, 1, 61, 64, 17, 3), (1, 1, 16, 32, 5, 2)],  # more than 32 in a tile
 )  # fmt: skip
 def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J):
     """Values, and gradients of all four, against the float64 loop on dense features."""
@@ -522,7 +522,7 @@ def test_parts_of_images_are_those_of_the_whole(backend, mixed, B, V, N):
 @pytest.mark.parametrize("mixed,compiler", [(False, "inductor"), (True, "aot_eager")])
 def test_compiles_into_one_graph_without_a_break(mixed, compiler):
     """Values and gradients are those without the compiler; fullgraph raises at a break."""
-    scene = make_scene(22, B=2, V=2, N=23, C=5)
+    scene = make_scene(22, B=2, V=2, N=11, C=5, width=11, height=7)
     if mixed:
         scene[3] = mixture_for(scene, M=6)
 
@@ -551,7 +551,7 @@ def test_operators_keep_torchs_rules(op):
     from kernels.projection import project
     from kernels.tiles import list_tiles
 
-    scene = make_scene(23, B=1, V=2, N=9, C=3)
+    scene = make_scene(23, B=1, V=2, N=5, C=3, width=9, height=7)
     means, covars, opacities, features, viewmats, Ks, width, height = scene
     tensors = means.requires_grad_(), covars.requires_grad_(), opacities, viewmats, Ks
     arguments = *tensors, width, height, 0.01, 1e10, 0.3
@@ -614,7 +614,7 @@ def test_gradients_stay_finite_for_needles_and_points(backend):
 
 @both_backends
 def test_memory_layout_does_not_matter(backend):
-    scene = make_scene(16, B=2, V=2, N=17, C=5)
+    scene = make_scene(16, B=2, V=2, N=17, C=5, width=11, height=9)
     strided = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in scene[:6]] + scene[6:]
     assert not any(t.is_contiguous() for t in strided[:6])
     for a, b in zip(rasterize(*scene, backend=backend), rasterize(*strided, backend=backend)):
