@@ -1,21 +1,20 @@
-"""Posed views to learn from: procedural rooms, captures on disk, and samples of either.
+"""Procedural rooms, posed captures on disk, labelled photos, and samples of them.
 
-Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
+Two kinds of scene, `Room` and `PosedFolder`, have the same interface:
 
     len(scene), scene.name         number of frames along the camera path; str
-    scene.numbers                  of the frames, rising; gaps between views are counted in them
+    scene.numbers                  the frames' increasing numbers, by which gaps are measured
     scene.has_depth, .has_masks    bool, for the whole scene
     scene.frame(i, height, width)  dict of tensors:
         images [3, H, W] in 0..1, extrinsics [4, 4] camera-to-world with OpenCV axes (x right, y
-        down, z forward), Ks [3, 3] pixels (the centre of pixel (0, 0) is at (0.5, 0.5)), all
-        float32; masks [H, W] int64 segment ids, zeros if the scene has none; if has_depth depths
-        [H, W] float32, z-depth in metres, 0 = unknown
-        PosedFolder: valid [H, W] bool, False where a validity mask excludes
-        Room: normals [3, H, W] float32, unit, in camera axes, towards the camera; classes [H, W]
-        int64, index into CLASSES
+        down, z forward), Ks [3, 3] pixels (pixel (0, 0) has its centre at (0.5, 0.5)), all float32;
+        masks [H, W] int64 segment ids, zeros if the scene has none;
+        if has_depth: depths [H, W] float32, z-depth in metres, 0 = unknown;
+        PosedFolder: valid [H, W] bool, False where a validity mask excludes a pixel;
+        Room: normals [3, H, W] float32, unit, in camera axes, towards the camera,
+        and classes [H, W] int64, indices into CLASSES
 
-`Views` draws context views and a target from such scenes, as in Splat and Distill
-(arXiv 2602.06032). A sample depends on (seed, index) alone, so a resumed run sees the same data.
+`Views` draws context views and a target from scenes, as in Splat and Distill (arXiv 2602.06032).
 """
 
 import argparse
@@ -43,8 +42,8 @@ import torch
 from PIL import Image, ImageOps
 
 # -------------------------------------------------------------------------------------------------
-# Procedural rooms. The world is z-up, in metres; the middle of the floor is the origin.
-# A solid is a unit shape, scaled, turned about z and moved. Points and rays are [3, N].
+# Procedural rooms. World: z up, metres, origin in the middle of the floor. Points, rays: [3, N].
+# A solid is a unit shape, scaled, turned about z and moved.
 
 CLASSES = tuple("unlabelled floor wall ceiling door window picture rug light table chair cabinet "
                 "sofa bed lamp plant box ball vase cone".split())  # fmt: skip
@@ -94,8 +93,8 @@ PAINTS = {
 FRAMES = {"door": 0.1, "window": 0.06, "picture": 0.06, "rug": 0.08}  # see Solid
 GLOWS = {"window": 1.5, "light": 3.0}
 
-# Furniture stands on z = 0 with its back towards -y. Its sizes are drawn from ranges (m) and give
-# its parts: (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
+# Furniture stands on z = 0 with its back towards -y: ranges of sizes (m), and from sizes the parts:
+# (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
 CORNERS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
 FURNITURE = {
     "table": ([(0.4, 0.8), (0.3, 0.45), (0.32, 0.37), (0.02, 0.04)], lambda x, y, z, r: [
@@ -134,12 +133,12 @@ CROWNS = {  # of plants, (height over the pot, half width, half height) in metre
     "cone": ((0.15, 0.3, 0.2), (0.35, 0.25, 0.2), (0.55, 0.18, 0.2)),
     "sphere": ((0.12, 0.2, 0.2), (0.3, 0.24, 0.24), (0.5, 0.17, 0.17)),
 }
-PLACES = {  # what stands there; twice is twice as often
+PLACES = {  # where furniture goes, and kinds to choose from; listed twice: chosen twice as often
     "wall": "cabinet sofa bed lamp plant cabinet", "top": "ball vase cone box",
     "free": "table chair box ball cone table chair",
 }  # fmt: skip
-TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where "top" is: x / half width
-OWN_PAINTS = {  # tried in turn with these chances; all else is painted flat or round
+TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # places on top: x / half width
+OWN_PAINTS = {  # paints to try first, with their chances; otherwise "flat" or "round"
     "plant": {"leaves": 1}, "cabinet": {"books": 0.4, "wood": 0.6},
     "table": {"wood": 0.6}, "chair": {"wood": 0.6},
 }  # fmt: skip
@@ -147,15 +146,15 @@ OWN_PAINTS = {  # tried in turn with these chances; all else is painted flat or 
 
 def parts_of(kind, rng):
     """The parts of a piece of furniture of random size."""
-    ranges, parts = FURNITURE[kind]
+    ranges, build = FURNITURE[kind]
     sizes = [rng.uniform(*ends) for ends in ranges]
-    crown = []
+    parts = build(*sizes)
     if kind == "plant":
         shape = "cone" if rng.uniform() < 0.5 else "sphere"
         at = np.zeros((3, 2)) if shape == "cone" else rng.uniform(-0.13, 0.13, (3, 2))
-        crown = [(shape, (*xy, 2 * sizes[1] + up), (r, r, z), 0)
-                 for xy, (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
-    return parts(*sizes) + crown
+        parts += [(shape, (x, y, 2 * sizes[1] + up), (r, r, z), 0)
+                  for (x, y), (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
+    return parts
 
 
 class Solid(NamedTuple):
@@ -174,13 +173,13 @@ class Solid(NamedTuple):
 
 
 def matmul(a, b):
-    """a [M, 3] @ b [3, N] without a BLAS, whose threads cost more than three terms."""
+    """a [M, 3] @ b [3, N], without BLAS: starting its threads costs more than the sum."""
     return a[:, 0, None] * b[0] + a[:, 1, None] * b[1] + a[:, 2, None] * b[2]
 
 
 def hit_box(o, d):
-    """Where rays o [3] + t d [3, N], in the axes of a unit box, enter it from outside: t [N], inf
-    for a miss, and outward normals [3, N] of any length. It is the last of three slabs."""
+    """Where rays o [3] + t d [3, N], in the axes of the unit box, enter it from outside: t [N], inf
+    for a miss, and outward normals [3, N] of any length."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (-1 - o[:, None]) / d, (1 - o[:, None]) / d
     enter, leave = np.minimum(a, b), np.maximum(a, b)
@@ -189,10 +188,10 @@ def hit_box(o, d):
 
 
 def cross_ball(o, d):
-    """Through the unit ball or disc: the middle t [N], half the duration [N], met at all [N]."""
+    """Rays through the unit ball or disc: t at the middle [N], half the chord [N] in t, hit [N]."""
     square = (d * d).sum(0) + 1e-12
     middle = -(o @ d) / square
-    closest = o[:, None] + middle * d  # measured from here float32 loses nothing
+    closest = o[:, None] + middle * d  # the radius from here keeps float32's precision
     inside = 1 - (closest * closest).sum(0)
     return middle, np.sqrt(np.maximum(inside, 0) / square), inside > 0
 
@@ -205,7 +204,7 @@ def hit_sphere(o, d):
 
 
 def hit_cylinder(o, d):
-    """As `hit_box`, for x^2 + y^2 <= 1, |z| <= 1: the later of the round wall and the slab."""
+    """As `hit_box`, for x^2 + y^2 <= 1, |z| <= 1."""
     middle, reach, near = cross_ball(o[:2], d[:2])
     dz = np.where(d[2] == 0, 1e-12, d[2])
     wall, cap = middle - reach, -o[2] / dz - np.abs(1 / dz)
@@ -217,8 +216,8 @@ def hit_cylinder(o, d):
 
 
 def hit_cone(o, d):
-    """As `hit_box`, apex (0, 0, 1), unit base at z = -1: the nearest valid hit."""
-    q = np.array([[1], [1], [-0.25]], o.dtype)  # on the wall q . p^2 = 0 and -2 < z < 0
+    """As `hit_box`, for a cone with its apex at (0, 0, 1) and its unit base at z = -1."""
+    q = np.array([[1], [1], [-0.25]], o.dtype)  # the wall: q . p^2 = 0 and -2 < z < 0
     p = o[:, None] - np.array([[0], [0], [1]], o.dtype)  # from the apex
     a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)  # a t^2 + 2 b t + c = 0
     a = np.where(np.abs(a) < 1e-9, 1e-9, a)
@@ -240,13 +239,13 @@ HITS = {"box": hit_box, "sphere": hit_sphere, "cylinder": hit_cylinder, "cone": 
 
 
 class Room:
-    """A furnished box room with exact ground truth, drawn by analytic ray casting. A pure function
-    of `seed` (any integer >= 0). Frame i is the same picture whatever `num_frames`."""
+    """A furnished box room with exact ground truth, drawn by ray casting: a pure function of `seed`
+    (any integer >= 0). Frame i does not depend on `num_frames`."""
 
     has_depth = has_masks = True
 
     def __init__(self, seed, num_frames=120):
-        self.rng = np.random.default_rng(seed)  # draws what is built here, and no frame
+        self.rng = np.random.default_rng(seed)  # used here only: frames draw nothing
         self.name, self.numbers = f"room{seed}", range(num_frames)
         low, high = (2.2, 2.2, 2.4), (3.4, 3.4, 3.0)
         self.size = np.float32(self.rng.uniform(low, high))  # half width, half depth, height
@@ -260,7 +259,7 @@ class Room:
         return len(self.numbers)
 
     def _walk(self):
-        """A smooth closed camera path around the middle that looks across it."""
+        """A smooth closed camera path around the middle of the room, looking across it."""
         rng, s = self.rng, np.linspace(0, 2 * np.pi, 1441)
         wave = lambda k: np.sin(k * s + rng.uniform(0, 2 * np.pi))  # noqa: E731
         radius = (self.size[:2] - 1.0) * rng.uniform(0.55, 0.8, 2)
@@ -272,7 +271,7 @@ class Room:
         x, y = -across * x + 0.35 * wave(2), -across * y + 0.35 * wave(1)
         forward = np.stack([x, y, rng.uniform(0.4, 0.9) + 0.2 * wave(2)], 1) - eye
         forward /= np.linalg.norm(forward, axis=1, keepdims=True)
-        # Frames lie equal steps apart in metres and radians added up: at most 5 cm, 3 degrees.
+        # Equal steps in metres plus radians, scaled: a frame moves at most 5 cm, turns at most 3°.
         step = np.linalg.norm(np.diff(eye, axis=0), axis=1) / 0.05
         step += np.linalg.norm(np.diff(forward, axis=0), axis=1) / np.radians(3)
         along = np.concatenate([[0], np.cumsum(step)])
@@ -282,7 +281,7 @@ class Room:
         self.path = eye[::12, :2]  # [121, 2], the whole loop, which furniture keeps clear of
 
     def _look(self, paint):
-        return self.rng.choice(PAINTS[paint][0].split())  # of one: asks the generator for nothing
+        return self.rng.choice(PAINTS[paint][0].split())
 
     def _colour(self, paint, hues=None):
         """A linear RGB colour in a paint's ranges."""
@@ -291,12 +290,12 @@ class Room:
         return tuple(np.power(colorsys.hsv_to_rgb(hue % 1, saturation, value), 2.2))
 
     def _material(self, paint, second=None, look=None):
-        """(row of LOOKS, three linear RGB colours), the second perhaps of another paint."""
+        """(row of LOOKS, three linear RGB colours), the second of the paint `second` if given."""
         look, joints = LOOKS[look or self._look(paint)], self.joints[PAINTS[paint][-1]]
         return look, (self._colour(paint), self._colour(second or paint), joints)
 
     def _place(self, name, parts, x, y, z, yaw, *materials):
-        """Add an object as one segment."""
+        """Add an object as one segment; each part has one of the materials."""
         instance, c, s = self.solids[-1].instance + 1, np.cos(yaw), np.sin(yaw)
         label, frame, glow = CLASSES.index(name), FRAMES.get(name, 0.0), GLOWS.get(name, 0.0)
         for shape, (px, py, pz), half, tone in parts:
@@ -305,7 +304,7 @@ class Room:
             self.solids.append(Solid(shape, centre, half, yaw, label, instance, *material))
 
     def _at_wall(self, side, along, gap):
-        """(x, y) off wall 0..3: -y, +x, +y, -x. Yaw side * pi / 2 turns a thing's back to it."""
+        """(x, y) in front of wall 0..3: -y, +x, +y, -x. Yaw side * pi / 2 turns a back to it."""
         x, y, _ = self.size
         return [(along, gap - y), (x - gap, along), (-along, y - gap), (gap - x, -along)][side]
 
@@ -330,15 +329,15 @@ class Room:
         self.light = np.array([*rng.uniform(-0.4, 0.4, 2) * self.size[:2], top - 0.08])
         lamp, material = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)], (LOOKS["plain"], (light,) * 3)
         self._place("light", lamp, *self.light[:2], top - 0.02, 0.0, material)
-        self.taken = []  # of the floor: corners (low, high), (x, y) each
+        self.taken = []  # rectangles of the floor: corners (low, high), (x, y) each
         for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
-            # Half sizes; a window's and a picture's are drawn for every wall.
+            # Half sizes. Those of windows and pictures are drawn for every wall.
             drawn = rng.uniform((0.5, 0.45, 0.3, 0.2), (0.9, 0.65, 0.6, 0.4))
             x, z = {"door": (0.42, 1.0), "window": drawn[:2], "picture": drawn[2:]}[name]
             span = self.size[side % 2] - x - 0.3
             along, up = rng.uniform(-span, span), z if name == "door" else rng.uniform(1.45, 1.6)
             at = self._at_wall(side, along, 0.02)
-            if name == "door":  # room to open
+            if name == "door":  # keep clear what it needs to open
                 ends = list(zip(at, self._at_wall(side, along, 0.9)))
                 self.taken.append(([min(e) - 0.3 for e in ends], [max(e) + 0.3 for e in ends]))
             material = self._material(name, "haze" if name == "window" else name)
@@ -350,10 +349,10 @@ class Room:
             self._place("rug", [("box", (0, 0, 0.008), half, 0)], *where, self._material("rug"))
 
     def _furnish(self):
-        """8 to 16 pieces of furniture. Every failed try shrinks the next ones, so the loop ends."""
+        """8 to 16 pieces of furniture. Each failed try shrinks the next ones, so the loop ends."""
         rng, placed, shrink = self.rng, 0, 1.0
         self.num_objects = rng.integers(8, 17)
-        shelves = []  # tops that are still empty: (x, y, z, half size)
+        shelves = []  # free places on top of furniture: (x, y, z, half size)
         while placed < self.num_objects:
             where = rng.choice(["wall", "free", "top"], p=[0.4, 0.35, 0.25])
             if where == "top" and not shelves:
@@ -381,7 +380,7 @@ class Room:
             placed += 1
 
     def _on_floor(self, where, reach):
-        """Try a place for half sizes reach [2], and take it if free: (x, y, z, yaw, free)."""
+        """Try a place for half sizes reach [2], and mark it taken if free: (x, y, z, yaw, free)."""
         rng, size = self.rng, self.size[:2]
         side = rng.integers(4) if where == "wall" else None
         yaw = rng.uniform(0, 2 * np.pi) if side is None else side * np.pi / 2
@@ -400,7 +399,7 @@ class Room:
         return (*at, 0.0, yaw, free)
 
     def _stack(self):
-        """All solids' fields as arrays with a row each, for the vectorised code below."""
+        """The fields of all solids as arrays, one row each, for the vectorised code below."""
         columns = [np.array(column) for column in zip(*self.solids)]
         self.all = Solid(*(np.float32(c) if c.dtype == float else c for c in columns))
         self.radius = np.linalg.norm(self.all.half, axis=1)  # [S], of bounding spheres
@@ -409,11 +408,11 @@ class Room:
         self.turn = np.moveaxis(np.array(rows), 2, 0)  # [S, 3, 3], world to local
 
     def cast(self, origin, rays, t):
-        """The first solid, shell apart, that rays origin + t * ray meet before t [N]: t [N], the
-        solid [N] or -1, and normals [3, N] of any length."""
+        """The first solid, not counting the shell, that origin + t * rays [3, N] meet before t [N]:
+        new t [N], the solid [N] or -1, normals [3, N] of any length."""
         t, which, normal = t.copy(), np.full(t.shape, -1), np.zeros_like(rays)
         towards = self.all.centre - origin
-        # Only rays through the bounding sphere are tested; all of them if we stand inside it.
+        # Test only rays through the bounding sphere, or all rays if the origin is inside it.
         outside = (towards * towards).sum(1) - self.radius**2
         least = np.where(outside < 0, -np.inf, np.sqrt(np.maximum(outside, 0)))
         length = np.sqrt((rays * rays).sum(0))
@@ -429,12 +428,12 @@ class Room:
         return t, which, normal
 
     def paint(self, point, which, normal):
-        """Linear colour [3, N] of solids `which` [N] at world points [3, N]. Joints and frames have
-        the third of a solid's colours. The rest mixes the first two by a cell's parity and random
-        number and by smooth noise, each with its share in LOOKS."""
+        """Linear RGB [3, N] of solids `which` [N] at world points [3, N]. Joints and frames take
+        the third colour; elsewhere a checkerboard, a random number per cell and smooth noise,
+        weighted as in LOOKS, mix the first two."""
         c, s = self.turn[which, 0, 0], self.turn[which, 0, 1]
-        own = lambda v: np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])  # noqa: E731
-        local, facing = own(point - self.all.centre.T[:, which]), np.abs(own(normal))
+        turn = lambda v: np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])  # noqa: E731
+        local, facing = turn(point - self.all.centre.T[:, which]), np.abs(turn(normal))
         flat = facing[2] > 0.7
         u = np.where(~flat & (facing[0] > facing[1]), local[1], local[0])
         v = np.where(flat, local[1], local[2])
@@ -444,13 +443,13 @@ class Room:
         cell = np.floor(column)
         in_joint = np.abs(column - cell - 0.5) > 0.5 - joint / width / 2
         in_joint |= np.abs(v / height - row) > 0.5 - joint / height / 2
-        # A frame runs along the surface's ends; the axis it faces does not count.
+        # A frame runs along the edges of a face: ignore the axis that the face is normal to.
         to_edge = np.where(facing > 0.7, np.inf, self.all.half.T[:, which] - np.abs(local)).min(0)
         in_joint |= to_edge < self.all.frame[which]
         cells = row.astype(np.int64) * 73856093 ^ cell.astype(np.int64) * 19349663
         bits = (cells ^ which * 83492791).astype(np.uint32) * np.uint32(2654435761)
         random = (bits >> np.uint32(22)).astype(np.float32) / 1023
-        # Smooth noise: four sine waves that bend each other. Planks stretch it to a grain.
+        # Smooth noise: four sine waves, each bent by another. Planks stretch it into a grain.
         stretched = local + (1.7 * which).astype(np.float32)
         stretched[0] *= np.where(width == np.float32(1.1), np.float32(0.15), np.float32(1))
         waves = matmul(NOISE, stretched)
@@ -461,8 +460,8 @@ class Room:
         return np.where(in_joint, c, a + (b - a) * mix)
 
     def shade(self, origin, rays):
-        """What is seen from a point along rays [3, N]: colour [3, N] in 0..1, t, solid, normal.
-        Surfaces are Lambertian: a point has the same colour from everywhere."""
+        """What rays [3, N] from a point see: colour [3, N] in 0..1, t, solid, normal. Surfaces are
+        Lambertian: a point has the same colour from everywhere."""
         middle, half = self.all.centre[0], self.all.half[0]  # of the room
         ends = (middle + half - origin)[:, None], (middle - half - origin)[:, None]
         with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
@@ -477,12 +476,12 @@ class Room:
         normal /= np.linalg.norm(normal, axis=0)
         which = np.where(which < 0, face, which)
         point = origin[:, None] + t * rays
-        # Corners and contacts with the walls and the floor see less of the room.
+        # Ambient occlusion by the walls, the floor and the ceiling.
         gap = half[:, None] - np.abs(point - middle[:, None])
         occlusion = 1 - 0.4 * (1 - np.abs(normal)) * np.exp(-np.maximum(gap, 0) / 0.25)
         light = (0.42 + 0.12 * normal[2]) * occlusion.prod(0)
         for lamp in self.light.astype(np.float32) + LAMP:
-            # From the lamp the point is at t = 1; what comes before casts a shadow.
+            # The point is at t = 1 from the lamp; anything before it casts a shadow.
             reach = point - lamp[:, None]
             shadowed = self.cast(lamp, reach, np.full_like(t, 0.998))[1] >= 0
             square = (reach * reach).sum(0)
@@ -501,8 +500,8 @@ class Room:
         return pose
 
     def frame(self, i, height, width):
-        """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is
-        the same for all. Raises IndexError if there is no frame i."""
+        """Frame i as the module's docstring says. The vertical field of view is the same for all
+        sizes. Raises IndexError if there is no frame i."""
         if i not in self.numbers:
             raise IndexError(f"{self.name} has frames 0 to {len(self) - 1}, not {i}")
         pose = self.pose(i)
@@ -510,14 +509,14 @@ class Room:
         focal = height / 2 / np.tan(self.fov / 2)
         K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
 
-        def see(rows, columns):  # in pixels; rays have z = 1 in camera axes, so t is the z-depth
+        def see(rows, columns):  # in pixels; rays have z = 1 in camera axes, so t is z-depth
             x, y = (columns - width / 2) / focal, (rows - height / 2) / focal
             rays = np.stack([x, y, np.ones_like(x)]).astype(np.float32)
             return self.shade(eye, matmul(rotation, rays))
 
         rows, columns = np.mgrid[0:height, 0:width].reshape(2, -1) + 0.5
         image, t, which, normal = see(rows, columns)
-        # Antialiasing: four rays for each pixel that differs from a neighbour.
+        # Antialiasing: four rays for each pixel that differs from a neighbour
         grid = image.reshape(3, height, width)
         below, beside = (np.abs(np.diff(grid, axis=k)).max(0) > 0.12 for k in (1, 2))
         rough = np.pad(below, ((0, 1), (0, 0))) | np.pad(below, ((1, 0), (0, 0)))
@@ -534,7 +533,7 @@ class Room:
 
 
 class Rooms:
-    """The rooms of a split ("train", "val" or "probe"), made when asked for: rooms[i] is a Room."""
+    """The rooms of a split ("train", "val" or "probe"): rooms[i] makes a Room."""
 
     def __init__(self, split):
         if split not in SPLITS:
