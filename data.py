@@ -33,12 +33,13 @@ import tempfile
 import time
 import warnings
 import zipfile
-from os.path import abspath, basename, dirname, isdir, join, splitext
+from os.path import abspath, basename, dirname, exists, isdir, join, splitext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 # -------------------------------------------------------------------------------------------------
@@ -548,15 +549,13 @@ class Rooms:
 
 
 # -------------------------------------------------------------------------------------------------
-# Reading photos. LAYOUTS, at the end of this file, says what marks a layout and which function
-# lists its frames as `Shot`s. `read_shot` undistorts, scales and crops a photo and its labels.
-
+# Reading photos and their labels: undistorted, scaled and cropped
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
 CAMERA = {"camera_model", "is_fisheye", *SIZES, *DISTORTION}  # keys of transforms.json
-BOUNDS = {k: (1e-3, 1e7) for k in ("fl_x", "fl_y", "w", "h")}  # sizes may be in shares of the photo
+BOUNDS = {k: (1e-3, 1e7) for k in ("fl_x", "fl_y", "w", "h")}  # in pixels, or shares of the photo
 BOUNDS |= {k: (1e-3, 3.1) for k in ("camera_angle_x", "camera_angle_y")}  # radians
-MODELS = {  # COLMAP's cameras in the order of their numbers, and their parameters
+MODELS = {  # COLMAP's camera models in the order of their ids, and their parameters
     "SIMPLE_PINHOLE": "fl_x cx cy",
     "PINHOLE": "fl_x fl_y cx cy",
     "SIMPLE_RADIAL": "fl_x cx cy k1",
@@ -571,28 +570,28 @@ class BadFile(ValueError):
 
 
 def sentence_of(error):
-    """What a ValueError says; a loader's process puts its traceback before that."""
+    """What a ValueError says, without the traceback that a loader's process puts before it."""
     return re.sub(r"^[\w.]*(BadFile|ValueError): ", "", str(error).strip().splitlines()[-1])
 
 
 @contextlib.contextmanager
 def naming(path, what):
-    """Any error of json, PIL, numpy, struct or torch becomes a `BadFile` of this path."""
+    """Turns any error of json, PIL, numpy, struct or torch into a `BadFile` of this path."""
     try:
         yield
-    except BadFile:  # of another file, which is read meanwhile
+    except BadFile:  # already names the file
         raise
     except Exception as error:
-        # The first sentence alone: numpy and torch go on with how to run what a pickle holds
+        # Only the first sentence: numpy and torch go on to explain how to run pickled code
         text = " ".join(str(error).split()).partition(". ")[0][:200]
-        said = getattr(error, "strerror", None) or text
-        said = f"no {said}" if isinstance(error, KeyError) else said or type(error).__name__
-        raise BadFile(f"{path}: {what} ({said})") from None
+        reason = getattr(error, "strerror", None) or text or type(error).__name__
+        reason = f"no {reason}" if isinstance(error, KeyError) else reason
+        raise BadFile(f"{path}: {what} ({reason})") from None
 
 
 def unpacked(path, times=1):
-    """The path. ValueError: it is a zip archive, as .pt and .npz are, and grows when it is read, to
-    more than so many times its size. (.pt files are not compressed.)"""
+    """The path. ValueError if it is a zip archive (as .pt and .npz are) whose content is more than
+    `times` its size. .pt files are not compressed."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             grown = sum(part.file_size for part in file.infolist()) / Path(path).stat().st_size
@@ -603,20 +602,20 @@ def unpacked(path, times=1):
 
 def natural(name):
     """Sort key that puts frame10 after frame9."""
-    parts = re.split("([0-9]+)", str(name))  # every second is a number, of any length
+    parts = re.split("([0-9]+)", str(name))  # odd ones are numbers, of any length
     return [(len(p.lstrip("0")), p.lstrip("0")) if i % 2 else p for i, p in enumerate(parts)]
 
 
-def number(value, key, least=-1e30, most=1e30):
-    """A file's number, which float32 holds too. ValueError: it is none, or out of the bounds."""
+def checked_number(value, key, least=-1e30, most=1e30):
+    """value as a float, which float32 holds too. ValueError if it is no number within bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"{key} is {value!r:.40}, no number from {least:g} to {most:g}")
     return float(value)
 
 
 def within(root, folder, name):
-    """The path of a name in a capture's files, as seen from a folder. ValueError: it leads out of
-    root. Links are followed, as who unpacked the capture made them."""
+    """folder/name, a path given in a capture's files. ValueError if it leads out of root. Links are
+    followed: the user made them."""
     path = join(folder, name)
     if not Path(abspath(path)).is_relative_to(abspath(root)):
         raise ValueError(f"{name!r:.200} lies outside {root}")
@@ -632,46 +631,46 @@ def lines_of(path):
 
 
 class Shot(NamedTuple):
-    """A photo and what goes with it. Paths are str where there may be many."""
+    """A photo and what belongs to it."""
 
-    photo: str
-    listed_in: Path  # what names the photo
+    photo: str  # path, or a name if `packed`
+    listed_in: Path  # the file or folder that names the photo
     labels: dict  # paths of its depths, normals, classes, masks, valid: see `read_label`
     pose: np.ndarray | None = None  # (4, 4) camera-to-world, OpenCV axes
     camera: dict | None = None  # by transforms.json's keys
-    packed: np.ndarray | None = None  # the photo's bytes, where its path is no file
+    packed: np.ndarray | None = None  # the bytes of a photo that is no file of its own
     unit: float = 0.001  # metres, of depth maps that are pictures
-    number: int = 0  # the photo's in COLMAP's files
-    classes: tuple = (0, 0)  # the first class's number in label maps, and how many there are
-    finish: object = None  # a function of (frame, labels' Crop, framing), called at the end
+    image_id: int = 0  # COLMAP's
+    classes: tuple = (0, 0)  # in label maps: id of the first class, number of classes
+    finish: object = None  # crops the frame last: a function of (frame, labels' Crop, framing)
 
 
 class Framing(NamedTuple):
-    """Which part of a photo is seen, and how large. Sizes are (H, W) in pixels."""
+    """Which part of a photo is used, at which size. Sizes are (H, W) in pixels."""
 
-    size: tuple | None = None  # photos cover it, cropped about the centre; None: whole photos
-    short: int = 0  # whole photos are scaled to this shorter side, 0: to none
-    crop: tuple = ()  # window at a random place that training sees, (): all
-    jitter: tuple = (1.0, 1.0)  # training photos are scaled by a factor between these
-    mirror: bool = False  # training mirrors every second photo
-    both: bool = False  # a test sees a photo and its mirror image
-    slide: tuple = ()  # window's side and stride that a test slides, (): one window
-    pad: bool = False  # windows get borders up to multiples of 14
+    size: tuple | None = None  # scale photos to cover it, crop about the centre; None: whole photos
+    short: int = 0  # scale whole photos to this shorter side; 0: do not
+    crop: tuple = ()  # size of a random window, in training; (): all
+    jitter: tuple = (1.0, 1.0)  # range of a random scale, in training
+    mirror: bool = False  # mirror at random, in training
+    both: bool = False  # test each photo and its mirror image
+    slide: tuple = ()  # side and stride of a window slid over test photos; (): one window
+    pad: bool = False  # pad windows to multiples of 14
 
     def scaled(self, height, width, factor=1.0):
-        """(H, W) at which a photo of that size is looked at."""
-        if self.short and self.size is None:  # as mmsegmentation's (2048, 512)
+        """(H, W) that a photo of this size is scaled to."""
+        if self.short and self.size is None:  # mmsegmentation's Resize to (2048, 512)
             factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
         return tuple(max(1, round(factor * s)) for s in self.size or (height, width))
 
-    def window(self, *size):
-        """(H, W) of a window of that size with its borders."""
+    def padded(self, *size):
+        """(H, W) of a window of this size with its padding."""
         return tuple(-(-s // 14) * 14 if self.pad else s for s in size)
 
 
 def read_shot(shot, framing, factor=1.0):
-    """{"images" [3, H, W] in 0..1, its labels, and where it has a camera "Ks" and "extrinsics"}:
-    scaled by `framing` and factor, cropped about the centre, undistorted."""
+    """{"images" [3, H, W] in 0..1, the labels, "Ks" and "extrinsics" if it has a camera}: scaled by
+    `framing` and factor, cropped about the centre, undistorted."""
     photo = open_photo(shot)
     height, width = framing.scaled(photo.height, photo.width, factor)
     with naming(shot.listed_in, f"the camera of {basename(shot.photo)} cannot be used"):
@@ -681,7 +680,7 @@ def read_shot(shot, framing, factor=1.0):
     if camera:
         frame["Ks"] = torch.tensor(crop.K)
         frame["extrinsics"] = torch.from_numpy(shot.pose.astype(np.float32))
-    if framing.slide and framing.size is None:  # windows slide over it, and labels stay whole
+    if framing.slide and framing.size is None:  # windows slide over the photo; labels stay whole
         crop = crop_of(photo.size, photo.size)
     frame |= {key: read_label(key, path, shot, crop) for key, path in shot.labels.items()}
     with naming(shot.photo, "an image that cannot be cropped"):
@@ -689,7 +688,7 @@ def read_shot(shot, framing, factor=1.0):
 
 
 def open_picture(path, what, listed_in, packed=None):
-    """A PIL image, or of a .npy its array in float32. packed: the bytes, where path is no file."""
+    """A PIL image from path, or from its bytes `packed`; the float32 array of a .npy."""
     if packed is None and not Path(path).is_file():
         raise BadFile(f"{path}: no such file ({what} in {listed_in})")
     with naming(path, f"{what} that cannot be read"):
@@ -703,21 +702,21 @@ def open_picture(path, what, listed_in, packed=None):
         return picture.convert("L") if picture.mode == "1" else picture
 
 
-def alike(size, other):
-    """Have two (width, height) the same shape, to 2 %?"""
+def same_shape(size, other):
+    """Whether the aspect ratios of two (width, height) agree to 2 %."""
     return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
 
 
 def open_photo(shot):
-    """A photo of any mode in 8-bit RGB; turned as EXIF says if its camera's w and h say so too."""
+    """A photo of any mode as 8-bit RGB, turned by its EXIF tag if the camera's w and h say so."""
     picture = open_picture(shot.photo, "an image", shot.listed_in, shot.packed)
     with naming(shot.photo, "an image that cannot be used"):
         w, h = ((shot.camera or {}).get(k) or n for k, n in zip("wh", picture.size))
-        if not alike(picture.size, (w, h)) and alike(picture.size, (h, w)):
+        if not same_shape(picture.size, (w, h)) and same_shape(picture.size, (h, w)):
             picture = ImageOps.exif_transpose(picture)
-            if not alike(picture.size, (w, h)):
-                its = "it is {} x {}".format(*picture.size)
-                raise ValueError(f"{its} where {w:g} x {h:g} is expected")
+            if not same_shape(picture.size, (w, h)):
+                found = "{} x {}".format(*picture.size)
+                raise ValueError(f"it is {found} where {w:g} x {h:g} is expected")
         if picture.mode == "F":
             raise ValueError("floating point is no photo")
         if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
@@ -729,9 +728,9 @@ def open_photo(shot):
 
 
 def read_label(key, path, shot, crop):
-    """A crop of a label map, a picture or a .npy, by nearest pixels: depths [H, W] in metres, 0
-    where unknown; normals [3, H, W], unit vectors, 0 where unknown; classes [H, W] int64 from 0, -1
-    where there is none; masks [H, W] int64; valid [H, W] bool."""
+    """Crop a label map, a picture or a .npy, by nearest pixels: depths [H, W] in metres, 0 unknown;
+    normals [3, H, W], unit, 0 unknown; classes [H, W] int64 from 0, -1 unknown; masks [H, W] int64;
+    valid [H, W] bool."""
     what = {"depths": "a depth map", "normals": "a normal map"}.get(key, "a mask")
     picture, channels = open_picture(path, what, shot.listed_in), 3 if key == "normals" else 1
     exact = isinstance(picture, np.ndarray)
@@ -743,16 +742,16 @@ def read_label(key, path, shot, crop):
         bands = np.atleast_3d(picture).transpose(2, 0, 1)
         if len(bands) != channels:
             raise ValueError(f"it has {len(bands)} channels, not {channels}")
-        numbers = np.stack([crop.nearest(Image.fromarray(band)) for band in bands])
+        values = np.stack([crop.nearest(Image.fromarray(band)) for band in bands])
     if key == "depths":
-        depth = numbers[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
+        depth = values[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
         return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
-    if key == "normals":  # unknown are black, grey or zeros, all far from a unit vector
-        normals = torch.from_numpy(np.nan_to_num(numbers.astype(np.float32)))
+    if key == "normals":  # unknown ones are black, grey or zeros: far from unit length
+        normals = torch.from_numpy(np.nan_to_num(values.astype(np.float32)))
         normals = normals if exact else normals / 127.5 - 1
         length = normals.norm(dim=0)
         return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
-    ids = torch.from_numpy(numbers[0].astype(np.int64))
+    ids = torch.from_numpy(values[0].astype(np.int64))
     if key == "classes":
         first, count = shot.classes
         ids[(ids == 255) & (first == 0)] = -1
@@ -764,69 +763,68 @@ def read_label(key, path, shot, crop):
             what = f"a validity mask holds 0 and 255, not {wrong[0]}"
             raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
         return ids > 0
-    return ids  # masks
+    return ids
 
 
 class Crop:
     """A photo of size `whole` (w, h), scaled to cover `size` and cropped about the centre, and the
-    same part of its labels, whatever their size. Where it has a camera (fx, fy, cx, cy in pixels)
-    with a lens (see `lens_of`), the crop is of the undistorted photo: each of its pixels is looked
-    up where the lens put it."""
+    same part of its label maps of any size. With a camera (fx, fy, cx, cy in pixels) and a lens
+    (see `lens_of`) the crop is of the undistorted photo."""
 
     def __init__(self, whole, size, lens=None, camera=None):
-        self.whole, self.size, self.where = whole, size, None
+        self.whole, self.size, self.lookup = whole, size, None
         (w, h), scale = size, max(size[0] / whole[0], size[1] / whole[1])
         left, top = (whole[0] - w / scale) / 2, (whole[1] - h / scale) / 2
         ends = [left, top, left + w / scale, top + h / scale]
         self.box = np.clip(ends / np.tile(whole, 2), 0, 1)  # in shares of the photo's size
         if camera is None:
             return
-        fx, fy, cx, cy = zoomed(lens, camera, whole) if lens else camera
+        fx, fy, cx, cy = undistorted_pinhole(lens, camera, whole) if lens else camera
         x, y = cx * scale - left * scale, cy * scale - top * scale
         self.K = np.array([[fx * scale, 0, x], [0, fy * scale, y], [0, 0, 1]], np.float32)
-        if lens:
+        if lens:  # where on the photo each pixel of the crop is
             x = (left + (np.arange(w) + 0.5) / scale - cx) / fx
             y = (top + (np.arange(h) + 0.5) / scale - cy) / fy
             x, y = distort(lens, *np.meshgrid(x, y))
             x = (x * camera[0] + camera[2]) / whole[0]
             y = (y * camera[1] + camera[3]) / whole[1]
-            self.where = np.stack([x, y], -1).clip(0, 1).astype(np.float32)  # [H, W, 2], shares
+            self.lookup = np.stack([x, y], -1).clip(0, 1).astype(np.float32)  # [H, W, 2], shares
 
     def resize(self, picture, resample):
         return np.array(picture.resize(self.size, resample, tuple(self.box * (picture.size * 2))))
 
     def nearest(self, picture):  # [H, W]
-        if not alike(picture.size, self.whole):
+        if not same_shape(picture.size, self.whole):
             its, photos = ("{} x {}".format(*size) for size in (picture.size, self.whole))
             raise ValueError(f"its {its} pixels do not cover what its photo of {photos} shows")
-        if self.where is None:
+        if self.lookup is None:
             return self.resize(picture, Image.Resampling.NEAREST)
         size = np.array(picture.size)
-        column, row = np.minimum((self.where * size).astype(int), size - 1).transpose(2, 0, 1)
+        column, row = np.minimum((self.lookup * size).astype(int), size - 1).transpose(2, 0, 1)
         return np.array(picture)[row, column]
 
     def colours(self, photo):  # [3, H, W] in 0..1
-        if self.where is None:
+        if self.lookup is None:
             image = self.resize(photo, Image.Resampling.BICUBIC)
             return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 255
-        # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
+        # Against aliasing: first shrink the photo to the spacing of the lookups at the centre
         x, y = (n // 2 for n in self.size)
-        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1]).tolist()
+        step = np.abs(self.lookup[y, x] - self.lookup[y - 1, x - 1]).tolist()
         size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(photo.size, step)]
         photo = np.array(photo.resize(size, Image.Resampling.BICUBIC))
         pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
-        grid = torch.from_numpy(2 * self.where - 1)[None]
+        grid = torch.from_numpy(2 * self.lookup - 1)[None]
         options = dict(mode="bicubic", padding_mode="border", align_corners=False)
-        return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
+        return F.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
 
 
 crop_of = functools.lru_cache(8)(Crop)  # shared by the frames of a capture
 
 
 def lens_of(camera):
-    """(is it a fisheye, k1, k2, k3, k4, p1, p2) of a camera by transforms.json's keys; None if it
-    bends nothing. Raises ValueError: its model is not known, or a number cannot be."""
-    given = {k: number(camera[k], k, *BOUNDS.get(k, ())) for k in (*SIZES, *DISTORTION)
+    """(is it a fisheye, k1, k2, k3, k4, p1, p2) of a camera by transforms.json's keys, None without
+    distortion. Raises ValueError for an unknown model or an impossible number."""
+    given = {k: checked_number(camera[k], k, *BOUNDS.get(k, ())) for k in (*SIZES, *DISTORTION)
              if camera.get(k) is not None}  # fmt: skip
     if not {"fl_x", "camera_angle_x"} & given.keys():
         raise ValueError("no focal length: fl_x or camera_angle_x")
@@ -847,7 +845,7 @@ def parameters(model):
 
 
 def pinhole(camera, width, height):
-    """fx, fy, cx, cy in pixels of a photo, which may have another size than the camera says."""
+    """fx, fy, cx, cy in pixels of a photo of this size, which need not be the camera's w and h."""
     given = {k: v for k, v in camera.items() if v is not None}
     w, h, angle = given.get("w", width), given.get("h", height), given.get("camera_angle_y")
     fx = given.get("fl_x") or 0.5 * w / np.tan(0.5 * given["camera_angle_x"])
@@ -857,8 +855,8 @@ def pinhole(camera, width, height):
 
 
 def distort(lens, x, y):
-    """A pinhole's normalised coordinates -> those on the photo, by OpenCV's polynomials (COLMAP's
-    too) of the radius, or for a fisheye of the angle."""
+    """Normalised pinhole coordinates -> those on the photo, by OpenCV's (and COLMAP's) polynomials
+    in the squared radius, or for a fisheye in the squared angle."""
     fisheye, k1, k2, k3, k4, p1, p2 = lens
     square = x * x + y * y
     r = np.maximum(np.sqrt(square), 1e-12)
@@ -871,22 +869,22 @@ def distort(lens, x, y):
 
 
 @functools.lru_cache(256)
-def zoomed(lens, camera, size):
-    """The pinhole (fx, fy, cx, cy) whose image of this size (w, h) lies all on the photo: as wide
-    as can be about the centre, but at most twice as wide as without the lens. Raises ValueError
-    where the lens leaves nothing."""
+def undistorted_pinhole(lens, camera, size):
+    """The camera (fx, fy, cx, cy) without its lens, zoomed about the image's centre to see as much
+    of the photo of size (w, h) as it can, but nothing beside it; at most twice as wide as before.
+    Raises ValueError where the distortion leaves nothing."""
     f, c = np.array(camera).reshape(2, 2, 1)
     half = np.array(size)[:, None] / 2
     side, one = np.linspace(-1, 1, 17), np.ones(17)
     edge = np.hstack([(side, one), (side, -one), (one, side), (-one, side)]) * half / f  # (2, 68)
     out = np.linspace(0, 1, 33)[:, None, None]  # from the centre to the edge
-    low, high = 0.0, 2.0  # of the width without the lens
+    low, high = 0.0, 2.0  # widths relative to the camera's, bisected
     for _ in range(32):
         middle = (low + high) / 2
         x, y = np.moveaxis((half - c) / f + out * middle * edge, 1, 0)  # (33, 68)
         seen = np.stack(distort(lens, x, y)) * f[..., None] + c[..., None]
         inside = (np.abs(seen / half[..., None] - 1) <= 1 + 1e-9).all()
-        # Where the polynomial turns back it is no lens any more
+        # The polynomial is no lens where it turns back towards the centre
         grows = (np.diff(np.hypot(*(seen - seen[:, :1])), axis=0) > 0).all()
         low, high = (middle, high) if inside and grows else (low, middle)
     if low < 0.1:
@@ -898,26 +896,24 @@ def zoomed(lens, camera, size):
 # -------------------------------------------------------------------------------------------------
 # Captures: posed photos, with depth, validity masks and segment ids where there are any
 
-INNER = ("nerfstudio", "dslr")  # folders of a scene of ScanNet++
+INNER = ("nerfstudio", "dslr")  # folders inside a scene of ScanNet++
 TRANSFORMS = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
-SCANNETPP = {  # folders of its photos: whether a lens bends them, and where their masks are
+SCANNETPP = {  # its folders of photos: whether they are distorted, and where their masks are
     "resized_images": (True, "resized_anon_masks"),
     "resized_undistorted_images": (False, "resized_undistorted_masks"),
     "undistorted_images": (False, "undistorted_anon_masks"),
 }
-PHOTOS = ("images", *SCANNETPP, "rgb")  # folders that photos are looked for in
+PHOTOS = ("images", *SCANNETPP, "rgb")  # folders to look for photos in
 
 
 def open_scenes(path, split=None):
-    """A list of the captures of a folder: itself, or those in data/*/, scenes/*/ or */. No scene is
-    read yet. split: a text file of scenes' names, one a line; others are left out. Raises
-    ValueError if there is none, saying what was looked for."""
+    """The captures in a folder: itself, or those in data/*/, scenes/*/ or */. Nothing is read yet.
+    split: a text file with the names of the scenes to keep. Raises ValueError if there is none."""
     path = Path(path)
     if not path.is_dir():
         raise BadFile(f"{path}: no such folder")
     for group in ([path], *(sorted(path.glob(f)) for f in ("data/*/", "scenes/*/", "*/"))):
-        found = [(folder, *f) for folder in group if (f := layout_of("capture", folder))]
-        if scenes := [scene for folder, row, mark in found for scene in row[1](folder, mark)]:
+        if scenes := [scene for folder in group for scene in captures_of(folder)]:
             break
     else:
         what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
@@ -934,13 +930,27 @@ def open_scenes(path, split=None):
     return kept
 
 
-class PosedFolder:
-    """A capture: a scene, as the top of this file says. lists(scene) makes the list of its Shots
-    from the file that marks the layout, when something is asked for. Raises ValueError: which file
-    is wrong, and what."""
+def captures_of(folder):
+    """The captures that a folder itself holds, by the first layout that it has."""
+    for inner in ("", "nerfstudio", "dslr/nerfstudio"):
+        if any(exists(join(folder, inner, name)) for name in TRANSFORMS):
+            return [PosedFolder(folder / inner)]
+    for sparse in ("sparse/0", "sparse", "colmap/sparse/0"):
+        for file in (folder / sparse / "cameras.bin", folder / sparse / "cameras.txt"):
+            if exists(file):
+                return [PosedFolder(folder, list_colmap, file)]
+    for inner in (folder, folder / "train"):
+        if any(inner.glob("*.torch")):
+            return open_chunks(inner)
+    return []
 
-    def __init__(self, path, lists=None, file=None, name=None):
-        self.path, self.lists = Path(path), lists or list_transforms
+
+class PosedFolder:
+    """A capture: a scene with the interface at the top of this file. list_shots(scene) reads its
+    list of Shots from `file` when they are first needed. Raises ValueError naming a bad file."""
+
+    def __init__(self, path, list_shots=None, file=None, name=None):
+        self.path, self.list_shots = Path(path), list_shots or list_transforms
         self.file = file or self.path
         self.name = name or next(p for p in reversed(self.path.resolve().parts) if p not in INNER)
 
@@ -950,7 +960,7 @@ class PosedFolder:
     @functools.cached_property
     def shots(self):
         """[Shot] in the order of their names."""
-        shots = self.lists(self)
+        shots = self.list_shots(self)
         for key, what in (("depths", "depth"), ("masks", "a segment mask")):
             having = [shot.labels for shot in shots if key in shot.labels]
             if 0 < len(having) < len(shots):
@@ -963,32 +973,32 @@ class PosedFolder:
     has_depth = property(lambda self: self._has("depths"))
     has_masks = property(lambda self: self._has("masks"))
 
-    def _has(self, key):  # chunks have no labels, and need not be read for that
-        return self.lists != list_chunk and key in self.shots[0].labels
+    def _has(self, key):  # RealEstate10K has no labels: its large files need not be read for that
+        return self.list_shots != list_chunk and key in self.shots[0].labels
 
     @functools.cached_property
     def numbers(self):
-        """The last number in each photo's name, rising; 0, 1, 2, ... where not all have one."""
+        """The last number in each photo's name if all have one and they increase, else 0, 1, ..."""
         stems = [splitext(basename(shot.photo))[0] for shot in self.shots]
-        found = [int(n[-18:]) for stem in stems for n in re.findall("[0-9]+", stem)[-1:]]
+        found = [int(n[-18:]) for stem in stems for n in re.findall("[0-9]+", stem)[-1:]]  # int64
         rises = len(found) == len(stems) and (np.diff(found) > 0).all()
         return np.array(found) if rises else np.arange(len(stems))
 
     def point_depths(self):
-        """[depths of COLMAP's points that each shot sees], None where there are none."""
+        """For each shot the depths of COLMAP's points that it sees; None without such points."""
         file = self.file.with_name(f"points3D{self.file.suffix}")
-        if self.lists != list_colmap or not file.is_file():
+        if self.list_shots != list_colmap or not file.is_file():
             return None
-        seen = {shot.number: [] for shot in self.shots}
+        seen = {shot.image_id: [] for shot in self.shots}
         with naming(file, "not COLMAP's points"):
             for row in colmap_rows(file):
-                for number in row[8::2]:
-                    seen.get(int(number), []).append(row[1:4])
+                for image_id in row[8::2]:
+                    seen.get(int(image_id), []).append(row[1:4])
             points = [np.array(xyz, np.float64).reshape(-1, 3) for xyz in seen.values()]
         return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, self.shots)]
 
     def frame(self, i, height, width):
-        """Frame i. Where a validity mask says no, "valid" is False and the depth unknown."""
+        """Frame i as the module's docstring says. Where it is not valid, depth is unknown."""
         frame = read_shot(self.shots[i], Framing((height, width)))
         frame.setdefault("masks", torch.zeros(height, width, dtype=torch.int64))
         valid = frame.setdefault("valid", torch.ones(height, width, dtype=torch.bool))
@@ -998,7 +1008,7 @@ class PosedFolder:
 
 
 def rigid(matrices, names, read=np.array):
-    """Poses [N, 4, 4] of matrices 3 x 4 or 4 x 4. BadFile: which name's is not rigid."""
+    """Poses [N, 4, 4] of matrices 3 x 4 or 4 x 4. BadFile: the name of one that is not rigid."""
     poses = np.tile(np.eye(4), (len(names), 1, 1))
     for pose, matrix, name in zip(poses, matrices, names):
         with naming(name, "not a pose that can be read"):
@@ -1013,25 +1023,25 @@ def rigid(matrices, names, read=np.array):
 
 
 class Beside:
-    """Finds photos and labels in the folders about a capture; each folder is listed once."""
+    """Finds photos and labels in the folders around a capture. Each folder is listed once."""
 
     def __init__(self, path):
         self.places = [path, *(above / name for above in (path, path.parent) for name in PHOTOS)]
         whole = Path(abspath(path))
         inner = itertools.takewhile(lambda p: p.name in INNER, [whole, *whole.parents])
-        roots = [path, *(p.parent for p in inner)]  # up to the scene, of ScanNet++
+        roots = [path, *(p.parent for p in inner)]  # up to the scene, in ScanNet++
         self.path, self.ids = path, [join(root, "instance_segmentation") for root in roots]
         self.root = roots[-1] if len(roots) > 1 else whole.parent  # photos may lie beside a scene
         self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
     def first(self, folders, names):
-        """The path of the first name that is there, or None."""
+        """The first path folder/name that exists, or None."""
         paths = (join(folder, name) for folder in folders for name in names)
         return next((p for p in paths if basename(p) in self.listed(dirname(p))), None)
 
     def photo(self, name, bent):
-        """(the photo of that name, None), or (None, why not): in ScanNet++'s folders only one that
-        is as bent as its camera says."""
+        """(path of the photo, None) or (None, why there is none). Of ScanNet++'s folders only those
+        fit whose photos are distorted just if the camera is (bent)."""
         names, why = [name], "without their image are left out"
         if not splitext(name)[1]:
             names = [name + suffix for suffix in (".png", ".jpg", ".jpeg")]
@@ -1042,8 +1052,8 @@ class Beside:
         return None, why
 
     def labels(self, photo, inner=None, named=None):
-        """{"valid", "masks"} of a photo, as far as they are there. inner: its path in its folder of
-        photos; named: the validity mask's, else it is masks/NAME.jpg.png or masks/NAME.png."""
+        """{"valid", "masks"} of a photo, those that exist. inner: the photo's path in its folder;
+        named: the validity mask, by default masks/NAME.jpg.png or masks/NAME.png."""
         folder, inner = dirname(photo), inner or basename(photo)
         names = [inner + ".png", splitext(inner)[0] + ".png"]
         masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
@@ -1054,11 +1064,10 @@ class Beside:
 
 
 def list_transforms(scene):
-    """nerfstudio, instant-ngp, ScanNet++ and FiT3D: of TRANSFORMS the first whose photos are there.
-    Poses are camera-to-world with OpenGL's axes; depth is a picture in depth_unit_scale_factor
-    (0.001) metres or a .npy in metres. is_bad and test_frames are left out."""
+    """nerfstudio, instant-ngp, ScanNet++ and FiT3D: the first of TRANSFORMS that has its photos."""
     said = f"found none of {', '.join(TRANSFORMS)}"
-    for file in filter(Path.is_file, (scene.path / mark for mark in TRANSFORMS)):
+    said = f"found none of {', '.join(TRANSFORMS)}"
+    for file in filter(Path.is_file, (scene.path / name for name in TRANSFORMS)):
         scene.file, lost = file, collections.Counter()
         with naming(file, "not a capture that can be read"):
             shots = read_transforms(file, lost)
@@ -1078,10 +1087,12 @@ def list_transforms(scene):
 
 
 def read_transforms(file, lost):
-    """[Shot] of the frames to train on. `lost` counts what to say of those that lack something."""
+    """The Shots of the training frames; `lost` counts those that lack something. Poses are
+    camera-to-world with OpenGL's axes; depth is a .npy in metres, or a picture in units of
+    depth_unit_scale_factor (0.001) metres."""
     about, beside, shots = json.loads(file.read_text()), Beside(file.parent), []
     unit = "depth_unit_scale_factor"
-    unit = number(about.get(unit, 0.001), unit, 1e-9, 1e9)
+    unit = checked_number(about.get(unit, 0.001), unit, 1e-9, 1e9)
     tests = {entry["file_path"] for entry in about.get("test_frames") or []}
     shared = {k: about[k] for k in CAMERA & about.keys()}
     for entry in sorted(about["frames"], key=lambda entry: natural(entry["file_path"])):
@@ -1090,7 +1101,7 @@ def read_transforms(file, lost):
         for key in ("file_path", "mask_path", "depth_file_path"):
             within(beside.root, file.parent, entry.get(key) or "")
         own = {k: entry[k] for k in CAMERA & entry.keys()}
-        camera = shared | own if own else shared
+        camera = shared | own if own else shared  # most frames share one dict
         photo, why = None, "marked is_bad are left out"
         if not entry.get("is_bad"):
             photo, why = beside.photo(entry["file_path"], lens_of(camera) is not None)
@@ -1105,28 +1116,28 @@ def read_transforms(file, lost):
         shots.append(Shot(photo, file, labels, entry.get("transform_matrix"), camera, unit=unit))
     names = [f"{file}: transform_matrix of {shot.photo}" for shot in shots]
     poses = rigid([shot.pose for shot in shots], names)
-    poses[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
+    poses[:, :3, 1:3] *= -1  # OpenGL's y points up and its z backward
     return [shot._replace(pose=pose) for shot, pose in zip(shots, poses)]
 
 
 def list_colmap(scene):
-    """COLMAP's cameras, images and points3D, .bin or .txt, of photos in images/ (or images_2/,
-    images_4/, images_8/, copies at a fraction of the size). The unit is whatever COLMAP chose."""
+    """COLMAP's cameras and images, .bin or .txt, of photos in images/, images_2/, images_4/ or
+    images_8/ (copies at a fraction of the size). The unit is arbitrary."""
     folders = [join(scene.path, f) for f in ("images", "images_2", "images_4", "images_8")]
     folder, beside = next(filter(isdir, folders), folders[0]), Beside(scene.path)
     file, cameras = scene.file.with_name(f"images{scene.file.suffix}"), {}
     with naming(scene.file, "not COLMAP's cameras"):
-        for number, model, *values in colmap_rows(scene.file):
+        for camera_id, model, *values in colmap_rows(scene.file):
             camera = zip(("w", "h", *parameters(model)), map(float, values), strict=True)
-            cameras[int(number)] = dict(camera, camera_model=model)
-            lens_of(cameras[int(number)])
+            cameras[int(camera_id)] = dict(camera, camera_model=model)
+            lens_of(cameras[int(camera_id)])  # raises for numbers that cannot be
     with naming(file, "not COLMAP's images"):
         images = sorted(colmap_rows(file), key=lambda row: natural(row[-1]))
         kept = [row for row in images if beside.first([folder], [row[-1]])]
         if not kept:
             raise ValueError(f"none of its {len(images)} photos is in {folder}")
-        # World to camera is a unit quaternion (w, v), of the rotation 1 + 2 w [v]x + 2 [v]x [v]x,
-        # then a translation t. Camera to world rotates by its transpose, that of -v.
+        # World to camera: the unit quaternion (w, v) rotates by 1 + 2 w [v]x + 2 [v]x [v]x, then t
+        # is added. Camera to world rotates by the transpose, that of (w, -v).
         values = np.array([row[1:8] for row in kept], np.float64)
         quaternions = values[:, :4] / np.linalg.norm(values[:, :4], axis=1, keepdims=True)
         minus_v = np.cross(quaternions[:, None, 1:], np.eye(3))  # [-v]x, (N, 3, 3)
@@ -1134,37 +1145,39 @@ def list_colmap(scene):
         moves = -turns @ values[:, 4:, None]
         poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
         shots = []
-        for (number, *_, camera, name), pose in zip(kept, poses):
-            photo = within(folder, folder, name)
-            about = dict(camera=cameras[int(camera)], number=int(number))
-            shots.append(Shot(photo, file, beside.labels(photo, name), pose, **about))
+        for (image_id, *_, camera_id, name), pose in zip(kept, poses):
+            photo, camera = within(folder, folder, name), cameras[int(camera_id)]
+            labels = beside.labels(photo, name)
+            shots.append(Shot(photo, file, labels, pose, camera, image_id=int(image_id)))
     if len(images) > len(kept):
         warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
     return shots
 
 
 def colmap_rows(path):
-    """The rows of COLMAP's cameras, images or points3D, flat, from .txt or in its order from .bin:
-    number, model, width, height, parameters; number, quaternion w x y z, translation x y z, camera,
-    name; or number, x y z, r g b, error, and twice as many numbers as images see the point."""
+    """The rows of a .bin file of COLMAP, or of a .txt in the same order:
+    cameras: id, model, width, height, parameters
+    images: id, quaternion w x y z, translation x y z, camera id, name
+    points3D: id, x y z, r g b, error, then an image's id and the index of its keypoint, repeated
+    """
     if path.suffix == ".txt":
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        every, most = (2, 9) if path.stem == "images" else (1, -1)  # every second lists points
+        every, most = (2, 9) if path.stem == "images" else (1, -1)  # every second has keypoints
         yield from (line.strip().split(maxsplit=most) for line in lines[::every] if line.strip())
         return
     file = io.BytesIO(path.read_bytes())
 
-    def take(form):  # struct.error: it ends too soon
+    def take(form):  # raises struct.error at the end of the file
         return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
 
     for _ in range(*take("Q")):
         if path.stem == "cameras":
-            number, model, *size = take("iiQQ")
+            camera_id, model, *size = take("iiQQ")
             model = dict(enumerate(MODELS)).get(model, f"number {model}")
-            yield number, model, *size, *take(f"{len(parameters(model))}d")
+            yield camera_id, model, *size, *take(f"{len(parameters(model))}d")
         elif path.stem == "images":
             head, name = take("i7di"), b"".join(iter(lambda: take("c")[0], b"\0"))
-            take(f"{24 * take('Q')[0]}x")  # the points that it sees
+            take(f"{24 * take('Q')[0]}x")  # its keypoints
             yield *head, name.decode()
         else:
             *head, length = take("Q3d3BdQ")
@@ -1172,8 +1185,8 @@ def colmap_rows(path):
 
 
 def open_chunks(path):
-    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, lists of
-    scenes, and index.json, which says where which is."""
+    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, each with
+    many scenes, and index.json with the file of each scene."""
     file = path / "index.json"
     with naming(file, "not the index of RealEstate10K's files"):
         index = json.loads(file.read_text()).items()
@@ -1184,8 +1197,8 @@ def open_chunks(path):
 
 
 def list_chunk(scene):
-    """A scene of RealEstate10K: cameras [n, 18] are fx fy cx cy in shares of the photo's size, two
-    zeros, and world-to-camera 3 x 4."""
+    """A scene of RealEstate10K: rows of cameras [n, 18] are fx fy cx cy in shares of the photo's
+    size, two zeros and the world-to-camera matrix [3, 4]."""
     chunk = load_chunk(scene.file)
     with naming(scene.file, f"not RealEstate10K's scene {scene.name}"):
         cameras, images = chunk[scene.name]["cameras"].double().numpy(), chunk[scene.name]["images"]
@@ -1206,7 +1219,7 @@ def load_chunk(path):
 
 def list_scannet(scene, K, ids):
     """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
-    # The intrinsics are those of the depth maps, 640 x 480, whatever size the photos have
+    # K is that of the depth maps, 640 x 480, whatever the size of the photos
     camera = dict(zip(SIZES, [*K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist(), 640, 480]))
     shots, files = [], [scene.path / f"pose/{i}.txt" for i in ids]
     for i, pose in zip(ids, rigid(files, files, np.loadtxt)):
@@ -1310,7 +1323,7 @@ class Views(Samples):
 
     def _any_depth(self):
         """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
-        scenes = [scene for scene in some(self.scenes) if scene.lists != list_chunk]
+        scenes = [scene for scene in some(self.scenes) if scene.list_shots != list_chunk]
         deep, said = any(scene.has_depth for scene in scenes), collections.defaultdict(list)
         for scene in scenes:
             if deep and not scene.has_depth:
@@ -1426,8 +1439,8 @@ class Crops(Samples):
         maps = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])  # [2, 3, 3]
         windows = torch.from_numpy(maps[:, :2]).float()
         size, options = (2, 3, self.size, self.size), dict(align_corners=False)
-        grid = torch.nn.functional.affine_grid(windows, size, **options)
-        cut = torch.nn.functional.grid_sample(photo, grid, padding_mode="border", **options)
+        grid = F.affine_grid(windows, size, **options)
+        cut = F.grid_sample(photo, grid, padding_mode="border", **options)
         first_to_second = torch.from_numpy(np.linalg.inv(maps[1]) @ maps[0])[:2].float()
         crops = torch.stack([jitter(crop, rng) for crop in cut])
         return {"crops": crops, "windows": windows, "first_to_second": first_to_second}
@@ -1607,7 +1620,7 @@ class Labelled(Samples):
         frame = self.load(entry, framing, rng.uniform(*framing.jitter))
         frame = random_window(frame, framing, rng)
         images = frame.pop("images")
-        return padded(frame, framing.window(*images.shape[-2:])) | look(images, framing)
+        return padded(frame, framing.padded(*images.shape[-2:])) | look(images, framing)
 
     def load(self, entry, framing, factor=1.0):
         """{"images", key} of an entry; of a room one view."""
@@ -1643,7 +1656,7 @@ def padded(frame, size):
     for key, tensor in frame.items():
         y, x = (full - part for full, part in zip(size, tensor.shape[-2:]))
         sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), BORDER[key]
-        out[key] = torch.nn.functional.pad(tensor - border, sides) + border if x or y else tensor
+        out[key] = F.pad(tensor - border, sides) + border if x or y else tensor
     return out
 
 
@@ -1672,7 +1685,7 @@ def look(image, framing):
     H, W = image.shape[-2:]
     side, stride = framing.slide or (max(H, W), 1)
     height, width = min(side, H), min(side, W)
-    P, Q = framing.window(height, width)
+    P, Q = framing.padded(height, width)
     # The last window ends with the photo
     tops, lefts = ([min(i, s - w) for i in range(0, s - w + stride, stride)]
                    for s, w in ((H, height), (W, width)))  # fmt: skip
@@ -1705,7 +1718,7 @@ def resized(x, size, mode="bilinear"):
     if x.shape[-2:] == tuple(size):
         return x
     flat = x.reshape(1, -1, *x.shape[-2:]).float()
-    out = torch.nn.functional.interpolate(flat, tuple(size), mode=mode)
+    out = F.interpolate(flat, tuple(size), mode=mode)
     return out.view(*x.shape[:-2], *size).to(x.dtype)
 
 
@@ -1917,11 +1930,11 @@ def normals_from_depth(depths, K):
     points = camera_points(depths, K).permute(2, 0, 1)
     across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
-    normals = torch.nn.functional.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
+    normals = F.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
     z, sides = depths[1:-1, 1:-1], (depths[1:-1, 2:], depths[1:-1, :-2])
     near = torch.stack([*sides, depths[2:, 1:-1], depths[:-2, 1:-1]])
     smooth = ((z > 0) & (near > 0) & ((near - z).abs() < 0.05 * z)).all(0)
-    return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
+    return F.pad(normals * smooth, (1, 1, 1, 1))
 
 
 DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
@@ -1938,14 +1951,6 @@ VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "c
 # the function's arguments for the parts to train and to test on (if it is one, every fifth is), and
 # of label maps of classes the first class's number (where that is 0, 255 = none) and their names.
 LAYOUTS = {
-    "capture": (
-        ([join(f, t) for f in ("", "nerfstudio", "dslr/nerfstudio") for t in TRANSFORMS],
-         lambda folder, mark: [PosedFolder(mark.parent)]),
-        ([f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
-          for kind in ("bin", "txt")],
-         lambda folder, mark: [PosedFolder(folder, list_colmap, mark)]),
-        (["*.torch", "train/*.torch"], lambda folder, mark: open_chunks(mark.parent)),
-    ),
     "depth": (
         *(([f + name for f in ("", "train_test_inputs/") for name, *_ in lists],
            listed_depth, lists) for lists in DEPTH_LISTS),
