@@ -1185,8 +1185,8 @@ def colmap_rows(path):
 
 
 def open_chunks(path):
-    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, each with
-    many scenes, and index.json with the file of each scene."""
+    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, of
+    many scenes each, and index.json with the file of each scene."""
     file = path / "index.json"
     with naming(file, "not the index of RealEstate10K's files"):
         index = json.loads(file.read_text()).items()
@@ -1233,19 +1233,19 @@ def list_scannet(scene, K, ids):
 
 
 class NoViews(ValueError):
-    """A scene lacks the frames that are to be drawn from it."""
+    """A scene has no frames that fit."""
 
 
 def some(scenes, most=64):
-    """At most so many scenes, evenly spread, which are looked at in place of thousands."""
+    """At most so many of the scenes, evenly spread: enough to look at where there are thousands."""
     return [scenes[i] for i in range(0, len(scenes), -(-len(scenes) // most))]
 
 
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
-    """What `sample_views` draws from: first and last context frames, and their gaps, [P] each.
+    """All that `sample_views` may draw: first and last context frames and their gaps, each [P].
     Raises NoViews if there are none."""
     count, between = len(numbers), num_context - 2 + (target == "between")  # frames needed between
-    # Numbers rise by 1 or more, so a pair is at most max_gap frames apart.
+    # Numbers increase by 1 or more, so that a pair is at most max_gap frames apart
     first, step = np.indices((count, min(count, max_gap + 1))).reshape(2, -1)
     last = np.minimum(first + step, count - 1)
     gaps = numbers[last] - numbers[first]
@@ -1261,11 +1261,10 @@ def context_pairs(numbers, num_context, min_gap, max_gap, target):
 def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="between"):
     """Draw frames to train on: ([num_context context frames], target frame), all indices.
 
-    numbers: the frames' own, rising, in which gaps are counted; an int N means 0 to N - 1.
-    The first and the last context frame are min_gap to max_gap apart, or as far as possible if all
-    are closer; the others lie evenly between. The target "between" lies strictly between the first
-    and the last and is no context frame; "any" is any frame from the first to the last.
-    Raises NoViews if there are too few frames.
+    numbers: the frames' increasing numbers, or N for 0 to N - 1. The first and the last context
+    frame are min_gap to max_gap apart by their numbers, or as far as possible if that is less; the
+    others are spread evenly between. The target is "between" the first and the last and no context
+    frame, or "any" frame from the first to the last. Raises NoViews if there are too few frames.
     """
     numbers = np.arange(numbers) if isinstance(numbers, int) else np.asarray(numbers)
     firsts, lasts, gaps = context_pairs(numbers, num_context, min_gap, max_gap, target)
@@ -1282,7 +1281,7 @@ def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="bet
 
 
 class Samples(torch.utils.data.Dataset):
-    """What all data sets here share: `length` samples, each made by `sample(index)`."""
+    """The base of all data sets here: `length` samples, made by `sample(index)`."""
 
     def __len__(self):
         return self.length
@@ -1294,18 +1293,18 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Views(Samples):
-    """Samples of context and target views; views[index] is a function of (seed, index) alone.
+    """Samples of context and target views; views[index] depends on (seed, index) alone, so that a
+    resumed run sees the same data.
 
     Args:
         scenes: a sequence of scenes: `open_scenes(path)` or `Rooms(split)`.
         height, width: of all images, pixels.
         num_context, min_gap, max_gap, target: see `sample_views`.
-        seed, length: the sequence of samples and its length.
 
     A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W]
     (if any of `some` scenes has depth), masks [V, H, W], valid [V, H, W] bool (of captures)},
     "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V + 1]}.
-    Scenes without enough frames are left out. Raises ValueError if all of `some` are.
+    Scenes without enough frames are left out. Raises ValueError if that leaves none of `some`.
     """
 
     def __init__(self, scenes, height, width, *, num_context=2, min_gap=8, max_gap=12,
@@ -1324,18 +1323,18 @@ class Views(Samples):
     def _any_depth(self):
         """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
         scenes = [scene for scene in some(self.scenes) if scene.list_shots != list_chunk]
-        deep, said = any(scene.has_depth for scene in scenes), collections.defaultdict(list)
+        deep, lacks = any(scene.has_depth for scene in scenes), collections.defaultdict(list)
         for scene in scenes:
             if deep and not scene.has_depth:
-                said["have unknown depth"].append(f"{scene.name} has no depth")
+                lacks["have unknown depth"].append(f"{scene.name} has no depth")
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
                 if gaps.max() < (least := self.sampling["min_gap"]):
                     few = f"{scene.name}: {len(scene)} frames are too few for gaps of {least}"
-                    said["take their largest gap"].append(few)
+                    lacks["take their largest gap"].append(few)
             except NoViews as error:
-                said["are left out"].append(f"{scene.name}: {error}")
-        for effect, found in said.items():
+                lacks["are left out"].append(f"{scene.name}: {error}")
+        for effect, found in lacks.items():
             if effect == "are left out" and len(found) == len(scenes):
                 raise ValueError(found[0])
             warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
@@ -1348,7 +1347,7 @@ class Views(Samples):
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
             try:
                 return scene, *sample_views(scene.numbers, rng, **self.sampling)
-            except NoViews as error:  # then another: not all were looked at before
+            except NoViews as error:  # try another scene
                 failed = f"{scene.name}: {error}"
         raise ValueError(failed)
 
@@ -1365,9 +1364,9 @@ class Views(Samples):
         }
 
     def point_range(self):
-        """(near, far) of the captures' own points, None where they have none. In distances between
-        the first and the last context camera: of the points' depths in context views, over 100
-        draws from each of up to 16 scenes, the 1st percentile times 0.8 and the 99th times 1.25."""
+        """(near, far) by COLMAP's points, in distances between the first and the last context
+        camera; None without points. Of the points' depths in context views (100 draws from each of
+        up to 16 scenes) these are the 1st percentile times 0.8 and the 99th times 1.25."""
         rng, found = np.random.default_rng(0), [np.zeros(0)]
         for scene in [] if isinstance(self.scenes, Rooms) else some(self.scenes, 16):
             depths = scene.point_depths()
@@ -1383,15 +1382,15 @@ class Views(Samples):
 
 
 # -------------------------------------------------------------------------------------------------
-# Single photos, and crops of them, to pretrain a teacher with
+# Single photos and crops of them, to pretrain a teacher on
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Photos(Samples):
-    """Single photos [3, height, width] in 0..1: those of a folder and its sub-folders, scaled to
-    cover the size and cropped about the centre, or without a folder `count` views of rooms, eight
-    of each. Raises ValueError if the folder holds no photo."""
+    """Single photos [3, height, width] in 0..1, scaled to cover that and cropped about the centre:
+    of a folder and its sub-folders, or without a folder `count` views of rooms, eight of each.
+    Raises ValueError if the folder holds no photo."""
 
     def __init__(self, path, height, width, count=0, split="train"):
         self.size, self.length, self.files = (height, width), count, []
@@ -1407,7 +1406,7 @@ class Photos(Samples):
         if self.files:
             shot = Shot(self.files[i], self.files[i].parent, {})
             return read_shot(shot, Framing(self.size))["images"]
-        if i not in self.kept:  # a view takes a tenth of a second to draw, and bytes are small
+        if i not in self.kept:  # in bytes, since drawing takes a tenth of a second
             room = self.rooms[i // 8]
             frame = int(np.random.default_rng([i, len(room)]).integers(len(room)))
             self.kept[i] = (room.frame(frame, *self.size)["images"] * 255).round().byte()
@@ -1415,18 +1414,16 @@ class Photos(Samples):
 
 
 class Crops(Samples):
-    """Two crops of one photo and their overlap; crops[index] is a function of (seed, index) alone.
+    """Pairs of crops of one photo; crops[index] is a function of (seed, index) alone.
 
     Args:
         photos: a sequence of photos [3, H, W]: `Photos`.
-        size: of the crops, pixels, square.
-        scales: least and most of the photo's side that a crop shows.
-        warp: how else two crops differ, 0 (not at all) to 1: see `crop_window`.
-        seed, length: the sequence of samples and its length.
+        size: side of the square crops, pixels.
+        scales, warp: see `crop_window`.
 
-    A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]}.
-    The last two are affine maps from the crops' coordinates to the photo's and from the first
-    crop's to the second's; coordinates are x, y in -1..1 from corner to corner.
+    A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]},
+    the last two affine maps from the crops' coordinates to the photo's and from the first crop's
+    to the second's. Coordinates are x, y in -1..1 from corner to corner.
     """
 
     def __init__(self, photos, size, scales=(0.7, 0.85), warp=0.0, seed=0, *, length):
@@ -1447,15 +1444,15 @@ class Crops(Samples):
 
 
 def crop_window(rng, scales, warp):
-    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1.
-    It takes between scales[0] and scales[1] of the photo's sides, and lies inside the photo. With
-    a warp of 0 it is upright; with 1 it is turned by up to 20 degrees, up to an eighth longer or
-    shorter, and mirrored half the time."""
+    """A random window on a photo: the affine map [3, 3] from its coordinates to the photo's, both
+    -1..1. It covers between scales[0] and scales[1] of the photo's sides and lies inside. A warp
+    of 0 leaves it upright; 1 turns it by up to 20 degrees, stretches it by up to an eighth and
+    mirrors half of the windows."""
     scale, turn = rng.uniform(*scales), warp * rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(warp * rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
     c, s, mirror = np.cos(turn), np.sin(turn), mirror if warp else 1
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
-    reach = np.abs(A).sum(1)  # half its bounding box
+    reach = np.abs(A).sum(1)  # half sizes of its bounding box
     A, reach = A / max(1, reach.max()), reach / max(1, reach.max())
     window = np.eye(3)
     window[:2, :2], window[:2, 2] = A, rng.uniform(-1, 1, 2) * (1 - reach)
@@ -1463,7 +1460,7 @@ def crop_window(rng, scales, warp):
 
 
 def jitter(photo, rng):
-    """Another exposure, white balance and gamma, and a little noise: nothing about the place."""
+    """Random exposure, white balance, gamma and a little noise: nothing that moves pixels."""
     gains = np.exp(rng.uniform(-0.15, 0.15) + rng.uniform(-0.06, 0.06, (3, 1, 1)))
     gamma = float(np.exp(rng.uniform(-0.12, 0.12)))
     photo = (photo * torch.from_numpy(gains).float()).clamp(1e-4, 1) ** gamma
