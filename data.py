@@ -630,6 +630,10 @@ def lines_of(path):
         return [line for line in Path(path).read_text().splitlines() if line.strip()]
 
 
+def has_any(folder, *names):
+    return any(exists(join(folder, name)) for name in names)
+
+
 class Shot(NamedTuple):
     """A photo and what belongs to it."""
 
@@ -933,7 +937,7 @@ def open_scenes(path, split=None):
 def captures_of(folder):
     """The captures that a folder itself holds, by the first layout that it has."""
     for inner in ("", "nerfstudio", "dslr/nerfstudio"):
-        if any(exists(join(folder, inner, name)) for name in TRANSFORMS):
+        if has_any(folder / inner, *TRANSFORMS):
             return [PosedFolder(folder / inner)]
     for sparse in ("sparse/0", "sparse", "colmap/sparse/0"):
         for file in (folder / sparse / "cameras.bin", folder / sparse / "cameras.txt"):
@@ -1475,8 +1479,8 @@ BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 
 class Pairs(Samples):
-    """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. A pair
-    counts where a view shows the share `least_overlap` of the other."""
+    """Pairs of views from entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. Only
+    pairs count whose overlap is at least `least_overlap`."""
 
     def __init__(self, entries, height, width, least_overlap=0.0):
         self.entries, self.size, self.least_overlap = entries, (height, width), least_overlap
@@ -1488,23 +1492,24 @@ class Pairs(Samples):
 
 
 def pairs(path, count, height, width, seed):
-    """At most `count` pairs, chosen by seed: of ScanNet-1500 (a folder with test.npz) its own; of
-    RGB-D captures any two frames, which count if they have 30 % in common; without a path of rooms,
-    as many from each of BINS, all with 30 % in common."""
+    """At most `count` random `Pairs`: of ScanNet-1500 (a folder with test.npz) its own; of RGB-D
+    captures any two frames, with a least overlap of 0.3; of rooms (no path) the same number from
+    each of BINS, all overlapping by 0.3."""
     rng, found, least = np.random.default_rng(seed), [], 0.0
     if path is None:
         rooms = Rooms("probe")
         while len(found) < count:
             pair = room_pair(rooms[int(rng.integers(len(rooms)))], rng, BINS[len(found) % 4 :][:2])
             found += [pair] if pair else []
-    elif any((Path(path) / name).is_file() for name in ("test.npz", "intrinsics.npz")):
+    elif has_any(path, "test.npz", "intrinsics.npz"):
         found = scannet_pairs(Path(path))
     else:
         scenes, least = scenes_with_depth(path), 0.3
+        # Number all pairs of all scenes, and choose among the numbers
         starts = np.cumsum([0, *(len(scene) * (len(scene) - 1) // 2 for scene in scenes)])
         chosen = np.sort(rng.choice(starts[-1], min(count, starts[-1]), replace=False))
         for scene, start, end in zip(scenes, starts, starts[1:]):
-            two = np.stack(np.tril_indices(len(scene), -1)[::-1], 1)  # all (i, j) with i < j
+            two = np.stack(np.tril_indices(len(scene), -1)[::-1], 1)  # every (i, j) with i < j
             here = chosen[(chosen >= start) & (chosen < end)] - start
             found += [(scene, *ij) for ij in two[here].tolist()]
     if not found:
@@ -1515,12 +1520,12 @@ def pairs(path, count, height, width, seed):
 
 
 def room_pair(room, rng, degrees):
-    """(room, i, j) of frames whose cameras are turned by so much; None if 20 tries find none."""
+    """(room, i, j) of overlapping frames turned by degrees (from, to); None if 20 tries fail."""
     for _ in range(20):
         i, j = (int(k) for k in rng.integers(len(room), size=2))
         to_b = torch.linalg.inv(torch.from_numpy(room.pose(j))) @ torch.from_numpy(room.pose(i))
         if i == j or not degrees[0] <= rotation_angle(to_b) < degrees[1]:
-            continue  # before anything is drawn
+            continue
         if overlap(room.frame(i, 24, 24), room.frame(j, 24, 24), to_b) > 0.3:
             return room, i, j
 
@@ -1532,16 +1537,30 @@ def rotation_angle(Rt):
 
 
 def camera_points(depths, K):
-    """Depths [H, W] along z and K [3, 3] in pixels -> points in the camera's axes [H, W, 3]."""
+    """Z-depths [H, W] and K [3, 3] in pixels -> points [H, W, 3] in the camera's axes."""
     rows, columns = (torch.arange(n, device=depths.device) + 0.5 for n in depths.shape)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     rays = [(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)]
     return torch.stack(rays, -1) * depths[..., None]
 
 
+def normals_from_depth(depths, K):
+    """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3], by cross products
+    of central differences; 0 at the border, and where a neighbour's depth is unknown or differs by
+    more than 5 %."""
+    points = camera_points(depths, K).permute(2, 0, 1)
+    across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
+    down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
+    normals = F.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
+    z, sides = depths[1:-1, 1:-1], (depths[1:-1, 2:], depths[1:-1, :-2])
+    near = torch.stack([*sides, depths[2:, 1:-1], depths[:-2, 1:-1]])
+    smooth = ((z > 0) & (near > 0) & ((near - z).abs() < 0.05 * z)).all(0)
+    return F.pad(normals * smooth, (1, 1, 1, 1))
+
+
 def overlap(a, b, to_b):
-    """Share of frame a's pixels with depth that frame b sees too. to_b [4, 4]: a's camera
-    coordinates -> b's."""
+    """Share of frame a's pixels with depth that frame b sees, to 10 % of depth. to_b [4, 4]: from
+    a's camera axes to b's."""
     H, W = a["depths"].shape
     points = camera_points(a["depths"], a["Ks"]) @ to_b[:3, :3].T + to_b[:3, 3]
     seen = points @ b["Ks"].T
@@ -1554,8 +1573,8 @@ def overlap(a, b, to_b):
 
 
 def scannet_pairs(path):
-    """The 1,500 pairs of SuperGlue's ScanNet test: test.npz "name" [pairs, 4] of scene, sequence
-    and two frames, and intrinsics.npz with K [3, 3] by the name of the scene."""
+    """The 1,500 pairs of SuperGlue's ScanNet test: test.npz has "name" [pairs, 4], the scene, its
+    sequence and two frames; intrinsics.npz has K [3, 3] for the name of each scene."""
     with naming(path, "test.npz and intrinsics.npz of ScanNet-1500 were expected"):
         rows = np.load(unpacked(path / "test.npz", 100), allow_pickle=False)["name"].tolist()
         listed = [(f"scene{scene:04d}_{part:02d}", i, j) for scene, part, i, j in rows]
@@ -1568,15 +1587,14 @@ def scannet_pairs(path):
     for name, ids in frames.items():
         if name not in Ks or not (path / name).is_dir():
             raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
-        lists = functools.partial(list_scannet, K=Ks[name].astype(float), ids=sorted(ids))
-        scenes[name] = PosedFolder(path / name, lists)
-        scenes[name].shots  # a pose that is missing ends it here
+        list_shots = functools.partial(list_scannet, K=Ks[name].astype(float), ids=sorted(ids))
+        scenes[name] = PosedFolder(path / name, list_shots)
+        scenes[name].shots  # raises now for a missing pose
     return [(scenes[name], *map(sorted(frames[name]).index, two)) for name, *two in listed]
 
 
 # -------------------------------------------------------------------------------------------------
-# Labelled photos, to train and to test probes on (evaluate.py): windows on photos, and the file
-# that keeps what is computed of them
+# Labelled photos for linear probes (evaluate.py): windows on them, and a file for their features
 
 # What the public code of the probes does: see README, Probing
 PUBLISHED = {
@@ -1586,24 +1604,23 @@ PUBLISHED = {
         short=512, crop=(512, 512), jitter=(0.5, 2.0), mirror=True, slide=(512, 341), pad=True
     ),
 }
-# What borders are filled with: no label, and ImageNet's mean, which models see as 0
-BORDER = {"depths": 0.0, "normals": 0.0, "classes": -1,
-          "images": torch.tensor([0.485, 0.456, 0.406])[:, None, None]}  # fmt: skip
+# What padding holds: unknown labels, and ImageNet's mean, which is 0 once photos are normalised
+PADDING = {"depths": 0.0, "normals": 0.0, "classes": -1,
+           "images": torch.tensor([0.485, 0.456, 0.406])[:, None, None]}  # fmt: skip
 
 
 class Labelled(Samples):
-    """Photos and what is to be read off them, `key`: "depths" [H, W], "normals" [3, H, W] or
-    "classes" [H, W] (-1 = none).
+    """Photos and their labels, `key`: "depths" [H, W], "normals" [3, H, W] or "classes" [H, W]
+    (-1 = unknown).
 
     entries: `Shot`s, (capture, frame) or (rooms, room). labelled[n] = {"images" [n, 3, P, Q] in
-    0..1: windows of the photo; "places" int64 [n, 7]: of each its top, left, height and width in
-    the whole, 1 if it is mirrored, P and Q, where its height and width lie in the middle; and the
-    label}. In training n is 1 and the label the window's own, [P, Q]; in a test it is the whole
-    photo's. Which window training sees is a function of n alone.
+    0..1: windows on the photo, padded; "places" int64 [n, 7]: for each its top, left, height and
+    width in the photo, 1 if it is mirrored, P and Q; and the label}. A training sample has one
+    window, a function of n alone, and the label of that, [P, Q]; a test has the whole label.
     """
 
     def __init__(self, entries, key, framing, training, count=0, copies=1):
-        if count and count < len(entries):  # evenly spread
+        if count and count < len(entries):
             entries = [entries[i * len(entries) // count] for i in range(count)]
         self.entries, self.key, self.framing, self.copies = entries, key, framing, copies
         self.part, self.length = "train" if training else "test", len(entries) * copies
@@ -1612,15 +1629,16 @@ class Labelled(Samples):
         entry, framing = self.entries[n // self.copies], self.framing
         if self.part == "test":
             frame = self.load(entry, framing)
-            return frame | look(frame["images"], framing)
+            return frame | cut_windows(frame["images"], framing)
         rng, framing = np.random.default_rng(n), framing._replace(slide=(), both=False)
         frame = self.load(entry, framing, rng.uniform(*framing.jitter))
         frame = random_window(frame, framing, rng)
         images = frame.pop("images")
-        return padded(frame, framing.padded(*images.shape[-2:])) | look(images, framing)
+        size = framing.padded(*images.shape[-2:])
+        return {k: padded(v, size, k) for k, v in frame.items()} | cut_windows(images, framing)
 
     def load(self, entry, framing, factor=1.0):
-        """{"images", key} of an entry; of a room one view."""
+        """{"images", key} of an entry; of a room one random view."""
         if isinstance(entry, Shot):
             frame = read_shot(entry, framing, factor)
         else:
@@ -1636,33 +1654,32 @@ class Labelled(Samples):
         return {k: frame[k] for k in ("images", self.key)}
 
     def kept_bytes(self, channels):
-        """What a `Shelf` of all takes with features of so many channels, by the first frame."""
+        """Bytes of a `Shelf` of all frames with features of so many channels, by the first one."""
         frame = self[0]
         images = frame.pop("images")
         tokens = images[:, 0].numel() // 14**2 + len(images)
         return 2 * len(self) * (tokens * channels + sum(t.numel() for t in frame.values()))
 
     def as_tested(self, count):
-        """At most `count` of the same photos, as a test sees them."""
+        """At most `count` of the same photos, evenly spread, as a test sees them."""
         return Labelled(self.entries, self.key, self.framing, False, count)
 
 
-def padded(frame, size):
-    """A frame's tensors [..., h, w] in the middle of [..., H, W]."""
-    out = {}
-    for key, tensor in frame.items():
-        y, x = (full - part for full, part in zip(size, tensor.shape[-2:]))
-        sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), BORDER[key]
-        out[key] = F.pad(tensor - border, sides) + border if x or y else tensor
-    return out
+def padded(tensor, size, key):
+    """tensor [..., h, w] in the middle of [..., H, W]; key says which of PADDING is around it."""
+    y, x = (full - part for full, part in zip(size, tensor.shape[-2:]))
+    if not (x or y):
+        return tensor
+    sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), PADDING[key]
+    return F.pad(tensor - border, sides) + border
 
 
 def random_window(frame, framing, rng):
-    """A frame cut to a window at a random place, padded where it is too small; maybe mirrored.
-    As mmsegmentation, of ten places the first that no class fills by more than three quarters."""
+    """A random window of a frame, padded if the frame is smaller, maybe mirrored: the first of ten
+    that no class fills by more than three quarters, as in mmsegmentation."""
     if framing.crop:
         H, W = (max(s, c) for s, c in zip(frame["images"].shape[-2:], framing.crop))
-        frame = padded(frame, (H, W))
+        frame = {k: padded(v, (H, W), k) for k, v in frame.items()}
         for _ in range(10):
             top, left = (int(rng.integers(s - c + 1)) for s, c in zip((H, W), framing.crop))
             window = (..., slice(top, top + framing.crop[0]), slice(left, left + framing.crop[1]))
@@ -1677,19 +1694,19 @@ def random_window(frame, framing, rng):
     return frame
 
 
-def look(image, framing):
-    """The windows of a photo [3, H, W] and their places: see `Labelled`."""
+def cut_windows(image, framing):
+    """{"images", "places"}: the windows of a photo [3, H, W], see `Labelled`."""
     H, W = image.shape[-2:]
     side, stride = framing.slide or (max(H, W), 1)
     height, width = min(side, H), min(side, W)
     P, Q = framing.padded(height, width)
-    # The last window ends with the photo
+    # The last window ends where the photo does
     tops, lefts = ([min(i, s - w) for i in range(0, s - w + stride, stride)]
                    for s, w in ((H, height), (W, width)))  # fmt: skip
     images, places = [], []
     for top, left in itertools.product(tops, lefts):
-        window = {"images": image[:, top : top + height, left : left + width]}
-        window = padded(window, (P, Q))["images"]
+        window = image[:, top : top + height, left : left + width]
+        window = padded(window, (P, Q), "images")
         for mirrored in range(1 + framing.both):
             images.append(window.flip(-1) if mirrored else window)
             places.append([top, left, height, width, mirrored, P, Q])
@@ -1697,8 +1714,8 @@ def look(image, framing):
 
 
 def joined(windows, places, size):
-    """Windows [n, ..., P, Q] at their places (see `Labelled`) in the whole, the mean of all; then
-    at the size (H, W). [..., H, W]"""
+    """The mean of windows [n, ..., P, Q] at their places (see `Labelled`), resized to size (H, W):
+    [..., H, W]."""
     H, W = (places[:, :2] + places[:, 2:4]).amax(0).tolist()
     total, count = windows.new_zeros(*windows.shape[1:-2], H, W), windows.new_zeros(H, W)
     for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places.tolist()):
@@ -1711,7 +1728,7 @@ def joined(windows, places, size):
 
 
 def resized(x, size, mode="bilinear"):
-    """x [..., H, W] at another size."""
+    """x [..., H, W] at another size (H, W)."""
     if x.shape[-2:] == tuple(size):
         return x
     flat = x.reshape(1, -1, *x.shape[-2:]).float()
@@ -1720,19 +1737,19 @@ def resized(x, size, mode="bilinear"):
 
 
 def small(tensor):
-    """A tensor in two bytes a number: half precision, or whole numbers."""
+    """A tensor in two bytes a number: float16 or int16."""
     return tensor.half() if tensor.is_floating_point() else tensor.to(torch.int16)
 
 
 def full(tensor):
-    """The tensor that `small` made small, at the precision that losses want."""
+    """A tensor from `small` as losses want it: float32 or int64."""
     return tensor.float() if tensor.is_floating_point() else tensor.long()
 
 
 class Shelf:
-    """Tensors in a file, a few per frame, of any shape, two bytes a number: shelf[i] is a list.
-    What is read is mapped for as long as it is copied, so that the file never counts as the
-    process's memory. Raises ValueError where the disk is full."""
+    """A file of tensors, two bytes a number: shelf[i] is a list of a frame's tensors of any shapes.
+    Each read maps the file only briefly, so that it does not count as the process's memory. Raises
+    ValueError if the disk is full."""
 
     def __init__(self, path):
         self.file, self.records, self.end = open(path, "wb"), [], 0
@@ -1760,8 +1777,8 @@ class Shelf:
 
 @contextlib.contextmanager
 def scratch(folder, need):
-    """A new folder in `folder` (or the system's for such), which goes with all that is in it.
-    ValueError if there is none to be made, or the disk has not as many bytes free as it needs."""
+    """A new temporary folder in `folder`, or where the system has them. Raises ValueError if it
+    cannot be made, or if the disk has less than `need` bytes free."""
     with naming(folder, "no folder to keep features in"):
         made = tempfile.TemporaryDirectory(prefix="probe-", dir=folder)
     with made as path:
@@ -1776,49 +1793,63 @@ def scratch(folder, need):
 
 
 # -------------------------------------------------------------------------------------------------
-# Where labelled photos lie: benchmarks' folders and lists, RGB-D captures and rooms
+# Where labelled photos are: the folders and lists of benchmarks
+
+
+def eigen_crop(frame, labels, framing):
+    """Eigen's crop of test depth, that all report: rows 45-471 of 480, columns 41-601 of 640."""
+    inside = np.zeros((480, 640), np.float32)
+    inside[45:471, 41:601] = 1
+    inside = labels.nearest(Image.fromarray(inside))
+    return frame | {"depths": frame["depths"] * torch.from_numpy(inside)}
+
+
+def nyu_crop(frame, labels, framing):
+    """Cuts the white border off whole training photos, as DINOv2's NYUCrop does."""
+    if framing.size is not None:
+        return frame
+    H, W = frame["depths"].shape
+    window = (..., slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
+    return {key: tensor[window] for key, tensor in frame.items()}
+
+
+DEPTH_LISTS = (  # to train and to test on: list, folder of what it names, and how that is cropped
+    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
+     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
+    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
+    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
+)  # fmt: skip
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")  # fmt: skip
 
 
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
-    """`Labelled` frames to train and to test a probe on, and the classes' names (or None).
+    """`Labelled` frames to train and to test a probe on, and the names of classes or None.
 
-    path: a folder in one of the task's LAYOUTS, or for depth and normals an RGB-D capture; None for
-    procedural rooms. train_count and test_count frames are evenly spread; 0 are all (of rooms,
-    200). classes: a file of the classes' names, one a line. copies: windows of each training photo.
-    Raises ValueError: which path was expected.
+    path: a benchmark's folder, see README, Probing, or for depth and normals RGB-D captures; None
+    for rooms. train_count, test_count: frames, evenly spread; 0 is all, of rooms 200. classes: a
+    file of the classes' names, one a line. copies: windows of each training photo. Raises
+    ValueError for a path that is none of these.
     """
     key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
-    names = CLASSES[1:] if path is None and task == "segmentation" else None
+    parts = names = None
     if path is None:
-        rooms = Rooms("probe")
+        rooms, names = Rooms("probe"), CLASSES[1:] if task == "segmentation" else None
         half = len(rooms) // 2
         if max(train_count, test_count) > half:
             raise ValueError(f"there are {half} rooms each to train and to test on, no more")
         parts = [[(rooms, start + i) for i in range(count or 200)]
                  for start, count in ((0, train_count), (half, test_count))]  # fmt: skip
-    elif found := layout_of(task, Path(path)):
-        (_, lists, arguments, *own), mark = found
-        if not lists:  # such as KITTI's eigen_train_files_with_gt.txt
-            known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
-            raise BadFile(f"{mark}: not a list that is read here; those are {known}")
-        parts = [lists(Path(path), key, *of_part) for of_part in arguments]
-        if len(parts) == 1:  # every fifth is to test on
-            parts = [shot for k, shot in enumerate(parts[0]) if k % 5 != 4], parts[0][4::5]
-        if own:
-            names = tuple(map(str.strip, lines_of(classes))) if classes else own[1]
-            if not names:
-                what = "--classes FILE must name its classes, one a line (top100.txt)"
-                raise ValueError(f"{path}: {what}")
-            known = own[0], len(names)
-            parts = [[shot._replace(classes=known) for shot in part] for part in parts]
     elif task == "segmentation":
-        raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
-                         "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
-    else:  # of every four frames of captures in a row the last is to test on
+        parts, names = class_shots(Path(path), classes)
+    else:
+        parts = {"depth": depth_shots, "normals": normal_shots}[task](Path(path))
+    if parts is None:
         frames = [(scene, i) for scene in scenes_with_depth(path) for i in range(len(scene))]
         if task == "normals":
             warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
-        parts = [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
+        parts = hold_out(frames, 4)
     for part, entries in zip(("train", "test"), parts):
         if not entries:
             raise ValueError(f"{path}: no frames to {part} on")
@@ -1826,10 +1857,9 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
             Labelled(parts[1], key, framing, False, test_count), names)  # fmt: skip
 
 
-def layout_of(task, folder):
-    """The first of the task's LAYOUTS that has a mark in the folder, and the mark; or None."""
-    return next(((row, found) for row in LAYOUTS[task] for mark in row[0]
-                 for found in sorted(folder.glob(mark))), None)  # fmt: skip
+def hold_out(items, n):
+    """Items to train and to test on: every n-th is to test on."""
+    return [item for k, item in enumerate(items, 1) if k % n], items[n - 1 :: n]
 
 
 def scenes_with_depth(path):
@@ -1841,13 +1871,59 @@ def scenes_with_depth(path):
 
 
 def farthest(path):
-    """Metres that depth is probed to: 20 on ScanNet++, as the paper's code does, else 10."""
-    lists = ("splits/nvs_sem_train.txt", "scannetpp_train.txt")
-    return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
+    """Metres that depth is probed to: 20 on ScanNet++, as in the paper's code, else 10."""
+    lists = "splits/nvs_sem_train.txt", "scannetpp_train.txt"
+    return 20.0 if path and has_any(path, *lists) else 10.0
+
+
+def depth_shots(path):
+    """NYUv2's, ScanNet++'s or FiT3D's Shots to train and to test on; None if it is none of them."""
+    folders = path, path / "train_test_inputs"
+    for lists in DEPTH_LISTS:
+        if any(has_any(folder, *(name for name, *_ in lists)) for folder in folders):
+            return [listed_depth(path, *row) for row in lists]
+    if has_any(path, "splits"):
+        labels = "data/{}/dslr/render_depth"
+        return [scannetpp(path, "depths", part, labels) for part in ("train", "val")]
+    others = [file for folder in folders for file in sorted(folder.glob("*train*.txt"))]
+    if others:  # such as KITTI's eigen_train_files_with_gt.txt
+        known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
+        raise BadFile(f"{others[0]}: not a list that is read here; those are {known}")
+
+
+def normal_shots(path):
+    """Shots to train and to test on from image/ and normal/; None without such folders."""
+    if has_any(path, "train/image", "train/normal"):
+        return [in_folders(path, "normals", f"{part}/image", f"{part}/normal")
+                for part in ("train", "test")]  # fmt: skip
+    if has_any(path, "image", "normal"):
+        return hold_out(in_folders(path, "normals", "image", "normal"), 5)
+
+
+def class_shots(path, classes):
+    """ADE20K's, ScanNet++'s or VOC2012's Shots to train and to test on, and the classes' names."""
+    first, names = 0, None  # where the first class has id 0, 255 means unknown
+    if has_any(path, "images", "annotations"):
+        first, names = 1, tuple(f"class_{i}" for i in range(1, 151))
+        parts = [in_folders(path, "classes", f"images/{part}", f"annotations/{part}")
+                 for part in ("training", "validation")]  # fmt: skip
+    elif has_any(path, "semantics"):
+        parts = [scannetpp(path, "classes", part, "semantics/{}") for part in ("train", "val")]
+    elif has_any(path, "JPEGImages", "ImageSets"):
+        names, parts = VOC, [voc2012(path, part) for part in ("train", "val")]
+    else:
+        raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
+                         "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
+    if classes:
+        names = tuple(map(str.strip, lines_of(classes)))
+    if not names:
+        raise ValueError(f"{path}: --classes FILE must name its classes, one a line (top100.txt)")
+    known = first, len(names)
+    return [[shot._replace(classes=known) for shot in part] for part in parts], names
 
 
 def in_folders(path, key, photos, labels):
-    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
+    """Photos and labels of the same names in two folders. Raises ValueError for a missing one."""
     photos, labels, shots = path / photos, path / labels, []
     for folder in (photos, labels):
         if not folder.is_dir():
@@ -1862,18 +1938,18 @@ def in_folders(path, key, photos, labels):
     return shots
 
 
-def voc2012(path, key, part):
-    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
-    file = path / f"ImageSets/Segmentation/{part}.txt"
-    photos, labels = path / "JPEGImages", path / "SegmentationClass"
-    stems = [line.split()[0] for line in lines_of(file)]
-    return [Shot(photos / f"{stem}.jpg", file, {key: labels / f"{stem}.png"}) for stem in stems]
+def voc2012(path, part):
+    file, shots = path / f"ImageSets/Segmentation/{part}.txt", []
+    for stem in (line.split()[0] for line in lines_of(file)):
+        label = path / f"SegmentationClass/{stem}.png"
+        shots.append(Shot(path / f"JPEGImages/{stem}.jpg", file, {"classes": label}))
+    return shots
 
 
 def scannetpp(path, key, part, labels):
-    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
-    those with labels data/SCENE/dslr/render_depth/NAME.png or semantics/SCENE/NAME.JPG.png. They
-    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
+    """ScanNet++ as its toolbox writes it: the scenes of splits/nvs_sem_train.txt or ..._val.txt
+    with labels, NAME.png or NAME.JPG.png in the folder `labels`. They are as distorted as the
+    photos in dslr/resized_images/, unless undistorted/SCENE/ has the photos."""
     file, shots = path / f"splits/nvs_sem_{part}.txt", []
     for scene in map(str.strip, lines_of(file)):
         for label in sorted((path / labels.format(scene)).glob("*.png"), key=natural):
@@ -1888,8 +1964,8 @@ def scannetpp(path, key, part, labels):
     return shots
 
 
-def listed_depth(path, key, name, below, finish):
-    """By a list of lines "photo depth focal": see DEPTH_LISTS."""
+def listed_depth(path, name, below, finish):
+    """The Shots in a list of lines "photo depth focal": see DEPTH_LISTS."""
     files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
     if not files:
         raise BadFile(f"{path / name}: expected, beside the other split's file")
@@ -1899,89 +1975,12 @@ def listed_depth(path, key, name, below, finish):
     lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
     roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
     root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
-    return [Shot(root / photo, files[0], {key: root / depth}, finish=finish)
+    return [Shot(root / photo, files[0], {"depths": root / depth}, finish=finish)
             for photo, depth in lines]  # fmt: skip
 
 
-def eigen_crop(frame, labels, framing):
-    """Of a test's depth what all report: rows 45 to 471 of 480 and columns 41 to 601 of 640."""
-    inside = np.zeros((480, 640), np.float32)
-    inside[45:471, 41:601] = 1
-    inside = labels.nearest(Image.fromarray(inside))
-    return frame | {"depths": frame["depths"] * torch.from_numpy(inside)}
-
-
-def nyu_crop(frame, labels, framing):
-    """NYUCrop takes off the white frame of whole training photos."""
-    if framing.size is not None:
-        return frame
-    H, W = frame["depths"].shape
-    window = (..., slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
-    return {key: tensor[window] for key, tensor in frame.items()}
-
-
-def normals_from_depth(depths, K):
-    """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product
-    of the differences to the neighbours; 0 at the border, and where a neighbour is unknown or more
-    than 5 % nearer or farther."""
-    points = camera_points(depths, K).permute(2, 0, 1)
-    across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
-    down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
-    normals = F.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
-    z, sides = depths[1:-1, 1:-1], (depths[1:-1, 2:], depths[1:-1, :-2])
-    near = torch.stack([*sides, depths[2:, 1:-1], depths[:-2, 1:-1]])
-    smooth = ((z > 0) & (near > 0) & ((near - z).abs() < 0.05 * z)).all(0)
-    return F.pad(normals * smooth, (1, 1, 1, 1))
-
-
-DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
-    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
-     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
-    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
-    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
-)  # fmt: skip
-VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-       "train", "tvmonitor")  # fmt: skip
-
-# All layouts: what marks a folder, and the function that lists its frames. Of labelled photos also
-# the function's arguments for the parts to train and to test on (if it is one, every fifth is), and
-# of label maps of classes the first class's number (where that is 0, 255 = none) and their names.
-LAYOUTS = {
-    "depth": (
-        *(([f + name for f in ("", "train_test_inputs/") for name, *_ in lists],
-           listed_depth, lists) for lists in DEPTH_LISTS),
-        (["splits"], scannetpp,
-         [(part, "data/{}/dslr/render_depth") for part in ("train", "val")]),
-        (["*train*.txt", "train_test_inputs/*train*.txt"], None, []),
-    ),
-    "normals": (
-        (["train/image", "train/normal"], in_folders,
-         [(f"{part}/image", f"{part}/normal") for part in ("train", "test")]),
-        (["image", "normal"], in_folders, [("image", "normal")]),
-    ),
-    "segmentation": (
-        (["images", "annotations"], in_folders,  # ADE20K
-         [(f"images/{part}", f"annotations/{part}") for part in ("training", "validation")],
-         1, tuple(f"class_{i}" for i in range(1, 151))),
-        (["semantics"], scannetpp, [("train", "semantics/{}"), ("val", "semantics/{}")], 0, None),
-        (["JPEGImages", "ImageSets"], voc2012, [["train"], ["val"]], 0, VOC),
-    ),
-}  # fmt: skip
-
-
 # -------------------------------------------------------------------------------------------------
-# python -m data FOLDER: does the disk or the network wait?
-
-
-def throughput(path, height, width, workers, samples):
-    """Images a second that `Views` of a capture (None: of rooms) load at, by so many processes."""
-    scenes = open_scenes(path) if path else Rooms("train")
-    views = Views(scenes, height, width, length=samples)
-    started, images = time.monotonic(), 0
-    for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=workers):
-        images += len(sample["context"]["images"]) + 1
-    return images / (time.monotonic() - started)
+# python -m data FOLDER: how many images a second `Views` loads, to choose train.py's --workers
 
 
 def main(arguments=None):
@@ -1993,9 +1992,14 @@ def main(arguments=None):
     if min(a.height, a.width, a.samples) < 1 or a.workers < 0:
         raise SystemExit("--height, --width and --samples must be at least 1, --workers 0")
     try:
-        rate = throughput(a.folder, a.height, a.width, a.workers, a.samples)
+        scenes = open_scenes(a.folder) if a.folder else Rooms("train")
+        views = Views(scenes, a.height, a.width, length=a.samples)
+        started, images = time.monotonic(), 0
+        for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=a.workers):
+            images += len(sample["context"]["images"]) + 1
     except ValueError as error:
         raise SystemExit(sentence_of(error)) from None
+    rate = images / (time.monotonic() - started)
     print(f"{rate:.1f} images of {a.height} x {a.width} a second by {a.workers} processes")
 
 
