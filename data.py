@@ -42,8 +42,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-# -------------------------------------------------------------------------------------------------
-# Procedural rooms. World: z up, metres, origin in the middle of the floor. Points, rays: [3, N].
+# ----------------------------------------------------------------------------- procedural rooms
+# World: z up, metres, origin in the middle of the floor. Points and rays are [3, N].
 # A solid is a unit shape, scaled, turned about z and moved.
 
 CLASSES = tuple("unlabelled floor wall ceiling door window picture rug light table chair cabinet "
@@ -548,8 +548,7 @@ class Rooms:
         return Room(self.seeds[i])
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading photos and their labels: undistorted, scaled and cropped
+# ----------------------------------------------------------------------------- photos and labels
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
 CAMERA = {"camera_model", "is_fisheye", *SIZES, *DISTORTION}  # keys of transforms.json
@@ -679,13 +678,13 @@ def read_shot(shot, framing, factor=1.0):
     height, width = framing.scaled(photo.height, photo.width, factor)
     with naming(shot.listed_in, f"the camera of {basename(shot.photo)} cannot be used"):
         camera = (lens_of(shot.camera), pinhole(shot.camera, *photo.size)) if shot.camera else ()
-        crop = crop_of(photo.size, (width, height), *camera)
+        crop = Crop(photo.size, (width, height), *camera)
     frame = {"images": crop.colours(photo)}
     if camera:
         frame["Ks"] = torch.tensor(crop.K)
         frame["extrinsics"] = torch.from_numpy(shot.pose.astype(np.float32))
     if framing.slide and framing.size is None:  # windows slide over the photo; labels stay whole
-        crop = crop_of(photo.size, photo.size)
+        crop = Crop(photo.size, photo.size)
     frame |= {key: read_label(key, path, shot, crop) for key, path in shot.labels.items()}
     with naming(shot.photo, "an image that cannot be cropped"):
         return shot.finish(frame, crop, framing) if shot.finish else frame
@@ -758,7 +757,8 @@ def read_label(key, path, shot, crop):
     ids = torch.from_numpy(values[0].astype(np.int64))
     if key == "classes":
         first, count = shot.classes
-        ids[(ids == 255) & (first == 0)] = -1
+        if first == 0:
+            ids[ids == 255] = -1
         if (most := int(ids.max())) >= first + count:
             raise BadFile(f"{path}: class {most}, where there are {count}")
         return ids - first
@@ -770,6 +770,7 @@ def read_label(key, path, shot, crop):
     return ids
 
 
+@functools.lru_cache(8)  # a capture's frames mostly share one
 class Crop:
     """A photo of size `whole` (w, h), scaled to cover `size` and cropped about the centre, and the
     same part of its label maps of any size. With a camera (fx, fy, cx, cy in pixels) and a lens
@@ -795,7 +796,8 @@ class Crop:
             self.lookup = np.stack([x, y], -1).clip(0, 1).astype(np.float32)  # [H, W, 2], shares
 
     def resize(self, picture, resample):
-        return np.array(picture.resize(self.size, resample, tuple(self.box * (picture.size * 2))))
+        box = self.box * np.tile(picture.size, 2)
+        return np.array(picture.resize(self.size, resample, tuple(box)))
 
     def nearest(self, picture):  # [H, W]
         if not same_shape(picture.size, self.whole):
@@ -820,9 +822,6 @@ class Crop:
         grid = torch.from_numpy(2 * self.lookup - 1)[None]
         options = dict(mode="bicubic", padding_mode="border", align_corners=False)
         return F.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
-
-
-crop_of = functools.lru_cache(8)(Crop)  # shared by the frames of a capture
 
 
 def lens_of(camera):
@@ -897,8 +896,7 @@ def undistorted_pinhole(lens, camera, size):
     return *(f[:, 0] / low).tolist(), *(half + (c - half) / low)[:, 0].tolist()
 
 
-# -------------------------------------------------------------------------------------------------
-# Captures: posed photos, with depth, validity masks and segment ids where there are any
+# ----------------------------------------------------------------------------- captures
 
 INNER = ("nerfstudio", "dslr")  # folders inside a scene of ScanNet++
 TRANSFORMS = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
@@ -921,8 +919,8 @@ def open_scenes(path, split=None):
             break
     else:
         what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
-        where = "here, in data/*/, scenes/*/ or */"
-        raise BadFile(f"{path}: found no {what} (RealEstate10K) {where}")
+        what += " (RealEstate10K) here, in data/*/, scenes/*/ or */"
+        raise BadFile(f"{path}: found no {what}")
     if split is None:
         return scenes
     wanted = {line.split()[0] for line in lines_of(split)}
@@ -939,8 +937,8 @@ def captures_of(folder):
     for inner in ("", "nerfstudio", "dslr/nerfstudio"):
         if has_any(folder / inner, *TRANSFORMS):
             return [PosedFolder(folder / inner)]
-    for sparse in ("sparse/0", "sparse", "colmap/sparse/0"):
-        for file in (folder / sparse / "cameras.bin", folder / sparse / "cameras.txt"):
+    for sparse in (folder / name for name in ("sparse/0", "sparse", "colmap/sparse/0")):
+        for file in (sparse / "cameras.bin", sparse / "cameras.txt"):
             if exists(file):
                 return [PosedFolder(folder, list_colmap, file)]
     for inner in (folder, folder / "train"):
@@ -984,9 +982,10 @@ class PosedFolder:
     def numbers(self):
         """The last number in each photo's name if all have one and they increase, else 0, 1, ..."""
         stems = [splitext(basename(shot.photo))[0] for shot in self.shots]
-        found = [int(n[-18:]) for stem in stems for n in re.findall("[0-9]+", stem)[-1:]]  # int64
-        rises = len(found) == len(stems) and (np.diff(found) > 0).all()
-        return np.array(found) if rises else np.arange(len(stems))
+        found = [re.search("([0-9]{1,18})[^0-9]*$", stem) for stem in stems]  # 18 fit in int64
+        numbers = np.array([int(match[1]) for match in found if match])
+        rises = len(numbers) == len(stems) and (np.diff(numbers) > 0).all()
+        return numbers if rises else np.arange(len(stems))
 
     def point_depths(self):
         """For each shot the depths of COLMAP's points that it sees; None without such points."""
@@ -997,7 +996,8 @@ class PosedFolder:
         with naming(file, "not COLMAP's points"):
             for row in colmap_rows(file):
                 for image_id in row[8::2]:
-                    seen.get(int(image_id), []).append(row[1:4])
+                    if int(image_id) in seen:
+                        seen[int(image_id)].append(row[1:4])
             points = [np.array(xyz, np.float64).reshape(-1, 3) for xyz in seen.values()]
         return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, self.shots)]
 
@@ -1166,8 +1166,11 @@ def colmap_rows(path):
     """
     if path.suffix == ".txt":
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        every, most = (2, 9) if path.stem == "images" else (1, -1)  # every second has keypoints
-        yield from (line.strip().split(maxsplit=most) for line in lines[::every] if line.strip())
+        if path.stem == "images":  # every second line has keypoints; names may contain spaces
+            rows = [line.strip().split(maxsplit=9) for line in lines[::2]]
+        else:
+            rows = [line.split() for line in lines]
+        yield from filter(None, rows)
         return
     file = io.BytesIO(path.read_bytes())
 
@@ -1224,7 +1227,7 @@ def load_chunk(path):
 def list_scannet(scene, K, ids):
     """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
     # K is that of the depth maps, 640 x 480, whatever the size of the photos
-    camera = dict(zip(SIZES, [*K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist(), 640, 480]))
+    camera = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=640, h=480)
     shots, files = [], [scene.path / f"pose/{i}.txt" for i in ids]
     for i, pose in zip(ids, rigid(files, files, np.loadtxt)):
         photo, depth = join(scene.path, f"color/{i}.jpg"), join(scene.path, f"depth/{i}.png")
@@ -1232,9 +1235,7 @@ def list_scannet(scene, K, ids):
     return shots
 
 
-# -------------------------------------------------------------------------------------------------
-# Views of scenes
-
+# ----------------------------------------------------------------------------- views of scenes
 
 class NoViews(ValueError):
     """A scene has no frames that fit."""
@@ -1321,8 +1322,9 @@ class Views(Samples):
         gaps = dict(min_gap=min_gap, max_gap=max_gap)
         self.sampling = dict(gaps, num_context=num_context, target=target)
         rooms = isinstance(scenes, Rooms)
-        self.keys = ["images", "extrinsics", "Ks", "masks"] + ["valid"] * (not rooms)
-        self.keys += ["depths"] * (rooms or self._any_depth())
+        self.keys = ["images", "extrinsics", "Ks", "masks"] + ([] if rooms else ["valid"])
+        if rooms or self._any_depth():
+            self.keys.append("depths")
 
     def _any_depth(self):
         """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
@@ -1371,22 +1373,24 @@ class Views(Samples):
         """(near, far) by COLMAP's points, in distances between the first and the last context
         camera; None without points. Of the points' depths in context views (100 draws from each of
         up to 16 scenes) these are the 1st percentile times 0.8 and the 99th times 1.25."""
+        if isinstance(self.scenes, Rooms):
+            return None
         rng, found = np.random.default_rng(0), [np.zeros(0)]
-        for scene in [] if isinstance(self.scenes, Rooms) else some(self.scenes, 16):
+        for scene in some(self.scenes, 16):
             depths = scene.point_depths()
             for _ in range(100 if depths else 0):
                 context, _ = sample_views(scene.numbers, rng, **self.sampling)
                 first, last = (scene.shots[i].pose[:3, 3] for i in (context[0], context[-1]))
                 baseline = np.linalg.norm(first - last)
-                found += [depths[i] / baseline for i in context if baseline > 1e-9]
+                if baseline > 1e-9:
+                    found += [depths[i] / baseline for i in context]
         found = np.concatenate(found)
         if (found > 0).any():
             near, far = np.percentile(found[found > 0], (1, 99)) * (0.8, 1.25)
             return float(near), float(far)
 
 
-# -------------------------------------------------------------------------------------------------
-# Single photos and crops of them, to pretrain a teacher on
+# ----------------------------------------------------------------------------- single photos, crops
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -1472,8 +1476,7 @@ def jitter(photo, rng):
     return (photo + 0.01 * noise).clamp(0, 1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Pairs of views, to find correspondences in (evaluate.py)
+# ----------------------------------------------------------------------------- pairs of views
 
 BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
@@ -1499,8 +1502,9 @@ def pairs(path, count, height, width, seed):
     if path is None:
         rooms = Rooms("probe")
         while len(found) < count:
-            pair = room_pair(rooms[int(rng.integers(len(rooms)))], rng, BINS[len(found) % 4 :][:2])
-            found += [pair] if pair else []
+            room, k = rooms[int(rng.integers(len(rooms)))], len(found) % 4
+            if pair := room_pair(room, rng, BINS[k : k + 2]):
+                found.append(pair)
     elif has_any(path, "test.npz", "intrinsics.npz"):
         found = scannet_pairs(Path(path))
     else:
@@ -1582,19 +1586,19 @@ def scannet_pairs(path):
         if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
     frames, scenes = collections.defaultdict(set), {}
-    for name, *two in listed:
-        frames[name].update(two)
-    for name, ids in frames.items():
+    for name, i, j in listed:
+        frames[name] |= {i, j}
+    for name in frames:
         if name not in Ks or not (path / name).is_dir():
             raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
-        list_shots = functools.partial(list_scannet, K=Ks[name].astype(float), ids=sorted(ids))
+        frames[name] = sorted(frames[name])
+        list_shots = functools.partial(list_scannet, K=Ks[name].astype(float), ids=frames[name])
         scenes[name] = PosedFolder(path / name, list_shots)
         scenes[name].shots  # raises now for a missing pose
-    return [(scenes[name], *map(sorted(frames[name]).index, two)) for name, *two in listed]
+    return [(scenes[name], frames[name].index(i), frames[name].index(j)) for name, i, j in listed]
 
 
-# -------------------------------------------------------------------------------------------------
-# Labelled photos for linear probes (evaluate.py): windows on them, and a file for their features
+# ----------------------------------------------------------------------------- labelled photos
 
 # What the public code of the probes does: see README, Probing
 PUBLISHED = {
@@ -1667,7 +1671,7 @@ class Labelled(Samples):
 
 def padded(tensor, size, key):
     """tensor [..., h, w] in the middle of [..., H, W]; key says which of PADDING is around it."""
-    y, x = (full - part for full, part in zip(size, tensor.shape[-2:]))
+    y, x = size[0] - tensor.shape[-2], size[1] - tensor.shape[-1]
     if not (x or y):
         return tensor
     sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), PADDING[key]
@@ -1792,8 +1796,7 @@ def scratch(folder, need):
         yield Path(path)
 
 
-# -------------------------------------------------------------------------------------------------
-# Where labelled photos are: the folders and lists of benchmarks
+# ----------------------------------------------------------------------------- benchmarks
 
 
 def eigen_crop(frame, labels, framing):
@@ -1979,8 +1982,7 @@ def listed_depth(path, name, below, finish):
             for photo, depth in lines]  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------
-# python -m data FOLDER: how many images a second `Views` loads, to choose train.py's --workers
+# ----------------------------------------------------------------------------- python -m data
 
 
 def main(arguments=None):
