@@ -461,8 +461,7 @@ class Room:
         return np.where(in_joint, c, a + (b - a) * mix)
 
     def shade(self, origin, rays):
-        """What rays [3, N] from a point see: colour [3, N] in 0..1, t, solid, normal. Surfaces are
-        Lambertian: a point has the same colour from everywhere."""
+        """What rays [3, N] from a point see: colour [3, N] in 0..1 (Lambertian), t, solid, normal."""
         middle, half = self.all.centre[0], self.all.half[0]  # of the room
         ends = (middle + half - origin)[:, None], (middle - half - origin)[:, None]
         with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
@@ -501,8 +500,7 @@ class Room:
         return pose
 
     def frame(self, i, height, width):
-        """Frame i as the module's docstring says. The vertical field of view is the same for all
-        sizes. Raises IndexError if there is no frame i."""
+        """Frame i. The vertical field of view does not depend on the size. Raises IndexError."""
         if i not in self.numbers:
             raise IndexError(f"{self.name} has frames 0 to {len(self) - 1}, not {i}")
         pose = self.pose(i)
@@ -588,9 +586,8 @@ def naming(path, what):
         raise BadFile(f"{path}: {what} ({reason})") from None
 
 
-def unpacked(path, times=1):
-    """The path. ValueError if it is a zip archive (as .pt and .npz are) whose content is more than
-    `times` its size. .pt files are not compressed."""
+def unpacked(path, times=1):  # .pt files are not compressed
+    """The path. ValueError for a zip archive (.pt, .npz) that unpacks to over `times` its size."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             grown = sum(part.file_size for part in file.infolist()) / Path(path).stat().st_size
@@ -613,8 +610,7 @@ def checked_number(value, key, least=-1e30, most=1e30):
 
 
 def within(root, folder, name):
-    """folder/name, a path given in a capture's files. ValueError if it leads out of root. Links are
-    followed: the user made them."""
+    """The path folder/name. ValueError if it leads out of root; links may, as users make them."""
     path = join(folder, name)
     if not Path(abspath(path)).is_relative_to(abspath(root)):
         raise ValueError(f"{name!r:.200} lies outside {root}")
@@ -873,9 +869,8 @@ def distort(lens, x, y):
 
 @functools.lru_cache(256)
 def undistorted_pinhole(lens, camera, size):
-    """The camera (fx, fy, cx, cy) without its lens, zoomed about the image's centre to see as much
-    of the photo of size (w, h) as it can, but nothing beside it; at most twice as wide as before.
-    Raises ValueError where the distortion leaves nothing."""
+    """The camera (fx, fy, cx, cy) without lens, zoomed about the centre to be as wide as a photo of
+    size (w, h) fills it, at most twice as wide. ValueError if the distortion leaves nothing."""
     f, c = np.array(camera).reshape(2, 2, 1)
     half = np.array(size)[:, None] / 2
     side, one = np.linspace(-1, 1, 17), np.ones(17)
@@ -919,8 +914,7 @@ def open_scenes(path, split=None):
             break
     else:
         what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
-        what += " (RealEstate10K) here, in data/*/, scenes/*/ or */"
-        raise BadFile(f"{path}: found no {what}")
+        raise BadFile(f"{path}: found no {what} (RealEstate10K) here, in data/*/, scenes/*/ or */")
     if split is None:
         return scenes
     wanted = {line.split()[0] for line in lines_of(split)}
@@ -934,13 +928,13 @@ def open_scenes(path, split=None):
 
 def captures_of(folder):
     """The captures that a folder itself holds, by the first layout that it has."""
-    for inner in ("", "nerfstudio", "dslr/nerfstudio"):
-        if has_any(folder / inner, *TRANSFORMS):
-            return [PosedFolder(folder / inner)]
-    for sparse in (folder / name for name in ("sparse/0", "sparse", "colmap/sparse/0")):
-        for file in (sparse / "cameras.bin", sparse / "cameras.txt"):
-            if exists(file):
-                return [PosedFolder(folder, list_colmap, file)]
+    for inner in (folder, folder / "nerfstudio", folder / "dslr/nerfstudio"):
+        if has_any(inner, *TRANSFORMS):
+            return [PosedFolder(inner)]
+    files = [folder / f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
+             for kind in ("bin", "txt")]  # fmt: skip
+    if file := next(filter(exists, files), None):
+        return [PosedFolder(folder, list_colmap, file)]
     for inner in (folder, folder / "train"):
         if any(inner.glob("*.torch")):
             return open_chunks(inner)
@@ -1224,17 +1218,6 @@ def load_chunk(path):
         return {scene["key"]: scene for scene in scenes}
 
 
-def list_scannet(scene, K, ids):
-    """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
-    # K is that of the depth maps, 640 x 480, whatever the size of the photos
-    camera = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=640, h=480)
-    shots, files = [], [scene.path / f"pose/{i}.txt" for i in ids]
-    for i, pose in zip(ids, rigid(files, files, np.loadtxt)):
-        photo, depth = join(scene.path, f"color/{i}.jpg"), join(scene.path, f"depth/{i}.png")
-        shots.append(Shot(photo, scene.path, {"depths": depth}, pose, camera))
-    return shots
-
-
 # ----------------------------------------------------------------------------- views of scenes
 
 class NoViews(ValueError):
@@ -1247,8 +1230,7 @@ def some(scenes, most=64):
 
 
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
-    """All that `sample_views` may draw: first and last context frames and their gaps, each [P].
-    Raises NoViews if there are none."""
+    """All first and last context frames to draw from, and their gaps: [P] each, or NoViews."""
     count, between = len(numbers), num_context - 2 + (target == "between")  # frames needed between
     # Numbers increase by 1 or more, so that a pair is at most max_gap frames apart
     first, step = np.indices((count, min(count, max_gap + 1))).reshape(2, -1)
@@ -1268,8 +1250,8 @@ def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="bet
 
     numbers: the frames' increasing numbers, or N for 0 to N - 1. The first and the last context
     frame are min_gap to max_gap apart by their numbers, or as far as possible if that is less; the
-    others are spread evenly between. The target is "between" the first and the last and no context
-    frame, or "any" frame from the first to the last. Raises NoViews if there are too few frames.
+    others are spread evenly between. The target is "between" them and no context frame, or "any"
+    frame from the first to the last. Raises NoViews if there are too few frames.
     """
     numbers = np.arange(numbers) if isinstance(numbers, int) else np.asarray(numbers)
     firsts, lasts, gaps = context_pairs(numbers, num_context, min_gap, max_gap, target)
@@ -1301,11 +1283,8 @@ class Views(Samples):
     """Samples of context and target views; views[index] depends on (seed, index) alone, so that a
     resumed run sees the same data.
 
-    Args:
-        scenes: a sequence of scenes: `open_scenes(path)` or `Rooms(split)`.
-        height, width: of all images, pixels.
-        num_context, min_gap, max_gap, target: see `sample_views`.
-
+    scenes: a sequence of scenes, `open_scenes(path)` or `Rooms(split)`. height, width: of images,
+    pixels. num_context, min_gap, max_gap, target: see `sample_views`.
     A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W]
     (if any of `some` scenes has depth), masks [V, H, W], valid [V, H, W] bool (of captures)},
     "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V + 1]}.
@@ -1424,11 +1403,8 @@ class Photos(Samples):
 class Crops(Samples):
     """Pairs of crops of one photo; crops[index] is a function of (seed, index) alone.
 
-    Args:
-        photos: a sequence of photos [3, H, W]: `Photos`.
-        size: side of the square crops, pixels.
-        scales, warp: see `crop_window`.
-
+    photos: a sequence of photos [3, H, W]. size: side of the square crops, pixels. scales, warp:
+    see `crop_window`.
     A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]},
     the last two affine maps from the crops' coordinates to the photo's and from the first crop's
     to the second's. Coordinates are x, y in -1..1 from corner to corner.
@@ -1452,10 +1428,9 @@ class Crops(Samples):
 
 
 def crop_window(rng, scales, warp):
-    """A random window on a photo: the affine map [3, 3] from its coordinates to the photo's, both
-    -1..1. It covers between scales[0] and scales[1] of the photo's sides and lies inside. A warp
-    of 0 leaves it upright; 1 turns it by up to 20 degrees, stretches it by up to an eighth and
-    mirrors half of the windows."""
+    """A random window in a photo, scales[0] to scales[1] of its sides: the affine map [3, 3] from
+    the window's coordinates to the photo's, both -1..1. Without warp it is upright; a warp of 1
+    turns it by up to 20 degrees, stretches it by up to an eighth, mirrors half of all windows."""
     scale, turn = rng.uniform(*scales), warp * rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(warp * rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
     c, s, mirror = np.cos(turn), np.sin(turn), mirror if warp else 1
@@ -1549,9 +1524,8 @@ def camera_points(depths, K):
 
 
 def normals_from_depth(depths, K):
-    """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3], by cross products
-    of central differences; 0 at the border, and where a neighbour's depth is unknown or differs by
-    more than 5 %."""
+    """Unit normals [3, H, W] towards the camera, by central differences of depths [H, W] with
+    K [3, 3]; 0 at the border, and where a neighbour is unknown or differs by more than 5 %."""
     points = camera_points(depths, K).permute(2, 0, 1)
     across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
@@ -1563,8 +1537,7 @@ def normals_from_depth(depths, K):
 
 
 def overlap(a, b, to_b):
-    """Share of frame a's pixels with depth that frame b sees, to 10 % of depth. to_b [4, 4]: from
-    a's camera axes to b's."""
+    """Share of frame a's pixels with depth that b sees, to 10 %. to_b [4, 4]: a's axes to b's."""
     H, W = a["depths"].shape
     points = camera_points(a["depths"], a["Ks"]) @ to_b[:3, :3].T + to_b[:3, 3]
     seen = points @ b["Ks"].T
@@ -1592,10 +1565,19 @@ def scannet_pairs(path):
         if name not in Ks or not (path / name).is_dir():
             raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
         frames[name] = sorted(frames[name])
-        list_shots = functools.partial(list_scannet, K=Ks[name].astype(float), ids=frames[name])
-        scenes[name] = PosedFolder(path / name, list_shots)
-        scenes[name].shots  # raises now for a missing pose
+        scenes[name] = PosedFolder(path / name)
+        scenes[name].shots = scannet_shots(path / name, Ks[name].astype(float), frames[name])
     return [(scenes[name], frames[name].index(i), frames[name].index(j)) for name, i, j in listed]
+
+
+def scannet_shots(path, K, ids):
+    """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
+    # K is that of the depth maps, 640 x 480, whatever the size of the photos
+    camera = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=640, h=480)
+    files = [path / f"pose/{i}.txt" for i in ids]
+    poses = rigid(files, files, np.loadtxt)
+    return [Shot(join(path, f"color/{i}.jpg"), path, {"depths": join(path, f"depth/{i}.png")},
+                 pose, camera) for i, pose in zip(ids, poses)]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- labelled photos
@@ -1675,7 +1657,7 @@ def padded(tensor, size, key):
     if not (x or y):
         return tensor
     sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), PADDING[key]
-    return F.pad(tensor - border, sides) + border
+    return F.pad(tensor - border, sides) + border  # F.pad fills with zeros
 
 
 def random_window(frame, framing, rng):
@@ -1718,8 +1700,7 @@ def cut_windows(image, framing):
 
 
 def joined(windows, places, size):
-    """The mean of windows [n, ..., P, Q] at their places (see `Labelled`), resized to size (H, W):
-    [..., H, W]."""
+    """The mean [..., H, W] of windows [n, ..., P, Q] at their places (see `Labelled`), resized."""
     H, W = (places[:, :2] + places[:, 2:4]).amax(0).tolist()
     total, count = windows.new_zeros(*windows.shape[1:-2], H, W), windows.new_zeros(H, W)
     for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places.tolist()):
@@ -1751,9 +1732,8 @@ def full(tensor):
 
 
 class Shelf:
-    """A file of tensors, two bytes a number: shelf[i] is a list of a frame's tensors of any shapes.
-    Each read maps the file only briefly, so that it does not count as the process's memory. Raises
-    ValueError if the disk is full."""
+    """A file of tensors, two bytes a number: shelf[i] is the list of a frame's tensors. A read maps
+    the file only briefly, to keep it out of the process's memory. ValueError if the disk is full."""
 
     def __init__(self, path):
         self.file, self.records, self.end = open(path, "wb"), [], 0
@@ -1790,24 +1770,23 @@ def scratch(folder, need):
         if need > 1:
             print(f"Features and labels take {need:.1f} GiB of disk in {path}")
         if need > free:
-            takes = f"features and labels take {need:.1f} GiB, and {free:.1f} are free"
-            instead = "--cache FOLDER takes another disk, --train-frames fewer"
-            raise ValueError(f"{path}: {takes}; {instead}")
+            raise ValueError(f"{path}: features and labels take {need:.1f} GiB, and {free:.1f} are "
+                             "free; --cache FOLDER takes another disk, --train-frames fewer")
         yield Path(path)
 
 
 # ----------------------------------------------------------------------------- benchmarks
 
 
-def eigen_crop(frame, labels, framing):
-    """Eigen's crop of test depth, that all report: rows 45-471 of 480, columns 41-601 of 640."""
+def eigen_crop(frame, crop, framing):
+    """Keeps test depth within Eigen's crop, by which all report: rows 45-471, columns 41-601."""
     inside = np.zeros((480, 640), np.float32)
     inside[45:471, 41:601] = 1
-    inside = labels.nearest(Image.fromarray(inside))
+    inside = crop.nearest(Image.fromarray(inside))
     return frame | {"depths": frame["depths"] * torch.from_numpy(inside)}
 
 
-def nyu_crop(frame, labels, framing):
+def nyu_crop(frame, crop, framing):
     """Cuts the white border off whole training photos, as DINOv2's NYUCrop does."""
     if framing.size is not None:
         return frame
