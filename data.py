@@ -42,6 +42,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+
+class Samples(torch.utils.data.Dataset):
+    """The base of all data sets here: `length` samples, made by `sample(index)`."""
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of {self.length}")
+        return self.sample(index)
+
+
 # ----------------------------------------------------------------------------- procedural rooms
 # World: z up, metres, origin in the middle of the floor. Points and rays are [3, N].
 # A solid is a unit shape, scaled, turned about z and moved.
@@ -68,7 +81,7 @@ LOOKS = {
 NOISE = np.float32([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]])  # rad/m
 LAMP = np.float32([[-0.25, -0.12, 0], [0.25, 0.12, 0]])  # points that stand for the light, m
 
-# Paints: one of the looks, two colours from ranges of HSV, and the room's dark or light for joints.
+# Paints: looks to choose from, ranges of HSV for two colours, and the room's colour for joints.
 #              looks                                  hue   saturation    value         joints
 ANY, WOOD = (0, 1), (0.04, 0.11)
 PAINTS = {
@@ -94,8 +107,8 @@ PAINTS = {
 FRAMES = {"door": 0.1, "window": 0.06, "picture": 0.06, "rug": 0.08}  # see Solid
 GLOWS = {"window": 1.5, "light": 3.0}
 
-# Furniture stands on z = 0 with its back towards -y: ranges of sizes (m), and from sizes the parts:
-# (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
+# Furniture stands on z = 0 with its back towards -y: ranges of its sizes, and its parts by them:
+# (shape, centre, half sizes, 0 for the main paint or 1 for the trim), all in metres.
 CORNERS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
 FURNITURE = {
     "table": ([(0.4, 0.8), (0.3, 0.45), (0.32, 0.37), (0.02, 0.04)], lambda x, y, z, r: [
@@ -272,7 +285,7 @@ class Room:
         x, y = -across * x + 0.35 * wave(2), -across * y + 0.35 * wave(1)
         forward = np.stack([x, y, rng.uniform(0.4, 0.9) + 0.2 * wave(2)], 1) - eye
         forward /= np.linalg.norm(forward, axis=1, keepdims=True)
-        # Equal steps in metres plus radians, scaled: a frame moves at most 5 cm, turns at most 3°.
+        # A step is 5 cm or 3 degrees, or a part of each; frames are one step apart
         step = np.linalg.norm(np.diff(eye, axis=0), axis=1) / 0.05
         step += np.linalg.norm(np.diff(forward, axis=0), axis=1) / np.radians(3)
         along = np.concatenate([[0], np.cumsum(step)])
@@ -413,7 +426,7 @@ class Room:
         new t [N], the solid [N] or -1, normals [3, N] of any length."""
         t, which, normal = t.copy(), np.full(t.shape, -1), np.zeros_like(rays)
         towards = self.all.centre - origin
-        # Test only rays through the bounding sphere, or all rays if the origin is inside it.
+        # Test only rays through the bounding sphere; all, from inside it
         outside = (towards * towards).sum(1) - self.radius**2
         least = np.where(outside < 0, -np.inf, np.sqrt(np.maximum(outside, 0)))
         length = np.sqrt((rays * rays).sum(0))
@@ -444,13 +457,13 @@ class Room:
         cell = np.floor(column)
         in_joint = np.abs(column - cell - 0.5) > 0.5 - joint / width / 2
         in_joint |= np.abs(v / height - row) > 0.5 - joint / height / 2
-        # A frame runs along the edges of a face: ignore the axis that the face is normal to.
+        # A frame runs along the edges of a face: skip the axis normal to it
         to_edge = np.where(facing > 0.7, np.inf, self.all.half.T[:, which] - np.abs(local)).min(0)
         in_joint |= to_edge < self.all.frame[which]
         cells = row.astype(np.int64) * 73856093 ^ cell.astype(np.int64) * 19349663
         bits = (cells ^ which * 83492791).astype(np.uint32) * np.uint32(2654435761)
         random = (bits >> np.uint32(22)).astype(np.float32) / 1023
-        # Smooth noise: four sine waves, each bent by another. Planks stretch it into a grain.
+        # Smooth noise: four sine waves, each bent by another; planks stretch it to a grain
         stretched = local + (1.7 * which).astype(np.float32)
         stretched[0] *= np.where(width == np.float32(1.1), np.float32(0.15), np.float32(1))
         waves = matmul(NOISE, stretched)
@@ -461,14 +474,14 @@ class Room:
         return np.where(in_joint, c, a + (b - a) * mix)
 
     def shade(self, origin, rays):
-        """What rays [3, N] from a point see: colour [3, N] in 0..1 (Lambertian), t, solid, normal."""
+        """What rays [3, N] from a point see: colour [3, N] (0..1, Lambertian), t, solid, normal."""
         middle, half = self.all.centre[0], self.all.half[0]  # of the room
         ends = (middle + half - origin)[:, None], (middle - half - origin)[:, None]
         with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
             steps = np.abs(np.where(rays > 0, *ends) / rays)
         axis = steps.argmin(0)
         t, which, normal = self.cast(origin, rays, steps.min(0))
-        # Rays that meet no solid end on the shell: walls -y, +x, +y, -x, floor, ceiling.
+        # Rays that meet no solid end on the shell: walls -y, +x, +y, -x, floor, ceiling
         ahead = np.take_along_axis(rays, axis[None], 0)[0] > 0
         face = np.array([[3, 1], [0, 2], [4, 5]])[axis, ahead.astype(int)]
         inward = np.where(np.arange(3)[:, None] == axis, -np.sign(rays), 0)
@@ -481,7 +494,7 @@ class Room:
         occlusion = 1 - 0.4 * (1 - np.abs(normal)) * np.exp(-np.maximum(gap, 0) / 0.25)
         light = (0.42 + 0.12 * normal[2]) * occlusion.prod(0)
         for lamp in self.light.astype(np.float32) + LAMP:
-            # The point is at t = 1 from the lamp; anything before it casts a shadow.
+            # The point is at t = 1 from the lamp: what comes before casts a shadow
             reach = point - lamp[:, None]
             shadowed = self.cast(lamp, reach, np.full_like(t, 0.998))[1] >= 0
             square = (reach * reach).sum(0)
@@ -531,18 +544,15 @@ class Room:
         return {k: torch.from_numpy(v) for k, v in {**frame, "extrinsics": pose, "Ks": K}.items()}
 
 
-class Rooms:
+class Rooms(Samples):
     """The rooms of a split ("train", "val" or "probe"): rooms[i] makes a Room."""
 
     def __init__(self, split):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-        self.seeds = SPLITS[split]
+        self.seeds, self.length = SPLITS[split], len(SPLITS[split])
 
-    def __len__(self):
-        return len(self.seeds)
-
-    def __getitem__(self, i):
+    def sample(self, i):
         return Room(self.seeds[i])
 
 
@@ -579,7 +589,7 @@ def naming(path, what):
     except BadFile:  # already names the file
         raise
     except Exception as error:
-        # Only the first sentence: numpy and torch go on to explain how to run pickled code
+        # Numpy's and torch's next sentences explain how to run pickled code
         text = " ".join(str(error).split()).partition(". ")[0][:200]
         reason = getattr(error, "strerror", None) or text or type(error).__name__
         reason = f"no {reason}" if isinstance(error, KeyError) else reason
@@ -632,7 +642,7 @@ def has_any(folder, *names):
 class Shot(NamedTuple):
     """A photo and what belongs to it."""
 
-    photo: str  # path, or a name if `packed`
+    photo: str | Path  # a name alone if `packed`
     listed_in: Path  # the file or folder that names the photo
     labels: dict  # paths of its depths, normals, classes, masks, valid: see `read_label`
     pose: np.ndarray | None = None  # (4, 4) camera-to-world, OpenCV axes
@@ -1232,7 +1242,7 @@ def some(scenes, most=64):
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
     """All first and last context frames to draw from, and their gaps: [P] each, or NoViews."""
     count, between = len(numbers), num_context - 2 + (target == "between")  # frames needed between
-    # Numbers increase by 1 or more, so that a pair is at most max_gap frames apart
+    # Numbers increase by at least 1, so a pair is at most max_gap frames apart
     first, step = np.indices((count, min(count, max_gap + 1))).reshape(2, -1)
     last = np.minimum(first + step, count - 1)
     gaps = numbers[last] - numbers[first]
@@ -1265,18 +1275,6 @@ def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="bet
         between.remove(context[-1])
     targets = between if target == "between" else range(first, last + 1)
     return sorted(context), int(rng.choice(targets))
-
-
-class Samples(torch.utils.data.Dataset):
-    """The base of all data sets here: `length` samples, made by `sample(index)`."""
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(f"sample {index} of {self.length}")
-        return self.sample(index)
 
 
 class Views(Samples):
@@ -1733,7 +1731,7 @@ def full(tensor):
 
 class Shelf:
     """A file of tensors, two bytes a number: shelf[i] is the list of a frame's tensors. A read maps
-    the file only briefly, to keep it out of the process's memory. ValueError if the disk is full."""
+    the file only briefly: it never counts as process memory. ValueError if the disk is full."""
 
     def __init__(self, path):
         self.file, self.records, self.end = open(path, "wb"), [], 0
@@ -1795,7 +1793,7 @@ def nyu_crop(frame, crop, framing):
     return {key: tensor[window] for key, tensor in frame.items()}
 
 
-DEPTH_LISTS = (  # to train and to test on: list, folder of what it names, and how that is cropped
+DEPTH_LISTS = (  # to train and to test on: list, folder of its files, their crop
     (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
      ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
     (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
