@@ -613,7 +613,7 @@ def natural(name):
 
 
 def checked_number(value, key, least=-1e30, most=1e30):
-    """value as a float, which float32 holds too. ValueError if it is no number within bounds."""
+    """A file's number as a float that float32 can hold. ValueError if it is none within bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"{key} is {value!r:.40}, no number from {least:g} to {most:g}")
     return float(value)
@@ -662,7 +662,7 @@ class Framing(NamedTuple):
     crop: tuple = ()  # size of a random window, in training; (): all
     jitter: tuple = (1.0, 1.0)  # range of a random scale, in training
     mirror: bool = False  # mirror at random, in training
-    both: bool = False  # test each photo and its mirror image
+    flip_test: bool = False  # test each photo and its mirror image
     slide: tuple = ()  # side and stride of a window slid over test photos; (): one window
     pad: bool = False  # pad windows to multiples of 14
 
@@ -879,8 +879,8 @@ def distort(lens, x, y):
 
 @functools.lru_cache(256)
 def undistorted_pinhole(lens, camera, size):
-    """The camera (fx, fy, cx, cy) without lens, zoomed about the centre to be as wide as a photo of
-    size (w, h) fills it, at most twice as wide. ValueError if the distortion leaves nothing."""
+    """The widest pinhole (fx, fy, cx, cy), the camera's zoomed about the image centre, that the
+    undistorted photo of size (w, h) fills; at most twice as wide. ValueError if none is."""
     f, c = np.array(camera).reshape(2, 2, 1)
     half = np.array(size)[:, None] / 2
     side, one = np.linspace(-1, 1, 17), np.ones(17)
@@ -965,7 +965,7 @@ class PosedFolder:
 
     @functools.cached_property
     def shots(self):
-        """[Shot] in the order of their names."""
+        """[Shot], ordered by name. Depth or masks that only some have are dropped."""
         shots = self.list_shots(self)
         for key, what in (("depths", "depth"), ("masks", "a segment mask")):
             having = [shot.labels for shot in shots if key in shot.labels]
@@ -1048,8 +1048,8 @@ class Beside:
         return next((p for p in paths if basename(p) in self.listed(dirname(p))), None)
 
     def photo(self, name, bent):
-        """(path of the photo, None) or (None, why there is none). Of ScanNet++'s folders only those
-        fit whose photos are distorted just if the camera is (bent)."""
+        """(path of the photo, None) or (None, why there is none). bent: is the camera's lens? Photos
+        in ScanNet++'s folders must be alike."""
         names, why = [name], "without their image are left out"
         if not splitext(name)[1]:
             names = [name + suffix for suffix in (".png", ".jpg", ".jpeg")]
@@ -1299,7 +1299,9 @@ class Views(Samples):
         gaps = dict(min_gap=min_gap, max_gap=max_gap)
         self.sampling = dict(gaps, num_context=num_context, target=target)
         rooms = isinstance(scenes, Rooms)
-        self.keys = ["images", "extrinsics", "Ks", "masks"] + ([] if rooms else ["valid"])
+        self.keys = ["images", "extrinsics", "Ks", "masks"]
+        if not rooms:
+            self.keys.append("valid")
         if rooms or self._any_depth():
             self.keys.append("depths")
 
@@ -1354,8 +1356,9 @@ class Views(Samples):
             return None
         rng, found = np.random.default_rng(0), [np.zeros(0)]
         for scene in some(self.scenes, 16):
-            depths = scene.point_depths()
-            for _ in range(100 if depths else 0):
+            if not (depths := scene.point_depths()):
+                continue
+            for _ in range(100):
                 context, _ = sample_views(scene.numbers, rng, **self.sampling)
                 first, last = (scene.shots[i].pose[:3, 3] for i in (context[0], context[-1]))
                 baseline = np.linalg.norm(first - last)
@@ -1582,12 +1585,11 @@ def scannet_shots(path, K, ids):
 
 # What the public code of the probes does: see README, Probing
 PUBLISHED = {
-    "depth": Framing(crop=(416, 544), mirror=True, both=True, pad=True),
+    "depth": Framing(crop=(416, 544), mirror=True, flip_test=True, pad=True),
     "normals": Framing(size=(480, 480), pad=True),
-    "segmentation": Framing(
-        short=512, crop=(512, 512), jitter=(0.5, 2.0), mirror=True, slide=(512, 341), pad=True
-    ),
-}
+    "segmentation": Framing(short=512, crop=(512, 512), jitter=(0.5, 2.0), mirror=True,
+                            slide=(512, 341), pad=True),
+}  # fmt: skip
 # What padding holds: unknown labels, and ImageNet's mean, which is 0 once photos are normalised
 PADDING = {"depths": 0.0, "normals": 0.0, "classes": -1,
            "images": torch.tensor([0.485, 0.456, 0.406])[:, None, None]}  # fmt: skip
@@ -1614,7 +1616,7 @@ class Labelled(Samples):
         if self.part == "test":
             frame = self.load(entry, framing)
             return frame | cut_windows(frame["images"], framing)
-        rng, framing = np.random.default_rng(n), framing._replace(slide=(), both=False)
+        rng, framing = np.random.default_rng(n), framing._replace(slide=(), flip_test=False)
         frame = self.load(entry, framing, rng.uniform(*framing.jitter))
         frame = random_window(frame, framing, rng)
         images = frame.pop("images")
@@ -1691,7 +1693,7 @@ def cut_windows(image, framing):
     for top, left in itertools.product(tops, lefts):
         window = image[:, top : top + height, left : left + width]
         window = padded(window, (P, Q), "images")
-        for mirrored in range(1 + framing.both):
+        for mirrored in range(1 + framing.flip_test):
             images.append(window.flip(-1) if mirrored else window)
             places.append([top, left, height, width, mirrored, P, Q])
     return {"images": torch.stack(images), "places": torch.tensor(places)}
@@ -1777,7 +1779,7 @@ def scratch(folder, need):
 
 
 def eigen_crop(frame, crop, framing):
-    """Keeps test depth within Eigen's crop, by which all report: rows 45-471, columns 41-601."""
+    """Drops test depth outside Eigen's crop: rows 45 to 471 of 480, columns 41 to 601 of 640."""
     inside = np.zeros((480, 640), np.float32)
     inside[45:471, 41:601] = 1
     inside = crop.nearest(Image.fromarray(inside))
@@ -1785,7 +1787,7 @@ def eigen_crop(frame, crop, framing):
 
 
 def nyu_crop(frame, crop, framing):
-    """Cuts the white border off whole training photos, as DINOv2's NYUCrop does."""
+    """Cuts the white border off whole training photos (the public code's NYUCrop)."""
     if framing.size is not None:
         return frame
     H, W = frame["depths"].shape
@@ -1815,7 +1817,8 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
     key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
     parts = names = None
     if path is None:
-        rooms, names = Rooms("probe"), CLASSES[1:] if task == "segmentation" else None
+        names = CLASSES[1:] if task == "segmentation" else None
+        rooms = Rooms("probe")
         half = len(rooms) // 2
         if max(train_count, test_count) > half:
             raise ValueError(f"there are {half} rooms each to train and to test on, no more")

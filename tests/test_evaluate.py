@@ -355,7 +355,7 @@ def test_the_best_checkpoint_counts(monkeypatch):
 def test_windows_are_joined_where_they_were():
     """A photo's own pixels as the prediction come back whole: slid over, padded, mirrored."""
     photo = torch.rand(3, 61, 45)
-    for options in (dict(pad=True, both=True), dict(slide=(32, 20), pad=True), {}):
+    for options in (dict(pad=True, flip_test=True), dict(slide=(32, 20), pad=True), {}):
         framing = data.Framing(**options)
         seen = data.cut_windows(photo, framing)
         assert all(not framing.pad or size % 14 == 0 for size in seen["images"].shape[-2:])
