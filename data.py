@@ -905,12 +905,13 @@ def undistorted_pinhole(lens, camera, size):
 
 INNER = ("nerfstudio", "dslr")  # folders inside a scene of ScanNet++
 TRANSFORMS = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
-SCANNETPP = {  # its folders of photos: whether they are distorted, and where their masks are
-    "resized_images": (True, "resized_anon_masks"),
-    "resized_undistorted_images": (False, "resized_undistorted_masks"),
-    "undistorted_images": (False, "undistorted_anon_masks"),
+MASKS = {  # ScanNet++'s folders of photos, and the folders of their validity masks
+    "resized_images": "resized_anon_masks",
+    "resized_undistorted_images": "resized_undistorted_masks",
+    "undistorted_images": "undistorted_anon_masks",
 }
-PHOTOS = ("images", *SCANNETPP, "rgb")  # folders to look for photos in
+DISTORTED = {folder: folder == "resized_images" for folder in MASKS}
+PHOTOS = ("images", *MASKS, "rgb")  # folders to look for photos in
 
 
 def open_scenes(path, split=None):
@@ -1048,13 +1049,13 @@ class Beside:
         return next((p for p in paths if basename(p) in self.listed(dirname(p))), None)
 
     def photo(self, name, bent):
-        """(path of the photo, None) or (None, why there is none). bent: is the camera's lens? Photos
-        in ScanNet++'s folders must be alike."""
+        """(path of the photo, None) or (None, why there is none). bent: whether the camera has a
+        lens; photos in ScanNet++'s folders have to match that."""
         names, why = [name], "without their image are left out"
         if not splitext(name)[1]:
             names = [name + suffix for suffix in (".png", ".jpg", ".jpeg")]
         for found in filter(None, (self.first([place], names) for place in self.places)):
-            if SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
+            if DISTORTED.get(basename(dirname(found)), bent) == bent:
                 return found, None
             why = "with photos of another lens alone are left out"
         return None, why
@@ -1064,7 +1065,7 @@ class Beside:
         named: the validity mask, by default masks/NAME.jpg.png or masks/NAME.png."""
         folder, inner = dirname(photo), inner or basename(photo)
         names = [inner + ".png", splitext(inner)[0] + ".png"]
-        masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
+        masks = MASKS.get(basename(folder), "masks")
         masks = [join(f, masks) for f in (self.path, dirname(folder))]
         valid = self.first([self.path, *masks], [named]) if named else self.first(masks, names)
         found = {"valid": valid, "masks": self.first(self.ids, names)}
@@ -1073,7 +1074,6 @@ class Beside:
 
 def list_transforms(scene):
     """nerfstudio, instant-ngp, ScanNet++ and FiT3D: the first of TRANSFORMS that has its photos."""
-    said = f"found none of {', '.join(TRANSFORMS)}"
     said = f"found none of {', '.join(TRANSFORMS)}"
     for file in filter(Path.is_file, (scene.path / name for name in TRANSFORMS)):
         scene.file, lost = file, collections.Counter()
@@ -1088,7 +1088,7 @@ def list_transforms(scene):
         warnings.warn(f"{file}: {said}")
     folder = Path(shots[0].photo).parent
     ids = [dirname(shot.labels["masks"]) for shot in shots if "masks" in shot.labels]
-    if ids and folder.name in SCANNETPP and (folder.parent / "resized_images").is_dir():
+    if ids and folder.name in MASKS and (folder.parent / "resized_images").is_dir():
         what = "nothing tells ids of fisheye photos from those of undistorted ones"
         warnings.warn(f"{ids[0]}: {what}; they are taken for those of {folder}")
     return shots
