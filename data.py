@@ -1574,7 +1574,8 @@ def scannet_pairs(path):
 def scannet_shots(path, K, ids):
     """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
     # K is that of the depth maps, 640 x 480, whatever the size of the photos
-    camera = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=640, h=480)
+    (fx, _, cx), (_, fy, cy) = K[:2, :3].tolist()
+    camera = dict(fl_x=fx, fl_y=fy, cx=cx, cy=cy, w=640, h=480)
     files = [path / f"pose/{i}.txt" for i in ids]
     poses = rigid(files, files, np.loadtxt)
     return [Shot(join(path, f"color/{i}.jpg"), path, {"depths": join(path, f"depth/{i}.png")},
