@@ -1,21 +1,20 @@
-"""Posed views to learn from: procedural rooms, captures on disk, and samples of either.
+"""Procedural rooms, posed captures on disk, labelled photos, and samples of them.
 
-Two kinds of scene, `Room` and `PosedFolder`, share one duck-typed interface:
+Two kinds of scene, `Room` and `PosedFolder`, have the same interface:
 
     len(scene), scene.name         number of frames along the camera path; str
-    scene.numbers                  of the frames, rising; gaps between views are counted in them
+    scene.numbers                  the frames' increasing numbers, by which gaps are measured
     scene.has_depth, .has_masks    bool, for the whole scene
     scene.frame(i, height, width)  dict of tensors:
         images [3, H, W] in 0..1, extrinsics [4, 4] camera-to-world with OpenCV axes (x right, y
-        down, z forward), Ks [3, 3] pixels (the centre of pixel (0, 0) is at (0.5, 0.5)), all
-        float32; masks [H, W] int64 segment ids, zeros if the scene has none; if has_depth depths
-        [H, W] float32, z-depth in metres, 0 = unknown
-        PosedFolder: valid [H, W] bool, False where a validity mask excludes
-        Room: normals [3, H, W] float32, unit, in camera axes, towards the camera; classes [H, W]
-        int64, index into CLASSES
+        down, z forward), Ks [3, 3] pixels (pixel (0, 0) has its centre at (0.5, 0.5)), all float32;
+        masks [H, W] int64 segment ids, zeros if the scene has none;
+        if has_depth: depths [H, W] float32, z-depth in metres, 0 = unknown;
+        PosedFolder: valid [H, W] bool, False where a validity mask excludes a pixel;
+        Room: normals [3, H, W] float32, unit, in camera axes, towards the camera,
+        and classes [H, W] int64, indices into CLASSES
 
-`Views` draws context views and a target from such scenes, as in Splat and Distill
-(arXiv 2602.06032). A sample depends on (seed, index) alone, so a resumed run sees the same data.
+`Views` draws context views and a target from scenes, as in Splat and Distill (arXiv 2602.06032).
 """
 
 import argparse
@@ -34,17 +33,31 @@ import tempfile
 import time
 import warnings
 import zipfile
-from os.path import abspath, basename, dirname, isdir, join, splitext
+from os.path import abspath, basename, dirname, exists, isdir, join, splitext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-# -------------------------------------------------------------------------------------------------
-# Procedural rooms. The world is z-up, in metres; the middle of the floor is the origin.
-# A solid is a unit shape, scaled, turned about z and moved. Points and rays are [3, N].
+
+class Samples(torch.utils.data.Dataset):
+    """The base of all data sets here: `length` samples, made by `sample(index)`."""
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.length:
+            raise IndexError(f"sample {index} of {self.length}")
+        return self.sample(index)
+
+
+# ----------------------------------------------------------------------------- procedural rooms
+# World: z up, metres, origin in the middle of the floor. Points and rays are [3, N].
+# A solid is a unit shape, scaled, turned about z and moved.
 
 CLASSES = tuple("unlabelled floor wall ceiling door window picture rug light table chair cabinet "
                 "sofa bed lamp plant box ball vase cone".split())  # fmt: skip
@@ -68,7 +81,7 @@ LOOKS = {
 NOISE = np.float32([[3.1, 1.3, 2.2], [-2.4, 3.7, 1.1], [5.3, -4.1, 6.2], [7.9, 6.3, -9.4]])  # rad/m
 LAMP = np.float32([[-0.25, -0.12, 0], [0.25, 0.12, 0]])  # points that stand for the light, m
 
-# Paints: one of the looks, two colours from ranges of HSV, and the room's dark or light for joints.
+# Paints: looks to choose from, ranges of HSV for two colours, and the room's colour for joints.
 #              looks                                  hue   saturation    value         joints
 ANY, WOOD = (0, 1), (0.04, 0.11)
 PAINTS = {
@@ -94,8 +107,8 @@ PAINTS = {
 FRAMES = {"door": 0.1, "window": 0.06, "picture": 0.06, "rug": 0.08}  # see Solid
 GLOWS = {"window": 1.5, "light": 3.0}
 
-# Furniture stands on z = 0 with its back towards -y. Its sizes are drawn from ranges (m) and give
-# its parts: (shape, centre (m), half sizes (m), 0 for the main paint or 1 for the trim).
+# Furniture stands on z = 0 with its back towards -y: ranges of its sizes, and its parts by them:
+# (shape, centre, half sizes, 0 for the main paint or 1 for the trim), all in metres.
 CORNERS = np.array([(-1, -1), (-1, 1), (1, -1), (1, 1)])
 FURNITURE = {
     "table": ([(0.4, 0.8), (0.3, 0.45), (0.32, 0.37), (0.02, 0.04)], lambda x, y, z, r: [
@@ -134,12 +147,12 @@ CROWNS = {  # of plants, (height over the pot, half width, half height) in metre
     "cone": ((0.15, 0.3, 0.2), (0.35, 0.25, 0.2), (0.55, 0.18, 0.2)),
     "sphere": ((0.12, 0.2, 0.2), (0.3, 0.24, 0.24), (0.5, 0.17, 0.17)),
 }
-PLACES = {  # what stands there; twice is twice as often
+PLACES = {  # where furniture goes, and kinds to choose from; listed twice: chosen twice as often
     "wall": "cabinet sofa bed lamp plant cabinet", "top": "ball vase cone box",
     "free": "table chair box ball cone table chair",
 }  # fmt: skip
-TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # where "top" is: x / half width
-OWN_PAINTS = {  # tried in turn with these chances; all else is painted flat or round
+TOPS = {"table": (-0.5, 0.5), "cabinet": (-0.5, 0.5), "box": (0,)}  # places on top: x / half width
+OWN_PAINTS = {  # paints to try first, with their chances; otherwise "flat" or "round"
     "plant": {"leaves": 1}, "cabinet": {"books": 0.4, "wood": 0.6},
     "table": {"wood": 0.6}, "chair": {"wood": 0.6},
 }  # fmt: skip
@@ -147,15 +160,15 @@ OWN_PAINTS = {  # tried in turn with these chances; all else is painted flat or 
 
 def parts_of(kind, rng):
     """The parts of a piece of furniture of random size."""
-    ranges, parts = FURNITURE[kind]
+    ranges, build = FURNITURE[kind]
     sizes = [rng.uniform(*ends) for ends in ranges]
-    crown = []
+    parts = build(*sizes)
     if kind == "plant":
         shape = "cone" if rng.uniform() < 0.5 else "sphere"
         at = np.zeros((3, 2)) if shape == "cone" else rng.uniform(-0.13, 0.13, (3, 2))
-        crown = [(shape, (*xy, 2 * sizes[1] + up), (r, r, z), 0)
-                 for xy, (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
-    return parts(*sizes) + crown
+        parts += [(shape, (x, y, 2 * sizes[1] + up), (r, r, z), 0)
+                  for (x, y), (up, r, z) in zip(at, CROWNS[shape])]  # fmt: skip
+    return parts
 
 
 class Solid(NamedTuple):
@@ -174,13 +187,13 @@ class Solid(NamedTuple):
 
 
 def matmul(a, b):
-    """a [M, 3] @ b [3, N] without a BLAS, whose threads cost more than three terms."""
+    """a [M, 3] @ b [3, N], without BLAS: starting its threads costs more than the sum."""
     return a[:, 0, None] * b[0] + a[:, 1, None] * b[1] + a[:, 2, None] * b[2]
 
 
 def hit_box(o, d):
-    """Where rays o [3] + t d [3, N], in the axes of a unit box, enter it from outside: t [N], inf
-    for a miss, and outward normals [3, N] of any length. It is the last of three slabs."""
+    """Where rays o [3] + t d [3, N], in the axes of the unit box, enter it from outside: t [N], inf
+    for a miss, and outward normals [3, N] of any length."""
     with np.errstate(divide="ignore", invalid="ignore"):
         a, b = (-1 - o[:, None]) / d, (1 - o[:, None]) / d
     enter, leave = np.minimum(a, b), np.maximum(a, b)
@@ -189,10 +202,10 @@ def hit_box(o, d):
 
 
 def cross_ball(o, d):
-    """Through the unit ball or disc: the middle t [N], half the duration [N], met at all [N]."""
+    """Rays through the unit ball or disc: t at the middle [N], half the chord [N] in t, hit [N]."""
     square = (d * d).sum(0) + 1e-12
     middle = -(o @ d) / square
-    closest = o[:, None] + middle * d  # measured from here float32 loses nothing
+    closest = o[:, None] + middle * d  # the radius from here keeps float32's precision
     inside = 1 - (closest * closest).sum(0)
     return middle, np.sqrt(np.maximum(inside, 0) / square), inside > 0
 
@@ -205,7 +218,7 @@ def hit_sphere(o, d):
 
 
 def hit_cylinder(o, d):
-    """As `hit_box`, for x^2 + y^2 <= 1, |z| <= 1: the later of the round wall and the slab."""
+    """As `hit_box`, for x^2 + y^2 <= 1, |z| <= 1."""
     middle, reach, near = cross_ball(o[:2], d[:2])
     dz = np.where(d[2] == 0, 1e-12, d[2])
     wall, cap = middle - reach, -o[2] / dz - np.abs(1 / dz)
@@ -217,8 +230,8 @@ def hit_cylinder(o, d):
 
 
 def hit_cone(o, d):
-    """As `hit_box`, apex (0, 0, 1), unit base at z = -1: the nearest valid hit."""
-    q = np.array([[1], [1], [-0.25]], o.dtype)  # on the wall q . p^2 = 0 and -2 < z < 0
+    """As `hit_box`, for a cone with its apex at (0, 0, 1) and its unit base at z = -1."""
+    q = np.array([[1], [1], [-0.25]], o.dtype)  # the wall: q . p^2 = 0 and -2 < z < 0
     p = o[:, None] - np.array([[0], [0], [1]], o.dtype)  # from the apex
     a, b, c = (q * d * d).sum(0), (q * p * d).sum(0), (q * p * p).sum(0)  # a t^2 + 2 b t + c = 0
     a = np.where(np.abs(a) < 1e-9, 1e-9, a)
@@ -240,13 +253,13 @@ HITS = {"box": hit_box, "sphere": hit_sphere, "cylinder": hit_cylinder, "cone": 
 
 
 class Room:
-    """A furnished box room with exact ground truth, drawn by analytic ray casting. A pure function
-    of `seed` (any integer >= 0). Frame i is the same picture whatever `num_frames`."""
+    """A furnished box room with exact ground truth, drawn by ray casting: a pure function of `seed`
+    (any integer >= 0). Frame i does not depend on `num_frames`."""
 
     has_depth = has_masks = True
 
     def __init__(self, seed, num_frames=120):
-        self.rng = np.random.default_rng(seed)  # draws what is built here, and no frame
+        self.rng = np.random.default_rng(seed)  # used here only: frames draw nothing
         self.name, self.numbers = f"room{seed}", range(num_frames)
         low, high = (2.2, 2.2, 2.4), (3.4, 3.4, 3.0)
         self.size = np.float32(self.rng.uniform(low, high))  # half width, half depth, height
@@ -260,7 +273,7 @@ class Room:
         return len(self.numbers)
 
     def _walk(self):
-        """A smooth closed camera path around the middle that looks across it."""
+        """A smooth closed camera path around the middle of the room, looking across it."""
         rng, s = self.rng, np.linspace(0, 2 * np.pi, 1441)
         wave = lambda k: np.sin(k * s + rng.uniform(0, 2 * np.pi))  # noqa: E731
         radius = (self.size[:2] - 1.0) * rng.uniform(0.55, 0.8, 2)
@@ -272,7 +285,7 @@ class Room:
         x, y = -across * x + 0.35 * wave(2), -across * y + 0.35 * wave(1)
         forward = np.stack([x, y, rng.uniform(0.4, 0.9) + 0.2 * wave(2)], 1) - eye
         forward /= np.linalg.norm(forward, axis=1, keepdims=True)
-        # Frames lie equal steps apart in metres and radians added up: at most 5 cm, 3 degrees.
+        # A step is 5 cm or 3 degrees, or a part of each; frames are one step apart
         step = np.linalg.norm(np.diff(eye, axis=0), axis=1) / 0.05
         step += np.linalg.norm(np.diff(forward, axis=0), axis=1) / np.radians(3)
         along = np.concatenate([[0], np.cumsum(step)])
@@ -282,7 +295,7 @@ class Room:
         self.path = eye[::12, :2]  # [121, 2], the whole loop, which furniture keeps clear of
 
     def _look(self, paint):
-        return self.rng.choice(PAINTS[paint][0].split())  # of one: asks the generator for nothing
+        return self.rng.choice(PAINTS[paint][0].split())
 
     def _colour(self, paint, hues=None):
         """A linear RGB colour in a paint's ranges."""
@@ -291,12 +304,12 @@ class Room:
         return tuple(np.power(colorsys.hsv_to_rgb(hue % 1, saturation, value), 2.2))
 
     def _material(self, paint, second=None, look=None):
-        """(row of LOOKS, three linear RGB colours), the second perhaps of another paint."""
+        """(row of LOOKS, three linear RGB colours), the second of the paint `second` if given."""
         look, joints = LOOKS[look or self._look(paint)], self.joints[PAINTS[paint][-1]]
         return look, (self._colour(paint), self._colour(second or paint), joints)
 
     def _place(self, name, parts, x, y, z, yaw, *materials):
-        """Add an object as one segment."""
+        """Add an object as one segment; each part has one of the materials."""
         instance, c, s = self.solids[-1].instance + 1, np.cos(yaw), np.sin(yaw)
         label, frame, glow = CLASSES.index(name), FRAMES.get(name, 0.0), GLOWS.get(name, 0.0)
         for shape, (px, py, pz), half, tone in parts:
@@ -305,7 +318,7 @@ class Room:
             self.solids.append(Solid(shape, centre, half, yaw, label, instance, *material))
 
     def _at_wall(self, side, along, gap):
-        """(x, y) off wall 0..3: -y, +x, +y, -x. Yaw side * pi / 2 turns a thing's back to it."""
+        """(x, y) in front of wall 0..3: -y, +x, +y, -x. Yaw side * pi / 2 turns a back to it."""
         x, y, _ = self.size
         return [(along, gap - y), (x - gap, along), (-along, y - gap), (gap - x, -along)][side]
 
@@ -330,15 +343,15 @@ class Room:
         self.light = np.array([*rng.uniform(-0.4, 0.4, 2) * self.size[:2], top - 0.08])
         lamp, material = [("box", (0, 0, 0), (0.4, 0.25, 0.02), 0)], (LOOKS["plain"], (light,) * 3)
         self._place("light", lamp, *self.light[:2], top - 0.02, 0.0, material)
-        self.taken = []  # of the floor: corners (low, high), (x, y) each
+        self.taken = []  # rectangles of the floor: corners (low, high), (x, y) each
         for side, name in enumerate(rng.permutation(["door", "window", "picture", "picture"])):
-            # Half sizes; a window's and a picture's are drawn for every wall.
+            # Half sizes. Those of windows and pictures are drawn for every wall.
             drawn = rng.uniform((0.5, 0.45, 0.3, 0.2), (0.9, 0.65, 0.6, 0.4))
             x, z = {"door": (0.42, 1.0), "window": drawn[:2], "picture": drawn[2:]}[name]
             span = self.size[side % 2] - x - 0.3
             along, up = rng.uniform(-span, span), z if name == "door" else rng.uniform(1.45, 1.6)
             at = self._at_wall(side, along, 0.02)
-            if name == "door":  # room to open
+            if name == "door":  # keep clear what it needs to open
                 ends = list(zip(at, self._at_wall(side, along, 0.9)))
                 self.taken.append(([min(e) - 0.3 for e in ends], [max(e) + 0.3 for e in ends]))
             material = self._material(name, "haze" if name == "window" else name)
@@ -350,10 +363,10 @@ class Room:
             self._place("rug", [("box", (0, 0, 0.008), half, 0)], *where, self._material("rug"))
 
     def _furnish(self):
-        """8 to 16 pieces of furniture. Every failed try shrinks the next ones, so the loop ends."""
+        """8 to 16 pieces of furniture. Each failed try shrinks the next ones, so the loop ends."""
         rng, placed, shrink = self.rng, 0, 1.0
         self.num_objects = rng.integers(8, 17)
-        shelves = []  # tops that are still empty: (x, y, z, half size)
+        shelves = []  # free places on top of furniture: (x, y, z, half size)
         while placed < self.num_objects:
             where = rng.choice(["wall", "free", "top"], p=[0.4, 0.35, 0.25])
             if where == "top" and not shelves:
@@ -381,7 +394,7 @@ class Room:
             placed += 1
 
     def _on_floor(self, where, reach):
-        """Try a place for half sizes reach [2], and take it if free: (x, y, z, yaw, free)."""
+        """Try a place for half sizes reach [2], and mark it taken if free: (x, y, z, yaw, free)."""
         rng, size = self.rng, self.size[:2]
         side = rng.integers(4) if where == "wall" else None
         yaw = rng.uniform(0, 2 * np.pi) if side is None else side * np.pi / 2
@@ -400,7 +413,7 @@ class Room:
         return (*at, 0.0, yaw, free)
 
     def _stack(self):
-        """All solids' fields as arrays with a row each, for the vectorised code below."""
+        """The fields of all solids as arrays, one row each, for the vectorised code below."""
         columns = [np.array(column) for column in zip(*self.solids)]
         self.all = Solid(*(np.float32(c) if c.dtype == float else c for c in columns))
         self.radius = np.linalg.norm(self.all.half, axis=1)  # [S], of bounding spheres
@@ -409,11 +422,11 @@ class Room:
         self.turn = np.moveaxis(np.array(rows), 2, 0)  # [S, 3, 3], world to local
 
     def cast(self, origin, rays, t):
-        """The first solid, shell apart, that rays origin + t * ray meet before t [N]: t [N], the
-        solid [N] or -1, and normals [3, N] of any length."""
+        """The first solid, not counting the shell, that origin + t * rays [3, N] meet before t [N]:
+        new t [N], the solid [N] or -1, normals [3, N] of any length."""
         t, which, normal = t.copy(), np.full(t.shape, -1), np.zeros_like(rays)
         towards = self.all.centre - origin
-        # Only rays through the bounding sphere are tested; all of them if we stand inside it.
+        # Test only rays through the bounding sphere; all, from inside it
         outside = (towards * towards).sum(1) - self.radius**2
         least = np.where(outside < 0, -np.inf, np.sqrt(np.maximum(outside, 0)))
         length = np.sqrt((rays * rays).sum(0))
@@ -429,12 +442,12 @@ class Room:
         return t, which, normal
 
     def paint(self, point, which, normal):
-        """Linear colour [3, N] of solids `which` [N] at world points [3, N]. Joints and frames have
-        the third of a solid's colours. The rest mixes the first two by a cell's parity and random
-        number and by smooth noise, each with its share in LOOKS."""
+        """Linear RGB [3, N] of solids `which` [N] at world points [3, N]. Joints and frames take
+        the third colour; elsewhere a checkerboard, a random number per cell and smooth noise,
+        weighted as in LOOKS, mix the first two."""
         c, s = self.turn[which, 0, 0], self.turn[which, 0, 1]
-        own = lambda v: np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])  # noqa: E731
-        local, facing = own(point - self.all.centre.T[:, which]), np.abs(own(normal))
+        turn = lambda v: np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]])  # noqa: E731
+        local, facing = turn(point - self.all.centre.T[:, which]), np.abs(turn(normal))
         flat = facing[2] > 0.7
         u = np.where(~flat & (facing[0] > facing[1]), local[1], local[0])
         v = np.where(flat, local[1], local[2])
@@ -444,13 +457,13 @@ class Room:
         cell = np.floor(column)
         in_joint = np.abs(column - cell - 0.5) > 0.5 - joint / width / 2
         in_joint |= np.abs(v / height - row) > 0.5 - joint / height / 2
-        # A frame runs along the surface's ends; the axis it faces does not count.
+        # A frame runs along the edges of a face: skip the axis normal to it
         to_edge = np.where(facing > 0.7, np.inf, self.all.half.T[:, which] - np.abs(local)).min(0)
         in_joint |= to_edge < self.all.frame[which]
         cells = row.astype(np.int64) * 73856093 ^ cell.astype(np.int64) * 19349663
         bits = (cells ^ which * 83492791).astype(np.uint32) * np.uint32(2654435761)
         random = (bits >> np.uint32(22)).astype(np.float32) / 1023
-        # Smooth noise: four sine waves that bend each other. Planks stretch it to a grain.
+        # Smooth noise: four sine waves, each bent by another; planks stretch it to a grain
         stretched = local + (1.7 * which).astype(np.float32)
         stretched[0] *= np.where(width == np.float32(1.1), np.float32(0.15), np.float32(1))
         waves = matmul(NOISE, stretched)
@@ -461,15 +474,14 @@ class Room:
         return np.where(in_joint, c, a + (b - a) * mix)
 
     def shade(self, origin, rays):
-        """What is seen from a point along rays [3, N]: colour [3, N] in 0..1, t, solid, normal.
-        Surfaces are Lambertian: a point has the same colour from everywhere."""
+        """What rays [3, N] from a point see: colour [3, N] (0..1, Lambertian), t, solid, normal."""
         middle, half = self.all.centre[0], self.all.half[0]  # of the room
         ends = (middle + half - origin)[:, None], (middle - half - origin)[:, None]
         with np.errstate(divide="ignore"):  # a wall parallel to the ray is infinitely far
             steps = np.abs(np.where(rays > 0, *ends) / rays)
         axis = steps.argmin(0)
         t, which, normal = self.cast(origin, rays, steps.min(0))
-        # Rays that meet no solid end on the shell: walls -y, +x, +y, -x, floor, ceiling.
+        # Rays that meet no solid end on the shell: walls -y, +x, +y, -x, floor, ceiling
         ahead = np.take_along_axis(rays, axis[None], 0)[0] > 0
         face = np.array([[3, 1], [0, 2], [4, 5]])[axis, ahead.astype(int)]
         inward = np.where(np.arange(3)[:, None] == axis, -np.sign(rays), 0)
@@ -477,12 +489,12 @@ class Room:
         normal /= np.linalg.norm(normal, axis=0)
         which = np.where(which < 0, face, which)
         point = origin[:, None] + t * rays
-        # Corners and contacts with the walls and the floor see less of the room.
+        # Ambient occlusion by the walls, the floor and the ceiling.
         gap = half[:, None] - np.abs(point - middle[:, None])
         occlusion = 1 - 0.4 * (1 - np.abs(normal)) * np.exp(-np.maximum(gap, 0) / 0.25)
         light = (0.42 + 0.12 * normal[2]) * occlusion.prod(0)
         for lamp in self.light.astype(np.float32) + LAMP:
-            # From the lamp the point is at t = 1; what comes before casts a shadow.
+            # The point is at t = 1 from the lamp: what comes before casts a shadow
             reach = point - lamp[:, None]
             shadowed = self.cast(lamp, reach, np.full_like(t, 0.998))[1] >= 0
             square = (reach * reach).sum(0)
@@ -501,8 +513,7 @@ class Room:
         return pose
 
     def frame(self, i, height, width):
-        """Frame i as the module's dict of tensors. Sizes in pixels; the vertical field of view is
-        the same for all. Raises IndexError if there is no frame i."""
+        """Frame i. The vertical field of view does not depend on the size. Raises IndexError."""
         if i not in self.numbers:
             raise IndexError(f"{self.name} has frames 0 to {len(self) - 1}, not {i}")
         pose = self.pose(i)
@@ -510,14 +521,14 @@ class Room:
         focal = height / 2 / np.tan(self.fov / 2)
         K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float32)
 
-        def see(rows, columns):  # in pixels; rays have z = 1 in camera axes, so t is the z-depth
+        def see(rows, columns):  # in pixels; rays have z = 1 in camera axes, so t is z-depth
             x, y = (columns - width / 2) / focal, (rows - height / 2) / focal
             rays = np.stack([x, y, np.ones_like(x)]).astype(np.float32)
             return self.shade(eye, matmul(rotation, rays))
 
         rows, columns = np.mgrid[0:height, 0:width].reshape(2, -1) + 0.5
         image, t, which, normal = see(rows, columns)
-        # Antialiasing: four rays for each pixel that differs from a neighbour.
+        # Antialiasing: four rays for each pixel that differs from a neighbour
         grid = image.reshape(3, height, width)
         below, beside = (np.abs(np.diff(grid, axis=k)).max(0) > 0.12 for k in (1, 2))
         rough = np.pad(below, ((0, 1), (0, 0))) | np.pad(below, ((1, 0), (0, 0)))
@@ -533,31 +544,25 @@ class Room:
         return {k: torch.from_numpy(v) for k, v in {**frame, "extrinsics": pose, "Ks": K}.items()}
 
 
-class Rooms:
-    """The rooms of a split ("train", "val" or "probe"), made when asked for: rooms[i] is a Room."""
+class Rooms(Samples):
+    """The rooms of a split ("train", "val" or "probe"): rooms[i] makes a Room."""
 
     def __init__(self, split):
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-        self.seeds = SPLITS[split]
+        self.seeds, self.length = SPLITS[split], len(SPLITS[split])
 
-    def __len__(self):
-        return len(self.seeds)
-
-    def __getitem__(self, i):
+    def sample(self, i):
         return Room(self.seeds[i])
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading photos. LAYOUTS, at the end of this file, says what marks a layout and which function
-# lists its frames as `Shot`s. `read_shot` undistorts, scales and crops a photo and its labels.
-
+# ----------------------------------------------------------------------------- photos and labels
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 SIZES = ("fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y")
 CAMERA = {"camera_model", "is_fisheye", *SIZES, *DISTORTION}  # keys of transforms.json
-BOUNDS = {k: (1e-3, 1e7) for k in ("fl_x", "fl_y", "w", "h")}  # sizes may be in shares of the photo
+BOUNDS = {k: (1e-3, 1e7) for k in ("fl_x", "fl_y", "w", "h")}  # in pixels, or shares of the photo
 BOUNDS |= {k: (1e-3, 3.1) for k in ("camera_angle_x", "camera_angle_y")}  # radians
-MODELS = {  # COLMAP's cameras in the order of their numbers, and their parameters
+MODELS = {  # COLMAP's camera models in the order of their ids, and their parameters
     "SIMPLE_PINHOLE": "fl_x cx cy",
     "PINHOLE": "fl_x fl_y cx cy",
     "SIMPLE_RADIAL": "fl_x cx cy k1",
@@ -572,28 +577,27 @@ class BadFile(ValueError):
 
 
 def sentence_of(error):
-    """What a ValueError says; a loader's process puts its traceback before that."""
+    """What a ValueError says, without the traceback that a loader's process puts before it."""
     return re.sub(r"^[\w.]*(BadFile|ValueError): ", "", str(error).strip().splitlines()[-1])
 
 
 @contextlib.contextmanager
 def naming(path, what):
-    """Any error of json, PIL, numpy, struct or torch becomes a `BadFile` of this path."""
+    """Turns any error of json, PIL, numpy, struct or torch into a `BadFile` of this path."""
     try:
         yield
-    except BadFile:  # of another file, which is read meanwhile
+    except BadFile:  # already names the file
         raise
     except Exception as error:
-        # The first sentence alone: numpy and torch go on with how to run what a pickle holds
+        # Numpy's and torch's next sentences explain how to run pickled code
         text = " ".join(str(error).split()).partition(". ")[0][:200]
-        said = getattr(error, "strerror", None) or text
-        said = f"no {said}" if isinstance(error, KeyError) else said or type(error).__name__
-        raise BadFile(f"{path}: {what} ({said})") from None
+        reason = getattr(error, "strerror", None) or text or type(error).__name__
+        reason = f"no {reason}" if isinstance(error, KeyError) else reason
+        raise BadFile(f"{path}: {what} ({reason})") from None
 
 
-def unpacked(path, times=1):
-    """The path. ValueError: it is a zip archive, as .pt and .npz are, and grows when it is read, to
-    more than so many times its size. (.pt files are not compressed.)"""
+def unpacked(path, times=1):  # .pt files are not compressed
+    """The path. ValueError for a zip archive (.pt, .npz) that unpacks to over `times` its size."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             grown = sum(part.file_size for part in file.infolist()) / Path(path).stat().st_size
@@ -604,20 +608,19 @@ def unpacked(path, times=1):
 
 def natural(name):
     """Sort key that puts frame10 after frame9."""
-    parts = re.split("([0-9]+)", str(name))  # every second is a number, of any length
+    parts = re.split("([0-9]+)", str(name))  # odd ones are numbers, of any length
     return [(len(p.lstrip("0")), p.lstrip("0")) if i % 2 else p for i, p in enumerate(parts)]
 
 
-def number(value, key, least=-1e30, most=1e30):
-    """A file's number, which float32 holds too. ValueError: it is none, or out of the bounds."""
+def checked_number(value, key, least=-1e30, most=1e30):
+    """A file's number as a float that float32 can hold. ValueError if it is none within bounds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ValueError(f"{key} is {value!r:.40}, no number from {least:g} to {most:g}")
     return float(value)
 
 
 def within(root, folder, name):
-    """The path of a name in a capture's files, as seen from a folder. ValueError: it leads out of
-    root. Links are followed, as who unpacked the capture made them."""
+    """The path folder/name. ValueError if it leads out of root; links may, as users make them."""
     path = join(folder, name)
     if not Path(abspath(path)).is_relative_to(abspath(root)):
         raise ValueError(f"{name!r:.200} lies outside {root}")
@@ -632,65 +635,69 @@ def lines_of(path):
         return [line for line in Path(path).read_text().splitlines() if line.strip()]
 
 
-class Shot(NamedTuple):
-    """A photo and what goes with it. Paths are str where there may be many."""
+def has_any(folder, *names):
+    return any(exists(join(folder, name)) for name in names)
 
-    photo: str
-    listed_in: Path  # what names the photo
+
+class Shot(NamedTuple):
+    """A photo and what belongs to it."""
+
+    photo: str | Path  # a name alone if `packed`
+    listed_in: Path  # the file or folder that names the photo
     labels: dict  # paths of its depths, normals, classes, masks, valid: see `read_label`
     pose: np.ndarray | None = None  # (4, 4) camera-to-world, OpenCV axes
     camera: dict | None = None  # by transforms.json's keys
-    packed: np.ndarray | None = None  # the photo's bytes, where its path is no file
+    packed: np.ndarray | None = None  # the bytes of a photo that is no file of its own
     unit: float = 0.001  # metres, of depth maps that are pictures
-    number: int = 0  # the photo's in COLMAP's files
-    classes: tuple = (0, 0)  # the first class's number in label maps, and how many there are
-    finish: object = None  # a function of (frame, labels' Crop, framing), called at the end
+    image_id: int = 0  # COLMAP's
+    classes: tuple = (0, 0)  # in label maps: id of the first class, number of classes
+    finish: object = None  # crops the frame last: a function of (frame, labels' Crop, framing)
 
 
 class Framing(NamedTuple):
-    """Which part of a photo is seen, and how large. Sizes are (H, W) in pixels."""
+    """Which part of a photo is used, at which size. Sizes are (H, W) in pixels."""
 
-    size: tuple | None = None  # photos cover it, cropped about the centre; None: whole photos
-    short: int = 0  # whole photos are scaled to this shorter side, 0: to none
-    crop: tuple = ()  # window at a random place that training sees, (): all
-    jitter: tuple = (1.0, 1.0)  # training photos are scaled by a factor between these
-    mirror: bool = False  # training mirrors every second photo
-    both: bool = False  # a test sees a photo and its mirror image
-    slide: tuple = ()  # window's side and stride that a test slides, (): one window
-    pad: bool = False  # windows get borders up to multiples of 14
+    size: tuple | None = None  # scale photos to cover it, crop about the centre; None: whole photos
+    short: int = 0  # scale whole photos to this shorter side; 0: do not
+    crop: tuple = ()  # size of a random window, in training; (): all
+    jitter: tuple = (1.0, 1.0)  # range of a random scale, in training
+    mirror: bool = False  # mirror at random, in training
+    flip_test: bool = False  # test each photo and its mirror image
+    slide: tuple = ()  # side and stride of a window slid over test photos; (): one window
+    pad: bool = False  # pad windows to multiples of 14
 
     def scaled(self, height, width, factor=1.0):
-        """(H, W) at which a photo of that size is looked at."""
-        if self.short and self.size is None:  # as mmsegmentation's (2048, 512)
+        """(H, W) that a photo of this size is scaled to."""
+        if self.short and self.size is None:  # mmsegmentation's Resize to (2048, 512)
             factor *= min(self.short / min(height, width), 4 * self.short / max(height, width))
         return tuple(max(1, round(factor * s)) for s in self.size or (height, width))
 
-    def window(self, *size):
-        """(H, W) of a window of that size with its borders."""
+    def padded(self, *size):
+        """(H, W) of a window of this size with its padding."""
         return tuple(-(-s // 14) * 14 if self.pad else s for s in size)
 
 
 def read_shot(shot, framing, factor=1.0):
-    """{"images" [3, H, W] in 0..1, its labels, and where it has a camera "Ks" and "extrinsics"}:
-    scaled by `framing` and factor, cropped about the centre, undistorted."""
+    """{"images" [3, H, W] in 0..1, the labels, "Ks" and "extrinsics" if it has a camera}: scaled by
+    `framing` and factor, cropped about the centre, undistorted."""
     photo = open_photo(shot)
     height, width = framing.scaled(photo.height, photo.width, factor)
     with naming(shot.listed_in, f"the camera of {basename(shot.photo)} cannot be used"):
         camera = (lens_of(shot.camera), pinhole(shot.camera, *photo.size)) if shot.camera else ()
-        crop = crop_of(photo.size, (width, height), *camera)
+        crop = Crop(photo.size, (width, height), *camera)
     frame = {"images": crop.colours(photo)}
     if camera:
         frame["Ks"] = torch.tensor(crop.K)
         frame["extrinsics"] = torch.from_numpy(shot.pose.astype(np.float32))
-    if framing.slide and framing.size is None:  # windows slide over it, and labels stay whole
-        crop = crop_of(photo.size, photo.size)
+    if framing.slide and framing.size is None:  # windows slide over the photo; labels stay whole
+        crop = Crop(photo.size, photo.size)
     frame |= {key: read_label(key, path, shot, crop) for key, path in shot.labels.items()}
     with naming(shot.photo, "an image that cannot be cropped"):
         return shot.finish(frame, crop, framing) if shot.finish else frame
 
 
 def open_picture(path, what, listed_in, packed=None):
-    """A PIL image, or of a .npy its array in float32. packed: the bytes, where path is no file."""
+    """A PIL image from path, or from its bytes `packed`; the float32 array of a .npy."""
     if packed is None and not Path(path).is_file():
         raise BadFile(f"{path}: no such file ({what} in {listed_in})")
     with naming(path, f"{what} that cannot be read"):
@@ -704,21 +711,21 @@ def open_picture(path, what, listed_in, packed=None):
         return picture.convert("L") if picture.mode == "1" else picture
 
 
-def alike(size, other):
-    """Have two (width, height) the same shape, to 2 %?"""
+def same_shape(size, other):
+    """Whether the aspect ratios of two (width, height) agree to 2 %."""
     return abs(size[0] * other[1] / (size[1] * other[0]) - 1) <= 0.02
 
 
 def open_photo(shot):
-    """A photo of any mode in 8-bit RGB; turned as EXIF says if its camera's w and h say so too."""
+    """A photo of any mode as 8-bit RGB, turned by its EXIF tag if the camera's w and h say so."""
     picture = open_picture(shot.photo, "an image", shot.listed_in, shot.packed)
     with naming(shot.photo, "an image that cannot be used"):
         w, h = ((shot.camera or {}).get(k) or n for k, n in zip("wh", picture.size))
-        if not alike(picture.size, (w, h)) and alike(picture.size, (h, w)):
+        if not same_shape(picture.size, (w, h)) and same_shape(picture.size, (h, w)):
             picture = ImageOps.exif_transpose(picture)
-            if not alike(picture.size, (w, h)):
-                its = "it is {} x {}".format(*picture.size)
-                raise ValueError(f"{its} where {w:g} x {h:g} is expected")
+            if not same_shape(picture.size, (w, h)):
+                found = "{} x {}".format(*picture.size)
+                raise ValueError(f"it is {found} where {w:g} x {h:g} is expected")
         if picture.mode == "F":
             raise ValueError("floating point is no photo")
         if picture.mode.startswith("I"):  # 16 bit, which PIL would clip
@@ -730,9 +737,9 @@ def open_photo(shot):
 
 
 def read_label(key, path, shot, crop):
-    """A crop of a label map, a picture or a .npy, by nearest pixels: depths [H, W] in metres, 0
-    where unknown; normals [3, H, W], unit vectors, 0 where unknown; classes [H, W] int64 from 0, -1
-    where there is none; masks [H, W] int64; valid [H, W] bool."""
+    """Crop a label map, a picture or a .npy, by nearest pixels: depths [H, W] in metres, 0 unknown;
+    normals [3, H, W], unit, 0 unknown; classes [H, W] int64 from 0, -1 unknown; masks [H, W] int64;
+    valid [H, W] bool."""
     what = {"depths": "a depth map", "normals": "a normal map"}.get(key, "a mask")
     picture, channels = open_picture(path, what, shot.listed_in), 3 if key == "normals" else 1
     exact = isinstance(picture, np.ndarray)
@@ -744,19 +751,20 @@ def read_label(key, path, shot, crop):
         bands = np.atleast_3d(picture).transpose(2, 0, 1)
         if len(bands) != channels:
             raise ValueError(f"it has {len(bands)} channels, not {channels}")
-        numbers = np.stack([crop.nearest(Image.fromarray(band)) for band in bands])
+        values = np.stack([crop.nearest(Image.fromarray(band)) for band in bands])
     if key == "depths":
-        depth = numbers[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
+        depth = values[0].astype(np.float32) * np.float32(1 if exact else shot.unit)
         return torch.from_numpy(np.where(np.isfinite(depth) & (depth > 0), depth, 0))
-    if key == "normals":  # unknown are black, grey or zeros, all far from a unit vector
-        normals = torch.from_numpy(np.nan_to_num(numbers.astype(np.float32)))
+    if key == "normals":  # unknown ones are black, grey or zeros: far from unit length
+        normals = torch.from_numpy(np.nan_to_num(values.astype(np.float32)))
         normals = normals if exact else normals / 127.5 - 1
         length = normals.norm(dim=0)
         return torch.where((length - 1).abs() < 0.5, normals / length.clamp(min=1e-6), 0.0)
-    ids = torch.from_numpy(numbers[0].astype(np.int64))
+    ids = torch.from_numpy(values[0].astype(np.int64))
     if key == "classes":
         first, count = shot.classes
-        ids[(ids == 255) & (first == 0)] = -1
+        if first == 0:
+            ids[ids == 255] = -1
         if (most := int(ids.max())) >= first + count:
             raise BadFile(f"{path}: class {most}, where there are {count}")
         return ids - first
@@ -765,69 +773,67 @@ def read_label(key, path, shot, crop):
             what = f"a validity mask holds 0 and 255, not {wrong[0]}"
             raise BadFile(f"{path}: {what}; segment ids are looked for in instance_segmentation/")
         return ids > 0
-    return ids  # masks
+    return ids
 
 
+@functools.lru_cache(8)  # a capture's frames mostly share one
 class Crop:
     """A photo of size `whole` (w, h), scaled to cover `size` and cropped about the centre, and the
-    same part of its labels, whatever their size. Where it has a camera (fx, fy, cx, cy in pixels)
-    with a lens (see `lens_of`), the crop is of the undistorted photo: each of its pixels is looked
-    up where the lens put it."""
+    same part of its label maps of any size. With a camera (fx, fy, cx, cy in pixels) and a lens
+    (see `lens_of`) the crop is of the undistorted photo."""
 
     def __init__(self, whole, size, lens=None, camera=None):
-        self.whole, self.size, self.where = whole, size, None
+        self.whole, self.size, self.lookup = whole, size, None
         (w, h), scale = size, max(size[0] / whole[0], size[1] / whole[1])
         left, top = (whole[0] - w / scale) / 2, (whole[1] - h / scale) / 2
         ends = [left, top, left + w / scale, top + h / scale]
         self.box = np.clip(ends / np.tile(whole, 2), 0, 1)  # in shares of the photo's size
         if camera is None:
             return
-        fx, fy, cx, cy = zoomed(lens, camera, whole) if lens else camera
+        fx, fy, cx, cy = undistorted_pinhole(lens, camera, whole) if lens else camera
         x, y = cx * scale - left * scale, cy * scale - top * scale
         self.K = np.array([[fx * scale, 0, x], [0, fy * scale, y], [0, 0, 1]], np.float32)
-        if lens:
+        if lens:  # where on the photo each pixel of the crop is
             x = (left + (np.arange(w) + 0.5) / scale - cx) / fx
             y = (top + (np.arange(h) + 0.5) / scale - cy) / fy
             x, y = distort(lens, *np.meshgrid(x, y))
             x = (x * camera[0] + camera[2]) / whole[0]
             y = (y * camera[1] + camera[3]) / whole[1]
-            self.where = np.stack([x, y], -1).clip(0, 1).astype(np.float32)  # [H, W, 2], shares
+            self.lookup = np.stack([x, y], -1).clip(0, 1).astype(np.float32)  # [H, W, 2], shares
 
     def resize(self, picture, resample):
-        return np.array(picture.resize(self.size, resample, tuple(self.box * (picture.size * 2))))
+        box = self.box * np.tile(picture.size, 2)
+        return np.array(picture.resize(self.size, resample, tuple(box)))
 
     def nearest(self, picture):  # [H, W]
-        if not alike(picture.size, self.whole):
+        if not same_shape(picture.size, self.whole):
             its, photos = ("{} x {}".format(*size) for size in (picture.size, self.whole))
             raise ValueError(f"its {its} pixels do not cover what its photo of {photos} shows")
-        if self.where is None:
+        if self.lookup is None:
             return self.resize(picture, Image.Resampling.NEAREST)
         size = np.array(picture.size)
-        column, row = np.minimum((self.where * size).astype(int), size - 1).transpose(2, 0, 1)
+        column, row = np.minimum((self.lookup * size).astype(int), size - 1).transpose(2, 0, 1)
         return np.array(picture)[row, column]
 
     def colours(self, photo):  # [3, H, W] in 0..1
-        if self.where is None:
+        if self.lookup is None:
             image = self.resize(photo, Image.Resampling.BICUBIC)
             return torch.from_numpy(image).permute(2, 0, 1).contiguous() / 255
-        # Shrink first, to the spacing of the lookups at the centre, so that nothing aliases
+        # Against aliasing: first shrink the photo to the spacing of the lookups at the centre
         x, y = (n // 2 for n in self.size)
-        step = np.abs(self.where[y, x] - self.where[y - 1, x - 1]).tolist()
+        step = np.abs(self.lookup[y, x] - self.lookup[y - 1, x - 1]).tolist()
         size = [min(n, round(1 / max(s, 1e-6))) for n, s in zip(photo.size, step)]
         photo = np.array(photo.resize(size, Image.Resampling.BICUBIC))
         pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 255
-        grid = torch.from_numpy(2 * self.where - 1)[None]
+        grid = torch.from_numpy(2 * self.lookup - 1)[None]
         options = dict(mode="bicubic", padding_mode="border", align_corners=False)
-        return torch.nn.functional.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
-
-
-crop_of = functools.lru_cache(8)(Crop)  # shared by the frames of a capture
+        return F.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
 
 
 def lens_of(camera):
-    """(is it a fisheye, k1, k2, k3, k4, p1, p2) of a camera by transforms.json's keys; None if it
-    bends nothing. Raises ValueError: its model is not known, or a number cannot be."""
-    given = {k: number(camera[k], k, *BOUNDS.get(k, ())) for k in (*SIZES, *DISTORTION)
+    """(is it a fisheye, k1, k2, k3, k4, p1, p2) of a camera by transforms.json's keys, None without
+    distortion. Raises ValueError for an unknown model or an impossible number."""
+    given = {k: checked_number(camera[k], k, *BOUNDS.get(k, ())) for k in (*SIZES, *DISTORTION)
              if camera.get(k) is not None}  # fmt: skip
     if not {"fl_x", "camera_angle_x"} & given.keys():
         raise ValueError("no focal length: fl_x or camera_angle_x")
@@ -848,7 +854,7 @@ def parameters(model):
 
 
 def pinhole(camera, width, height):
-    """fx, fy, cx, cy in pixels of a photo, which may have another size than the camera says."""
+    """fx, fy, cx, cy in pixels of a photo of this size, which need not be the camera's w and h."""
     given = {k: v for k, v in camera.items() if v is not None}
     w, h, angle = given.get("w", width), given.get("h", height), given.get("camera_angle_y")
     fx = given.get("fl_x") or 0.5 * w / np.tan(0.5 * given["camera_angle_x"])
@@ -858,8 +864,8 @@ def pinhole(camera, width, height):
 
 
 def distort(lens, x, y):
-    """A pinhole's normalised coordinates -> those on the photo, by OpenCV's polynomials (COLMAP's
-    too) of the radius, or for a fisheye of the angle."""
+    """Normalised pinhole coordinates -> those on the photo, by OpenCV's (and COLMAP's) polynomials
+    in the squared radius, or for a fisheye in the squared angle."""
     fisheye, k1, k2, k3, k4, p1, p2 = lens
     square = x * x + y * y
     r = np.maximum(np.sqrt(square), 1e-12)
@@ -872,22 +878,21 @@ def distort(lens, x, y):
 
 
 @functools.lru_cache(256)
-def zoomed(lens, camera, size):
-    """The pinhole (fx, fy, cx, cy) whose image of this size (w, h) lies all on the photo: as wide
-    as can be about the centre, but at most twice as wide as without the lens. Raises ValueError
-    where the lens leaves nothing."""
+def undistorted_pinhole(lens, camera, size):
+    """The widest pinhole (fx, fy, cx, cy), the camera's zoomed about the image centre, that the
+    undistorted photo of size (w, h) fills; at most twice as wide. ValueError if none is."""
     f, c = np.array(camera).reshape(2, 2, 1)
     half = np.array(size)[:, None] / 2
     side, one = np.linspace(-1, 1, 17), np.ones(17)
     edge = np.hstack([(side, one), (side, -one), (one, side), (-one, side)]) * half / f  # (2, 68)
     out = np.linspace(0, 1, 33)[:, None, None]  # from the centre to the edge
-    low, high = 0.0, 2.0  # of the width without the lens
+    low, high = 0.0, 2.0  # widths relative to the camera's, bisected
     for _ in range(32):
         middle = (low + high) / 2
         x, y = np.moveaxis((half - c) / f + out * middle * edge, 1, 0)  # (33, 68)
         seen = np.stack(distort(lens, x, y)) * f[..., None] + c[..., None]
         inside = (np.abs(seen / half[..., None] - 1) <= 1 + 1e-9).all()
-        # Where the polynomial turns back it is no lens any more
+        # The polynomial is no lens where it turns back towards the centre
         grows = (np.diff(np.hypot(*(seen - seen[:, :1])), axis=0) > 0).all()
         low, high = (middle, high) if inside and grows else (low, middle)
     if low < 0.1:
@@ -896,34 +901,31 @@ def zoomed(lens, camera, size):
     return *(f[:, 0] / low).tolist(), *(half + (c - half) / low)[:, 0].tolist()
 
 
-# -------------------------------------------------------------------------------------------------
-# Captures: posed photos, with depth, validity masks and segment ids where there are any
+# ----------------------------------------------------------------------------- captures
 
-INNER = ("nerfstudio", "dslr")  # folders of a scene of ScanNet++
+INNER = ("nerfstudio", "dslr")  # folders inside a scene of ScanNet++
 TRANSFORMS = ("transforms_undistorted.json", "transforms.json", "transforms_train.json")
-SCANNETPP = {  # folders of its photos: whether a lens bends them, and where their masks are
-    "resized_images": (True, "resized_anon_masks"),
-    "resized_undistorted_images": (False, "resized_undistorted_masks"),
-    "undistorted_images": (False, "undistorted_anon_masks"),
+MASKS = {  # ScanNet++'s folders of photos, and the folders of their validity masks
+    "resized_images": "resized_anon_masks",
+    "resized_undistorted_images": "resized_undistorted_masks",
+    "undistorted_images": "undistorted_anon_masks",
 }
-PHOTOS = ("images", *SCANNETPP, "rgb")  # folders that photos are looked for in
+DISTORTED = {folder: folder == "resized_images" for folder in MASKS}
+PHOTOS = ("images", *MASKS, "rgb")  # folders to look for photos in
 
 
 def open_scenes(path, split=None):
-    """A list of the captures of a folder: itself, or those in data/*/, scenes/*/ or */. No scene is
-    read yet. split: a text file of scenes' names, one a line; others are left out. Raises
-    ValueError if there is none, saying what was looked for."""
+    """The captures in a folder: itself, or those in data/*/, scenes/*/ or */. Nothing is read yet.
+    split: a text file with the names of the scenes to keep. Raises ValueError if there is none."""
     path = Path(path)
     if not path.is_dir():
         raise BadFile(f"{path}: no such folder")
     for group in ([path], *(sorted(path.glob(f)) for f in ("data/*/", "scenes/*/", "*/"))):
-        found = [(folder, *f) for folder in group if (f := layout_of("capture", folder))]
-        if scenes := [scene for folder, row, mark in found for scene in row[1](folder, mark)]:
+        if scenes := [scene for folder in group for scene in captures_of(folder)]:
             break
     else:
         what = "transforms.json (nerfstudio, ScanNet++), sparse/0/cameras.bin (COLMAP) or *.torch"
-        where = "here, in data/*/, scenes/*/ or */"
-        raise BadFile(f"{path}: found no {what} (RealEstate10K) {where}")
+        raise BadFile(f"{path}: found no {what} (RealEstate10K) here, in data/*/, scenes/*/ or */")
     if split is None:
         return scenes
     wanted = {line.split()[0] for line in lines_of(split)}
@@ -935,13 +937,27 @@ def open_scenes(path, split=None):
     return kept
 
 
-class PosedFolder:
-    """A capture: a scene, as the top of this file says. lists(scene) makes the list of its Shots
-    from the file that marks the layout, when something is asked for. Raises ValueError: which file
-    is wrong, and what."""
+def captures_of(folder):
+    """The captures that a folder itself holds, by the first layout that it has."""
+    for inner in (folder, folder / "nerfstudio", folder / "dslr/nerfstudio"):
+        if has_any(inner, *TRANSFORMS):
+            return [PosedFolder(inner)]
+    files = [folder / f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
+             for kind in ("bin", "txt")]  # fmt: skip
+    if file := next(filter(exists, files), None):
+        return [PosedFolder(folder, list_colmap, file)]
+    for inner in (folder, folder / "train"):
+        if any(inner.glob("*.torch")):
+            return open_chunks(inner)
+    return []
 
-    def __init__(self, path, lists=None, file=None, name=None):
-        self.path, self.lists = Path(path), lists or list_transforms
+
+class PosedFolder:
+    """A capture: a scene with the interface at the top of this file. list_shots(scene) reads its
+    list of Shots from `file` when they are first needed. Raises ValueError naming a bad file."""
+
+    def __init__(self, path, list_shots=None, file=None, name=None):
+        self.path, self.list_shots = Path(path), list_shots or list_transforms
         self.file = file or self.path
         self.name = name or next(p for p in reversed(self.path.resolve().parts) if p not in INNER)
 
@@ -950,8 +966,8 @@ class PosedFolder:
 
     @functools.cached_property
     def shots(self):
-        """[Shot] in the order of their names."""
-        shots = self.lists(self)
+        """[Shot], ordered by name. Depth or masks that only some have are dropped."""
+        shots = self.list_shots(self)
         for key, what in (("depths", "depth"), ("masks", "a segment mask")):
             having = [shot.labels for shot in shots if key in shot.labels]
             if 0 < len(having) < len(shots):
@@ -964,32 +980,34 @@ class PosedFolder:
     has_depth = property(lambda self: self._has("depths"))
     has_masks = property(lambda self: self._has("masks"))
 
-    def _has(self, key):  # chunks have no labels, and need not be read for that
-        return self.lists != list_chunk and key in self.shots[0].labels
+    def _has(self, key):  # RealEstate10K has no labels: its large files need not be read for that
+        return self.list_shots != list_chunk and key in self.shots[0].labels
 
     @functools.cached_property
     def numbers(self):
-        """The last number in each photo's name, rising; 0, 1, 2, ... where not all have one."""
+        """The last number in each photo's name if all have one and they increase, else 0, 1, ..."""
         stems = [splitext(basename(shot.photo))[0] for shot in self.shots]
-        found = [int(n[-18:]) for stem in stems for n in re.findall("[0-9]+", stem)[-1:]]
-        rises = len(found) == len(stems) and (np.diff(found) > 0).all()
-        return np.array(found) if rises else np.arange(len(stems))
+        found = [re.search("([0-9]{1,18})[^0-9]*$", stem) for stem in stems]  # 18 fit in int64
+        numbers = np.array([int(match[1]) for match in found if match])
+        rises = len(numbers) == len(stems) and (np.diff(numbers) > 0).all()
+        return numbers if rises else np.arange(len(stems))
 
     def point_depths(self):
-        """[depths of COLMAP's points that each shot sees], None where there are none."""
+        """For each shot the depths of COLMAP's points that it sees; None without such points."""
         file = self.file.with_name(f"points3D{self.file.suffix}")
-        if self.lists != list_colmap or not file.is_file():
+        if self.list_shots != list_colmap or not file.is_file():
             return None
-        seen = {shot.number: [] for shot in self.shots}
+        seen = {shot.image_id: [] for shot in self.shots}
         with naming(file, "not COLMAP's points"):
             for row in colmap_rows(file):
-                for number in row[8::2]:
-                    seen.get(int(number), []).append(row[1:4])
+                for image_id in row[8::2]:
+                    if int(image_id) in seen:
+                        seen[int(image_id)].append(row[1:4])
             points = [np.array(xyz, np.float64).reshape(-1, 3) for xyz in seen.values()]
         return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, self.shots)]
 
     def frame(self, i, height, width):
-        """Frame i. Where a validity mask says no, "valid" is False and the depth unknown."""
+        """Frame i as the module's docstring says. Where it is not valid, depth is unknown."""
         frame = read_shot(self.shots[i], Framing((height, width)))
         frame.setdefault("masks", torch.zeros(height, width, dtype=torch.int64))
         valid = frame.setdefault("valid", torch.ones(height, width, dtype=torch.bool))
@@ -999,7 +1017,7 @@ class PosedFolder:
 
 
 def rigid(matrices, names, read=np.array):
-    """Poses [N, 4, 4] of matrices 3 x 4 or 4 x 4. BadFile: which name's is not rigid."""
+    """Poses [N, 4, 4] of matrices 3 x 4 or 4 x 4. BadFile: the name of one that is not rigid."""
     poses = np.tile(np.eye(4), (len(names), 1, 1))
     for pose, matrix, name in zip(poses, matrices, names):
         with naming(name, "not a pose that can be read"):
@@ -1014,40 +1032,40 @@ def rigid(matrices, names, read=np.array):
 
 
 class Beside:
-    """Finds photos and labels in the folders about a capture; each folder is listed once."""
+    """Finds photos and labels in the folders around a capture. Each folder is listed once."""
 
     def __init__(self, path):
         self.places = [path, *(above / name for above in (path, path.parent) for name in PHOTOS)]
         whole = Path(abspath(path))
         inner = itertools.takewhile(lambda p: p.name in INNER, [whole, *whole.parents])
-        roots = [path, *(p.parent for p in inner)]  # up to the scene, of ScanNet++
+        roots = [path, *(p.parent for p in inner)]  # up to the scene, in ScanNet++
         self.path, self.ids = path, [join(root, "instance_segmentation") for root in roots]
         self.root = roots[-1] if len(roots) > 1 else whole.parent  # photos may lie beside a scene
         self.listed = functools.cache(lambda f: frozenset(os.listdir(f) if isdir(f) else ()))
 
     def first(self, folders, names):
-        """The path of the first name that is there, or None."""
+        """The first path folder/name that exists, or None."""
         paths = (join(folder, name) for folder in folders for name in names)
         return next((p for p in paths if basename(p) in self.listed(dirname(p))), None)
 
     def photo(self, name, bent):
-        """(the photo of that name, None), or (None, why not): in ScanNet++'s folders only one that
-        is as bent as its camera says."""
+        """(path of the photo, None) or (None, why there is none). bent: whether the camera has a
+        lens; photos in ScanNet++'s folders have to match that."""
         names, why = [name], "without their image are left out"
         if not splitext(name)[1]:
             names = [name + suffix for suffix in (".png", ".jpg", ".jpeg")]
         for found in filter(None, (self.first([place], names) for place in self.places)):
-            if SCANNETPP.get(basename(dirname(found)), (bent,))[0] == bent:
+            if DISTORTED.get(basename(dirname(found)), bent) == bent:
                 return found, None
             why = "with photos of another lens alone are left out"
         return None, why
 
     def labels(self, photo, inner=None, named=None):
-        """{"valid", "masks"} of a photo, as far as they are there. inner: its path in its folder of
-        photos; named: the validity mask's, else it is masks/NAME.jpg.png or masks/NAME.png."""
+        """{"valid", "masks"} of a photo, those that exist. inner: the photo's path in its folder;
+        named: the validity mask, by default masks/NAME.jpg.png or masks/NAME.png."""
         folder, inner = dirname(photo), inner or basename(photo)
         names = [inner + ".png", splitext(inner)[0] + ".png"]
-        masks = SCANNETPP.get(basename(folder), (None, "masks"))[1]
+        masks = MASKS.get(basename(folder), "masks")
         masks = [join(f, masks) for f in (self.path, dirname(folder))]
         valid = self.first([self.path, *masks], [named]) if named else self.first(masks, names)
         found = {"valid": valid, "masks": self.first(self.ids, names)}
@@ -1055,11 +1073,9 @@ class Beside:
 
 
 def list_transforms(scene):
-    """nerfstudio, instant-ngp, ScanNet++ and FiT3D: of TRANSFORMS the first whose photos are there.
-    Poses are camera-to-world with OpenGL's axes; depth is a picture in depth_unit_scale_factor
-    (0.001) metres or a .npy in metres. is_bad and test_frames are left out."""
+    """nerfstudio, instant-ngp, ScanNet++ and FiT3D: the first of TRANSFORMS that has its photos."""
     said = f"found none of {', '.join(TRANSFORMS)}"
-    for file in filter(Path.is_file, (scene.path / mark for mark in TRANSFORMS)):
+    for file in filter(Path.is_file, (scene.path / name for name in TRANSFORMS)):
         scene.file, lost = file, collections.Counter()
         with naming(file, "not a capture that can be read"):
             shots = read_transforms(file, lost)
@@ -1072,17 +1088,19 @@ def list_transforms(scene):
         warnings.warn(f"{file}: {said}")
     folder = Path(shots[0].photo).parent
     ids = [dirname(shot.labels["masks"]) for shot in shots if "masks" in shot.labels]
-    if ids and folder.name in SCANNETPP and (folder.parent / "resized_images").is_dir():
+    if ids and folder.name in MASKS and (folder.parent / "resized_images").is_dir():
         what = "nothing tells ids of fisheye photos from those of undistorted ones"
         warnings.warn(f"{ids[0]}: {what}; they are taken for those of {folder}")
     return shots
 
 
 def read_transforms(file, lost):
-    """[Shot] of the frames to train on. `lost` counts what to say of those that lack something."""
+    """The Shots of the training frames; `lost` counts those that lack something. Poses are
+    camera-to-world with OpenGL's axes; depth is a .npy in metres, or a picture in units of
+    depth_unit_scale_factor (0.001) metres."""
     about, beside, shots = json.loads(file.read_text()), Beside(file.parent), []
     unit = "depth_unit_scale_factor"
-    unit = number(about.get(unit, 0.001), unit, 1e-9, 1e9)
+    unit = checked_number(about.get(unit, 0.001), unit, 1e-9, 1e9)
     tests = {entry["file_path"] for entry in about.get("test_frames") or []}
     shared = {k: about[k] for k in CAMERA & about.keys()}
     for entry in sorted(about["frames"], key=lambda entry: natural(entry["file_path"])):
@@ -1091,7 +1109,7 @@ def read_transforms(file, lost):
         for key in ("file_path", "mask_path", "depth_file_path"):
             within(beside.root, file.parent, entry.get(key) or "")
         own = {k: entry[k] for k in CAMERA & entry.keys()}
-        camera = shared | own if own else shared
+        camera = shared | own if own else shared  # most frames share one dict
         photo, why = None, "marked is_bad are left out"
         if not entry.get("is_bad"):
             photo, why = beside.photo(entry["file_path"], lens_of(camera) is not None)
@@ -1106,28 +1124,28 @@ def read_transforms(file, lost):
         shots.append(Shot(photo, file, labels, entry.get("transform_matrix"), camera, unit=unit))
     names = [f"{file}: transform_matrix of {shot.photo}" for shot in shots]
     poses = rigid([shot.pose for shot in shots], names)
-    poses[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
+    poses[:, :3, 1:3] *= -1  # OpenGL's y points up and its z backward
     return [shot._replace(pose=pose) for shot, pose in zip(shots, poses)]
 
 
 def list_colmap(scene):
-    """COLMAP's cameras, images and points3D, .bin or .txt, of photos in images/ (or images_2/,
-    images_4/, images_8/, copies at a fraction of the size). The unit is whatever COLMAP chose."""
+    """COLMAP's cameras and images, .bin or .txt, of photos in images/, images_2/, images_4/ or
+    images_8/ (copies at a fraction of the size). The unit is arbitrary."""
     folders = [join(scene.path, f) for f in ("images", "images_2", "images_4", "images_8")]
     folder, beside = next(filter(isdir, folders), folders[0]), Beside(scene.path)
     file, cameras = scene.file.with_name(f"images{scene.file.suffix}"), {}
     with naming(scene.file, "not COLMAP's cameras"):
-        for number, model, *values in colmap_rows(scene.file):
+        for camera_id, model, *values in colmap_rows(scene.file):
             camera = zip(("w", "h", *parameters(model)), map(float, values), strict=True)
-            cameras[int(number)] = dict(camera, camera_model=model)
-            lens_of(cameras[int(number)])
+            cameras[int(camera_id)] = dict(camera, camera_model=model)
+            lens_of(cameras[int(camera_id)])  # raises for numbers that cannot be
     with naming(file, "not COLMAP's images"):
         images = sorted(colmap_rows(file), key=lambda row: natural(row[-1]))
         kept = [row for row in images if beside.first([folder], [row[-1]])]
         if not kept:
             raise ValueError(f"none of its {len(images)} photos is in {folder}")
-        # World to camera is a unit quaternion (w, v), of the rotation 1 + 2 w [v]x + 2 [v]x [v]x,
-        # then a translation t. Camera to world rotates by its transpose, that of -v.
+        # World to camera: the unit quaternion (w, v) rotates by 1 + 2 w [v]x + 2 [v]x [v]x, then t
+        # is added. Camera to world rotates by the transpose, that of (w, -v).
         values = np.array([row[1:8] for row in kept], np.float64)
         quaternions = values[:, :4] / np.linalg.norm(values[:, :4], axis=1, keepdims=True)
         minus_v = np.cross(quaternions[:, None, 1:], np.eye(3))  # [-v]x, (N, 3, 3)
@@ -1135,37 +1153,42 @@ def list_colmap(scene):
         moves = -turns @ values[:, 4:, None]
         poses = rigid(np.concatenate([turns, moves], 2), [f"{file}: {row[-1]}" for row in kept])
         shots = []
-        for (number, *_, camera, name), pose in zip(kept, poses):
-            photo = within(folder, folder, name)
-            about = dict(camera=cameras[int(camera)], number=int(number))
-            shots.append(Shot(photo, file, beside.labels(photo, name), pose, **about))
+        for (image_id, *_, camera_id, name), pose in zip(kept, poses):
+            photo, camera = within(folder, folder, name), cameras[int(camera_id)]
+            labels = beside.labels(photo, name)
+            shots.append(Shot(photo, file, labels, pose, camera, image_id=int(image_id)))
     if len(images) > len(kept):
         warnings.warn(f"{scene.file}: {len(images) - len(kept)} photos are not in {folder}")
     return shots
 
 
 def colmap_rows(path):
-    """The rows of COLMAP's cameras, images or points3D, flat, from .txt or in its order from .bin:
-    number, model, width, height, parameters; number, quaternion w x y z, translation x y z, camera,
-    name; or number, x y z, r g b, error, and twice as many numbers as images see the point."""
+    """The rows of a .bin file of COLMAP, or of a .txt in the same order:
+    cameras: id, model, width, height, parameters
+    images: id, quaternion w x y z, translation x y z, camera id, name
+    points3D: id, x y z, r g b, error, then an image's id and the index of its keypoint, repeated
+    """
     if path.suffix == ".txt":
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        every, most = (2, 9) if path.stem == "images" else (1, -1)  # every second lists points
-        yield from (line.strip().split(maxsplit=most) for line in lines[::every] if line.strip())
+        if path.stem == "images":  # every second line has keypoints; names may contain spaces
+            rows = [line.strip().split(maxsplit=9) for line in lines[::2]]
+        else:
+            rows = [line.split() for line in lines]
+        yield from filter(None, rows)
         return
     file = io.BytesIO(path.read_bytes())
 
-    def take(form):  # struct.error: it ends too soon
+    def take(form):  # raises struct.error at the end of the file
         return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
 
     for _ in range(*take("Q")):
         if path.stem == "cameras":
-            number, model, *size = take("iiQQ")
+            camera_id, model, *size = take("iiQQ")
             model = dict(enumerate(MODELS)).get(model, f"number {model}")
-            yield number, model, *size, *take(f"{len(parameters(model))}d")
+            yield camera_id, model, *size, *take(f"{len(parameters(model))}d")
         elif path.stem == "images":
             head, name = take("i7di"), b"".join(iter(lambda: take("c")[0], b"\0"))
-            take(f"{24 * take('Q')[0]}x")  # the points that it sees
+            take(f"{24 * take('Q')[0]}x")  # its keypoints
             yield *head, name.decode()
         else:
             *head, length = take("Q3d3BdQ")
@@ -1173,8 +1196,8 @@ def colmap_rows(path):
 
 
 def open_chunks(path):
-    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, lists of
-    scenes, and index.json, which says where which is."""
+    """RealEstate10K as pixelSplat, MVSplat and depthsplat have it: 000000.torch and so on, of
+    many scenes each, and index.json with the file of each scene."""
     file = path / "index.json"
     with naming(file, "not the index of RealEstate10K's files"):
         index = json.loads(file.read_text()).items()
@@ -1185,8 +1208,8 @@ def open_chunks(path):
 
 
 def list_chunk(scene):
-    """A scene of RealEstate10K: cameras [n, 18] are fx fy cx cy in shares of the photo's size, two
-    zeros, and world-to-camera 3 x 4."""
+    """A scene of RealEstate10K: rows of cameras [n, 18] are fx fy cx cy in shares of the photo's
+    size, two zeros and the world-to-camera matrix [3, 4]."""
     chunk = load_chunk(scene.file)
     with naming(scene.file, f"not RealEstate10K's scene {scene.name}"):
         cameras, images = chunk[scene.name]["cameras"].double().numpy(), chunk[scene.name]["images"]
@@ -1205,35 +1228,21 @@ def load_chunk(path):
         return {scene["key"]: scene for scene in scenes}
 
 
-def list_scannet(scene, K, ids):
-    """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
-    # The intrinsics are those of the depth maps, 640 x 480, whatever size the photos have
-    camera = dict(zip(SIZES, [*K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist(), 640, 480]))
-    shots, files = [], [scene.path / f"pose/{i}.txt" for i in ids]
-    for i, pose in zip(ids, rigid(files, files, np.loadtxt)):
-        photo, depth = join(scene.path, f"color/{i}.jpg"), join(scene.path, f"depth/{i}.png")
-        shots.append(Shot(photo, scene.path, {"depths": depth}, pose, camera))
-    return shots
-
-
-# -------------------------------------------------------------------------------------------------
-# Views of scenes
-
+# ----------------------------------------------------------------------------- views of scenes
 
 class NoViews(ValueError):
-    """A scene lacks the frames that are to be drawn from it."""
+    """A scene has no frames that fit."""
 
 
 def some(scenes, most=64):
-    """At most so many scenes, evenly spread, which are looked at in place of thousands."""
+    """At most so many of the scenes, evenly spread: enough to look at where there are thousands."""
     return [scenes[i] for i in range(0, len(scenes), -(-len(scenes) // most))]
 
 
 def context_pairs(numbers, num_context, min_gap, max_gap, target):
-    """What `sample_views` draws from: first and last context frames, and their gaps, [P] each.
-    Raises NoViews if there are none."""
+    """All first and last context frames to draw from, and their gaps: [P] each, or NoViews."""
     count, between = len(numbers), num_context - 2 + (target == "between")  # frames needed between
-    # Numbers rise by 1 or more, so a pair is at most max_gap frames apart.
+    # Numbers increase by at least 1, so a pair is at most max_gap frames apart
     first, step = np.indices((count, min(count, max_gap + 1))).reshape(2, -1)
     last = np.minimum(first + step, count - 1)
     gaps = numbers[last] - numbers[first]
@@ -1249,11 +1258,10 @@ def context_pairs(numbers, num_context, min_gap, max_gap, target):
 def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="between"):
     """Draw frames to train on: ([num_context context frames], target frame), all indices.
 
-    numbers: the frames' own, rising, in which gaps are counted; an int N means 0 to N - 1.
-    The first and the last context frame are min_gap to max_gap apart, or as far as possible if all
-    are closer; the others lie evenly between. The target "between" lies strictly between the first
-    and the last and is no context frame; "any" is any frame from the first to the last.
-    Raises NoViews if there are too few frames.
+    numbers: the frames' increasing numbers, or N for 0 to N - 1. The first and the last context
+    frame are min_gap to max_gap apart by their numbers, or as far as possible if that is less; the
+    others are spread evenly between. The target is "between" them and no context frame, or "any"
+    frame from the first to the last. Raises NoViews if there are too few frames.
     """
     numbers = np.arange(numbers) if isinstance(numbers, int) else np.asarray(numbers)
     firsts, lasts, gaps = context_pairs(numbers, num_context, min_gap, max_gap, target)
@@ -1269,31 +1277,16 @@ def sample_views(numbers, rng, num_context=2, min_gap=8, max_gap=12, target="bet
     return sorted(context), int(rng.choice(targets))
 
 
-class Samples(torch.utils.data.Dataset):
-    """What all data sets here share: `length` samples, each made by `sample(index)`."""
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.length:
-            raise IndexError(f"sample {index} of {self.length}")
-        return self.sample(index)
-
-
 class Views(Samples):
-    """Samples of context and target views; views[index] is a function of (seed, index) alone.
+    """Samples of context and target views; views[index] depends on (seed, index) alone, so that a
+    resumed run sees the same data.
 
-    Args:
-        scenes: a sequence of scenes: `open_scenes(path)` or `Rooms(split)`.
-        height, width: of all images, pixels.
-        num_context, min_gap, max_gap, target: see `sample_views`.
-        seed, length: the sequence of samples and its length.
-
+    scenes: a sequence of scenes, `open_scenes(path)` or `Rooms(split)`. height, width: of images,
+    pixels. num_context, min_gap, max_gap, target: see `sample_views`.
     A sample: {"context": {images [V, 3, H, W], extrinsics [V, 4, 4], Ks [V, 3, 3], depths [V, H, W]
     (if any of `some` scenes has depth), masks [V, H, W], valid [V, H, W] bool (of captures)},
     "target": the same without V, "has_masks": bool (), "scene": name, "frames": [V + 1]}.
-    Scenes without enough frames are left out. Raises ValueError if all of `some` are.
+    Scenes without enough frames are left out. Raises ValueError if that leaves none of `some`.
     """
 
     def __init__(self, scenes, height, width, *, num_context=2, min_gap=8, max_gap=12,
@@ -1306,24 +1299,27 @@ class Views(Samples):
         gaps = dict(min_gap=min_gap, max_gap=max_gap)
         self.sampling = dict(gaps, num_context=num_context, target=target)
         rooms = isinstance(scenes, Rooms)
-        self.keys = ["images", "extrinsics", "Ks", "masks"] + ["valid"] * (not rooms)
-        self.keys += ["depths"] * (rooms or self._any_depth())
+        self.keys = ["images", "extrinsics", "Ks", "masks"]
+        if not rooms:
+            self.keys.append("valid")
+        if rooms or self._any_depth():
+            self.keys.append("depths")
 
     def _any_depth(self):
         """Whether any of `some` scenes has depth. Warns of those that lack depth or frames."""
-        scenes = [scene for scene in some(self.scenes) if scene.lists != list_chunk]
-        deep, said = any(scene.has_depth for scene in scenes), collections.defaultdict(list)
+        scenes = [scene for scene in some(self.scenes) if scene.list_shots != list_chunk]
+        deep, lacks = any(scene.has_depth for scene in scenes), collections.defaultdict(list)
         for scene in scenes:
             if deep and not scene.has_depth:
-                said["have unknown depth"].append(f"{scene.name} has no depth")
+                lacks["have unknown depth"].append(f"{scene.name} has no depth")
             try:
                 gaps = context_pairs(np.asarray(scene.numbers), **self.sampling)[2]
                 if gaps.max() < (least := self.sampling["min_gap"]):
                     few = f"{scene.name}: {len(scene)} frames are too few for gaps of {least}"
-                    said["take their largest gap"].append(few)
+                    lacks["take their largest gap"].append(few)
             except NoViews as error:
-                said["are left out"].append(f"{scene.name}: {error}")
-        for effect, found in said.items():
+                lacks["are left out"].append(f"{scene.name}: {error}")
+        for effect, found in lacks.items():
             if effect == "are left out" and len(found) == len(scenes):
                 raise ValueError(found[0])
             warnings.warn(f"{found[0]} ({len(found)} of {len(scenes)} scenes {effect})")
@@ -1336,7 +1332,7 @@ class Views(Samples):
             scene = self.scenes[int(rng.integers(len(self.scenes)))]
             try:
                 return scene, *sample_views(scene.numbers, rng, **self.sampling)
-            except NoViews as error:  # then another: not all were looked at before
+            except NoViews as error:  # try another scene
                 failed = f"{scene.name}: {error}"
         raise ValueError(failed)
 
@@ -1353,33 +1349,36 @@ class Views(Samples):
         }
 
     def point_range(self):
-        """(near, far) of the captures' own points, None where they have none. In distances between
-        the first and the last context camera: of the points' depths in context views, over 100
-        draws from each of up to 16 scenes, the 1st percentile times 0.8 and the 99th times 1.25."""
+        """(near, far) by COLMAP's points, in distances between the first and the last context
+        camera; None without points. Of the points' depths in context views (100 draws from each of
+        up to 16 scenes) these are the 1st percentile times 0.8 and the 99th times 1.25."""
+        if isinstance(self.scenes, Rooms):
+            return None
         rng, found = np.random.default_rng(0), [np.zeros(0)]
-        for scene in [] if isinstance(self.scenes, Rooms) else some(self.scenes, 16):
-            depths = scene.point_depths()
-            for _ in range(100 if depths else 0):
+        for scene in some(self.scenes, 16):
+            if not (depths := scene.point_depths()):
+                continue
+            for _ in range(100):
                 context, _ = sample_views(scene.numbers, rng, **self.sampling)
                 first, last = (scene.shots[i].pose[:3, 3] for i in (context[0], context[-1]))
                 baseline = np.linalg.norm(first - last)
-                found += [depths[i] / baseline for i in context if baseline > 1e-9]
+                if baseline > 1e-9:
+                    found += [depths[i] / baseline for i in context]
         found = np.concatenate(found)
         if (found > 0).any():
             near, far = np.percentile(found[found > 0], (1, 99)) * (0.8, 1.25)
             return float(near), float(far)
 
 
-# -------------------------------------------------------------------------------------------------
-# Single photos, and crops of them, to pretrain a teacher with
+# ----------------------------------------------------------------------------- single photos, crops
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class Photos(Samples):
-    """Single photos [3, height, width] in 0..1: those of a folder and its sub-folders, scaled to
-    cover the size and cropped about the centre, or without a folder `count` views of rooms, eight
-    of each. Raises ValueError if the folder holds no photo."""
+    """Single photos [3, height, width] in 0..1, scaled to cover that and cropped about the centre:
+    of a folder and its sub-folders, or without a folder `count` views of rooms, eight of each.
+    Raises ValueError if the folder holds no photo."""
 
     def __init__(self, path, height, width, count=0, split="train"):
         self.size, self.length, self.files = (height, width), count, []
@@ -1395,7 +1394,7 @@ class Photos(Samples):
         if self.files:
             shot = Shot(self.files[i], self.files[i].parent, {})
             return read_shot(shot, Framing(self.size))["images"]
-        if i not in self.kept:  # a view takes a tenth of a second to draw, and bytes are small
+        if i not in self.kept:  # in bytes, since drawing takes a tenth of a second
             room = self.rooms[i // 8]
             frame = int(np.random.default_rng([i, len(room)]).integers(len(room)))
             self.kept[i] = (room.frame(frame, *self.size)["images"] * 255).round().byte()
@@ -1403,18 +1402,13 @@ class Photos(Samples):
 
 
 class Crops(Samples):
-    """Two crops of one photo and their overlap; crops[index] is a function of (seed, index) alone.
+    """Pairs of crops of one photo; crops[index] is a function of (seed, index) alone.
 
-    Args:
-        photos: a sequence of photos [3, H, W]: `Photos`.
-        size: of the crops, pixels, square.
-        scales: least and most of the photo's side that a crop shows.
-        warp: how else two crops differ, 0 (not at all) to 1: see `crop_window`.
-        seed, length: the sequence of samples and its length.
-
-    A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]}.
-    The last two are affine maps from the crops' coordinates to the photo's and from the first
-    crop's to the second's; coordinates are x, y in -1..1 from corner to corner.
+    photos: a sequence of photos [3, H, W]. size: side of the square crops, pixels. scales, warp:
+    see `crop_window`.
+    A sample: {"crops" [2, 3, size, size] in 0..1, "windows" [2, 2, 3], "first_to_second" [2, 3]},
+    the last two affine maps from the crops' coordinates to the photo's and from the first crop's
+    to the second's. Coordinates are x, y in -1..1 from corner to corner.
     """
 
     def __init__(self, photos, size, scales=(0.7, 0.85), warp=0.0, seed=0, *, length):
@@ -1427,23 +1421,22 @@ class Crops(Samples):
         maps = np.stack([crop_window(rng, self.scales, self.warp) for _ in range(2)])  # [2, 3, 3]
         windows = torch.from_numpy(maps[:, :2]).float()
         size, options = (2, 3, self.size, self.size), dict(align_corners=False)
-        grid = torch.nn.functional.affine_grid(windows, size, **options)
-        cut = torch.nn.functional.grid_sample(photo, grid, padding_mode="border", **options)
+        grid = F.affine_grid(windows, size, **options)
+        cut = F.grid_sample(photo, grid, padding_mode="border", **options)
         first_to_second = torch.from_numpy(np.linalg.inv(maps[1]) @ maps[0])[:2].float()
         crops = torch.stack([jitter(crop, rng) for crop in cut])
         return {"crops": crops, "windows": windows, "first_to_second": first_to_second}
 
 
 def crop_window(rng, scales, warp):
-    """A window on a photo as the affine map [3, 3] from its coordinates to the photo's, both -1..1.
-    It takes between scales[0] and scales[1] of the photo's sides, and lies inside the photo. With
-    a warp of 0 it is upright; with 1 it is turned by up to 20 degrees, up to an eighth longer or
-    shorter, and mirrored half the time."""
+    """A random window in a photo, scales[0] to scales[1] of its sides: the affine map [3, 3] from
+    the window's coordinates to the photo's, both -1..1. Without warp it is upright; a warp of 1
+    turns it by up to 20 degrees, stretches it by up to an eighth, mirrors half of all windows."""
     scale, turn = rng.uniform(*scales), warp * rng.uniform(-0.35, 0.35)
     stretch, mirror = np.exp(warp * rng.uniform(-0.125, 0.125)), rng.choice([-1, 1])
     c, s, mirror = np.cos(turn), np.sin(turn), mirror if warp else 1
     A = scale * np.array([[c, -s], [s, c]]) * [mirror * stretch, 1 / stretch]
-    reach = np.abs(A).sum(1)  # half its bounding box
+    reach = np.abs(A).sum(1)  # half sizes of its bounding box
     A, reach = A / max(1, reach.max()), reach / max(1, reach.max())
     window = np.eye(3)
     window[:2, :2], window[:2, 2] = A, rng.uniform(-1, 1, 2) * (1 - reach)
@@ -1451,7 +1444,7 @@ def crop_window(rng, scales, warp):
 
 
 def jitter(photo, rng):
-    """Another exposure, white balance and gamma, and a little noise: nothing about the place."""
+    """Random exposure, white balance, gamma and a little noise: nothing that moves pixels."""
     gains = np.exp(rng.uniform(-0.15, 0.15) + rng.uniform(-0.06, 0.06, (3, 1, 1)))
     gamma = float(np.exp(rng.uniform(-0.12, 0.12)))
     photo = (photo * torch.from_numpy(gains).float()).clamp(1e-4, 1) ** gamma
@@ -1459,15 +1452,14 @@ def jitter(photo, rng):
     return (photo + 0.01 * noise).clamp(0, 1)
 
 
-# -------------------------------------------------------------------------------------------------
-# Pairs of views, to find correspondences in (evaluate.py)
+# ----------------------------------------------------------------------------- pairs of views
 
 BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 
 class Pairs(Samples):
-    """Two views each, of entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. A pair
-    counts where a view shows the share `least_overlap` of the other."""
+    """Pairs of views from entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. Only
+    pairs count whose overlap is at least `least_overlap`."""
 
     def __init__(self, entries, height, width, least_overlap=0.0):
         self.entries, self.size, self.least_overlap = entries, (height, width), least_overlap
@@ -1479,23 +1471,25 @@ class Pairs(Samples):
 
 
 def pairs(path, count, height, width, seed):
-    """At most `count` pairs, chosen by seed: of ScanNet-1500 (a folder with test.npz) its own; of
-    RGB-D captures any two frames, which count if they have 30 % in common; without a path of rooms,
-    as many from each of BINS, all with 30 % in common."""
+    """At most `count` random `Pairs`: of ScanNet-1500 (a folder with test.npz) its own; of RGB-D
+    captures any two frames, with a least overlap of 0.3; of rooms (no path) the same number from
+    each of BINS, all overlapping by 0.3."""
     rng, found, least = np.random.default_rng(seed), [], 0.0
     if path is None:
         rooms = Rooms("probe")
         while len(found) < count:
-            pair = room_pair(rooms[int(rng.integers(len(rooms)))], rng, BINS[len(found) % 4 :][:2])
-            found += [pair] if pair else []
-    elif any((Path(path) / name).is_file() for name in ("test.npz", "intrinsics.npz")):
+            room, k = rooms[int(rng.integers(len(rooms)))], len(found) % 4
+            if pair := room_pair(room, rng, BINS[k : k + 2]):
+                found.append(pair)
+    elif has_any(path, "test.npz", "intrinsics.npz"):
         found = scannet_pairs(Path(path))
     else:
         scenes, least = scenes_with_depth(path), 0.3
+        # Number all pairs of all scenes, and choose among the numbers
         starts = np.cumsum([0, *(len(scene) * (len(scene) - 1) // 2 for scene in scenes)])
         chosen = np.sort(rng.choice(starts[-1], min(count, starts[-1]), replace=False))
         for scene, start, end in zip(scenes, starts, starts[1:]):
-            two = np.stack(np.tril_indices(len(scene), -1)[::-1], 1)  # all (i, j) with i < j
+            two = np.stack(np.tril_indices(len(scene), -1)[::-1], 1)  # every (i, j) with i < j
             here = chosen[(chosen >= start) & (chosen < end)] - start
             found += [(scene, *ij) for ij in two[here].tolist()]
     if not found:
@@ -1506,12 +1500,12 @@ def pairs(path, count, height, width, seed):
 
 
 def room_pair(room, rng, degrees):
-    """(room, i, j) of frames whose cameras are turned by so much; None if 20 tries find none."""
+    """(room, i, j) of overlapping frames turned by degrees (from, to); None if 20 tries fail."""
     for _ in range(20):
         i, j = (int(k) for k in rng.integers(len(room), size=2))
         to_b = torch.linalg.inv(torch.from_numpy(room.pose(j))) @ torch.from_numpy(room.pose(i))
         if i == j or not degrees[0] <= rotation_angle(to_b) < degrees[1]:
-            continue  # before anything is drawn
+            continue
         if overlap(room.frame(i, 24, 24), room.frame(j, 24, 24), to_b) > 0.3:
             return room, i, j
 
@@ -1523,16 +1517,28 @@ def rotation_angle(Rt):
 
 
 def camera_points(depths, K):
-    """Depths [H, W] along z and K [3, 3] in pixels -> points in the camera's axes [H, W, 3]."""
+    """Z-depths [H, W] and K [3, 3] in pixels -> points [H, W, 3] in the camera's axes."""
     rows, columns = (torch.arange(n, device=depths.device) + 0.5 for n in depths.shape)
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     rays = [(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], torch.ones_like(x)]
     return torch.stack(rays, -1) * depths[..., None]
 
 
+def normals_from_depth(depths, K):
+    """Unit normals [3, H, W] towards the camera, by central differences of depths [H, W] with
+    K [3, 3]; 0 at the border, and where a neighbour is unknown or differs by more than 5 %."""
+    points = camera_points(depths, K).permute(2, 0, 1)
+    across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
+    down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
+    normals = F.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
+    z, sides = depths[1:-1, 1:-1], (depths[1:-1, 2:], depths[1:-1, :-2])
+    near = torch.stack([*sides, depths[2:, 1:-1], depths[:-2, 1:-1]])
+    smooth = ((z > 0) & (near > 0) & ((near - z).abs() < 0.05 * z)).all(0)
+    return F.pad(normals * smooth, (1, 1, 1, 1))
+
+
 def overlap(a, b, to_b):
-    """Share of frame a's pixels with depth that frame b sees too. to_b [4, 4]: a's camera
-    coordinates -> b's."""
+    """Share of frame a's pixels with depth that b sees, to 10 %. to_b [4, 4]: a's axes to b's."""
     H, W = a["depths"].shape
     points = camera_points(a["depths"], a["Ks"]) @ to_b[:3, :3].T + to_b[:3, 3]
     seen = points @ b["Ks"].T
@@ -1545,8 +1551,8 @@ def overlap(a, b, to_b):
 
 
 def scannet_pairs(path):
-    """The 1,500 pairs of SuperGlue's ScanNet test: test.npz "name" [pairs, 4] of scene, sequence
-    and two frames, and intrinsics.npz with K [3, 3] by the name of the scene."""
+    """The 1,500 pairs of SuperGlue's ScanNet test: test.npz has "name" [pairs, 4], the scene, its
+    sequence and two frames; intrinsics.npz has K [3, 3] for the name of each scene."""
     with naming(path, "test.npz and intrinsics.npz of ScanNet-1500 were expected"):
         rows = np.load(unpacked(path / "test.npz", 100), allow_pickle=False)["name"].tolist()
         listed = [(f"scene{scene:04d}_{part:02d}", i, j) for scene, part, i, j in rows]
@@ -1554,47 +1560,54 @@ def scannet_pairs(path):
         if not all(K.shape in ((3, 3), (4, 4)) and min(K[0, 0], K[1, 1]) > 0 for K in Ks.values()):
             raise ValueError("not every K is [3, 3] with focal lengths above 0")
     frames, scenes = collections.defaultdict(set), {}
-    for name, *two in listed:
-        frames[name].update(two)
-    for name, ids in frames.items():
+    for name, i, j in listed:
+        frames[name] |= {i, j}
+    for name in frames:
         if name not in Ks or not (path / name).is_dir():
             raise BadFile(f"{path / name}: the folder or its entry in intrinsics.npz is missing")
-        lists = functools.partial(list_scannet, K=Ks[name].astype(float), ids=sorted(ids))
-        scenes[name] = PosedFolder(path / name, lists)
-        scenes[name].shots  # a pose that is missing ends it here
-    return [(scenes[name], *map(sorted(frames[name]).index, two)) for name, *two in listed]
+        frames[name] = sorted(frames[name])
+        scenes[name] = PosedFolder(path / name)
+        scenes[name].shots = scannet_shots(path / name, Ks[name].astype(float), frames[name])
+    return [(scenes[name], frames[name].index(i), frames[name].index(j)) for name, i, j in listed]
 
 
-# -------------------------------------------------------------------------------------------------
-# Labelled photos, to train and to test probes on (evaluate.py): windows on photos, and the file
-# that keeps what is computed of them
+def scannet_shots(path, K, ids):
+    """ScanNet-1500: color/ID.jpg, depth/ID.png in millimetres, pose/ID.txt camera-to-world."""
+    # K is that of the depth maps, 640 x 480, whatever the size of the photos
+    (fx, _, cx), (_, fy, cy) = K[:2, :3].tolist()
+    camera = dict(fl_x=fx, fl_y=fy, cx=cx, cy=cy, w=640, h=480)
+    files = [path / f"pose/{i}.txt" for i in ids]
+    poses = rigid(files, files, np.loadtxt)
+    return [Shot(join(path, f"color/{i}.jpg"), path, {"depths": join(path, f"depth/{i}.png")},
+                 pose, camera) for i, pose in zip(ids, poses)]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- labelled photos
 
 # What the public code of the probes does: see README, Probing
 PUBLISHED = {
-    "depth": Framing(crop=(416, 544), mirror=True, both=True, pad=True),
+    "depth": Framing(crop=(416, 544), mirror=True, flip_test=True, pad=True),
     "normals": Framing(size=(480, 480), pad=True),
-    "segmentation": Framing(
-        short=512, crop=(512, 512), jitter=(0.5, 2.0), mirror=True, slide=(512, 341), pad=True
-    ),
-}
-# What borders are filled with: no label, and ImageNet's mean, which models see as 0
-BORDER = {"depths": 0.0, "normals": 0.0, "classes": -1,
-          "images": torch.tensor([0.485, 0.456, 0.406])[:, None, None]}  # fmt: skip
+    "segmentation": Framing(short=512, crop=(512, 512), jitter=(0.5, 2.0), mirror=True,
+                            slide=(512, 341), pad=True),
+}  # fmt: skip
+# What padding holds: unknown labels, and ImageNet's mean, which is 0 once photos are normalised
+PADDING = {"depths": 0.0, "normals": 0.0, "classes": -1,
+           "images": torch.tensor([0.485, 0.456, 0.406])[:, None, None]}  # fmt: skip
 
 
 class Labelled(Samples):
-    """Photos and what is to be read off them, `key`: "depths" [H, W], "normals" [3, H, W] or
-    "classes" [H, W] (-1 = none).
+    """Photos and their labels, `key`: "depths" [H, W], "normals" [3, H, W] or "classes" [H, W]
+    (-1 = unknown).
 
     entries: `Shot`s, (capture, frame) or (rooms, room). labelled[n] = {"images" [n, 3, P, Q] in
-    0..1: windows of the photo; "places" int64 [n, 7]: of each its top, left, height and width in
-    the whole, 1 if it is mirrored, P and Q, where its height and width lie in the middle; and the
-    label}. In training n is 1 and the label the window's own, [P, Q]; in a test it is the whole
-    photo's. Which window training sees is a function of n alone.
+    0..1: windows on the photo, padded; "places" int64 [n, 7]: for each its top, left, height and
+    width in the photo, 1 if it is mirrored, P and Q; and the label}. A training sample has one
+    window, a function of n alone, and the label of that, [P, Q]; a test has the whole label.
     """
 
     def __init__(self, entries, key, framing, training, count=0, copies=1):
-        if count and count < len(entries):  # evenly spread
+        if count and count < len(entries):
             entries = [entries[i * len(entries) // count] for i in range(count)]
         self.entries, self.key, self.framing, self.copies = entries, key, framing, copies
         self.part, self.length = "train" if training else "test", len(entries) * copies
@@ -1603,15 +1616,16 @@ class Labelled(Samples):
         entry, framing = self.entries[n // self.copies], self.framing
         if self.part == "test":
             frame = self.load(entry, framing)
-            return frame | look(frame["images"], framing)
-        rng, framing = np.random.default_rng(n), framing._replace(slide=(), both=False)
+            return frame | cut_windows(frame["images"], framing)
+        rng, framing = np.random.default_rng(n), framing._replace(slide=(), flip_test=False)
         frame = self.load(entry, framing, rng.uniform(*framing.jitter))
         frame = random_window(frame, framing, rng)
         images = frame.pop("images")
-        return padded(frame, framing.window(*images.shape[-2:])) | look(images, framing)
+        size = framing.padded(*images.shape[-2:])
+        return {k: padded(v, size, k) for k, v in frame.items()} | cut_windows(images, framing)
 
     def load(self, entry, framing, factor=1.0):
-        """{"images", key} of an entry; of a room one view."""
+        """{"images", key} of an entry; of a room one random view."""
         if isinstance(entry, Shot):
             frame = read_shot(entry, framing, factor)
         else:
@@ -1627,33 +1641,32 @@ class Labelled(Samples):
         return {k: frame[k] for k in ("images", self.key)}
 
     def kept_bytes(self, channels):
-        """What a `Shelf` of all takes with features of so many channels, by the first frame."""
+        """Bytes of a `Shelf` of all frames with features of so many channels, by the first one."""
         frame = self[0]
         images = frame.pop("images")
         tokens = images[:, 0].numel() // 14**2 + len(images)
         return 2 * len(self) * (tokens * channels + sum(t.numel() for t in frame.values()))
 
     def as_tested(self, count):
-        """At most `count` of the same photos, as a test sees them."""
+        """At most `count` of the same photos, evenly spread, as a test sees them."""
         return Labelled(self.entries, self.key, self.framing, False, count)
 
 
-def padded(frame, size):
-    """A frame's tensors [..., h, w] in the middle of [..., H, W]."""
-    out = {}
-    for key, tensor in frame.items():
-        y, x = (full - part for full, part in zip(size, tensor.shape[-2:]))
-        sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), BORDER[key]
-        out[key] = torch.nn.functional.pad(tensor - border, sides) + border if x or y else tensor
-    return out
+def padded(tensor, size, key):
+    """tensor [..., h, w] in the middle of [..., H, W]; key says which of PADDING is around it."""
+    y, x = size[0] - tensor.shape[-2], size[1] - tensor.shape[-1]
+    if not (x or y):
+        return tensor
+    sides, border = (x // 2, x - x // 2, y // 2, y - y // 2), PADDING[key]
+    return F.pad(tensor - border, sides) + border  # F.pad fills with zeros
 
 
 def random_window(frame, framing, rng):
-    """A frame cut to a window at a random place, padded where it is too small; maybe mirrored.
-    As mmsegmentation, of ten places the first that no class fills by more than three quarters."""
+    """A random window of a frame, padded if the frame is smaller, maybe mirrored: the first of ten
+    that no class fills by more than three quarters, as in mmsegmentation."""
     if framing.crop:
         H, W = (max(s, c) for s, c in zip(frame["images"].shape[-2:], framing.crop))
-        frame = padded(frame, (H, W))
+        frame = {k: padded(v, (H, W), k) for k, v in frame.items()}
         for _ in range(10):
             top, left = (int(rng.integers(s - c + 1)) for s, c in zip((H, W), framing.crop))
             window = (..., slice(top, top + framing.crop[0]), slice(left, left + framing.crop[1]))
@@ -1668,28 +1681,27 @@ def random_window(frame, framing, rng):
     return frame
 
 
-def look(image, framing):
-    """The windows of a photo [3, H, W] and their places: see `Labelled`."""
+def cut_windows(image, framing):
+    """{"images", "places"}: the windows of a photo [3, H, W], see `Labelled`."""
     H, W = image.shape[-2:]
     side, stride = framing.slide or (max(H, W), 1)
     height, width = min(side, H), min(side, W)
-    P, Q = framing.window(height, width)
-    # The last window ends with the photo
+    P, Q = framing.padded(height, width)
+    # The last window ends where the photo does
     tops, lefts = ([min(i, s - w) for i in range(0, s - w + stride, stride)]
                    for s, w in ((H, height), (W, width)))  # fmt: skip
     images, places = [], []
     for top, left in itertools.product(tops, lefts):
-        window = {"images": image[:, top : top + height, left : left + width]}
-        window = padded(window, (P, Q))["images"]
-        for mirrored in range(1 + framing.both):
+        window = image[:, top : top + height, left : left + width]
+        window = padded(window, (P, Q), "images")
+        for mirrored in range(1 + framing.flip_test):
             images.append(window.flip(-1) if mirrored else window)
             places.append([top, left, height, width, mirrored, P, Q])
     return {"images": torch.stack(images), "places": torch.tensor(places)}
 
 
 def joined(windows, places, size):
-    """Windows [n, ..., P, Q] at their places (see `Labelled`) in the whole, the mean of all; then
-    at the size (H, W). [..., H, W]"""
+    """The mean [..., H, W] of windows [n, ..., P, Q] at their places (see `Labelled`), resized."""
     H, W = (places[:, :2] + places[:, 2:4]).amax(0).tolist()
     total, count = windows.new_zeros(*windows.shape[1:-2], H, W), windows.new_zeros(H, W)
     for window, (top, left, height, width, mirrored, P, Q) in zip(windows, places.tolist()):
@@ -1702,28 +1714,27 @@ def joined(windows, places, size):
 
 
 def resized(x, size, mode="bilinear"):
-    """x [..., H, W] at another size."""
+    """x [..., H, W] at another size (H, W)."""
     if x.shape[-2:] == tuple(size):
         return x
     flat = x.reshape(1, -1, *x.shape[-2:]).float()
-    out = torch.nn.functional.interpolate(flat, tuple(size), mode=mode)
+    out = F.interpolate(flat, tuple(size), mode=mode)
     return out.view(*x.shape[:-2], *size).to(x.dtype)
 
 
 def small(tensor):
-    """A tensor in two bytes a number: half precision, or whole numbers."""
+    """A tensor in two bytes a number: float16 or int16."""
     return tensor.half() if tensor.is_floating_point() else tensor.to(torch.int16)
 
 
 def full(tensor):
-    """The tensor that `small` made small, at the precision that losses want."""
+    """A tensor from `small` as losses want it: float32 or int64."""
     return tensor.float() if tensor.is_floating_point() else tensor.long()
 
 
 class Shelf:
-    """Tensors in a file, a few per frame, of any shape, two bytes a number: shelf[i] is a list.
-    What is read is mapped for as long as it is copied, so that the file never counts as the
-    process's memory. Raises ValueError where the disk is full."""
+    """A file of tensors, two bytes a number: shelf[i] is the list of a frame's tensors. A read maps
+    the file only briefly: it never counts as process memory. ValueError if the disk is full."""
 
     def __init__(self, path):
         self.file, self.records, self.end = open(path, "wb"), [], 0
@@ -1751,8 +1762,8 @@ class Shelf:
 
 @contextlib.contextmanager
 def scratch(folder, need):
-    """A new folder in `folder` (or the system's for such), which goes with all that is in it.
-    ValueError if there is none to be made, or the disk has not as many bytes free as it needs."""
+    """A new temporary folder in `folder`, or where the system has them. Raises ValueError if it
+    cannot be made, or if the disk has less than `need` bytes free."""
     with naming(folder, "no folder to keep features in"):
         made = tempfile.TemporaryDirectory(prefix="probe-", dir=folder)
     with made as path:
@@ -1760,56 +1771,69 @@ def scratch(folder, need):
         if need > 1:
             print(f"Features and labels take {need:.1f} GiB of disk in {path}")
         if need > free:
-            takes = f"features and labels take {need:.1f} GiB, and {free:.1f} are free"
-            instead = "--cache FOLDER takes another disk, --train-frames fewer"
-            raise ValueError(f"{path}: {takes}; {instead}")
+            raise ValueError(f"{path}: features and labels take {need:.1f} GiB, and {free:.1f} are "
+                             "free; --cache FOLDER takes another disk, --train-frames fewer")
         yield Path(path)
 
 
-# -------------------------------------------------------------------------------------------------
-# Where labelled photos lie: benchmarks' folders and lists, RGB-D captures and rooms
+# ----------------------------------------------------------------------------- benchmarks
+
+
+def eigen_crop(frame, crop, framing):
+    """Drops test depth outside Eigen's crop: rows 45 to 471 of 480, columns 41 to 601 of 640."""
+    inside = np.zeros((480, 640), np.float32)
+    inside[45:471, 41:601] = 1
+    inside = crop.nearest(Image.fromarray(inside))
+    return frame | {"depths": frame["depths"] * torch.from_numpy(inside)}
+
+
+def nyu_crop(frame, crop, framing):
+    """Cuts the white border off whole training photos (the public code's NYUCrop)."""
+    if framing.size is not None:
+        return frame
+    H, W = frame["depths"].shape
+    window = (..., slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
+    return {key: tensor[window] for key, tensor in frame.items()}
+
+
+DEPTH_LISTS = (  # to train and to test on: list, folder of its files, their crop
+    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
+     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
+    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
+    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
+)  # fmt: skip
+VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+       "train", "tvmonitor")  # fmt: skip
 
 
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
-    """`Labelled` frames to train and to test a probe on, and the classes' names (or None).
+    """`Labelled` frames to train and to test a probe on, and the names of classes or None.
 
-    path: a folder in one of the task's LAYOUTS, or for depth and normals an RGB-D capture; None for
-    procedural rooms. train_count and test_count frames are evenly spread; 0 are all (of rooms,
-    200). classes: a file of the classes' names, one a line. copies: windows of each training photo.
-    Raises ValueError: which path was expected.
+    path: a benchmark's folder, see README, Probing, or for depth and normals RGB-D captures; None
+    for rooms. train_count, test_count: frames, evenly spread; 0 is all, of rooms 200. classes: a
+    file of the classes' names, one a line. copies: windows of each training photo. Raises
+    ValueError for a path that is none of these.
     """
     key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
-    names = CLASSES[1:] if path is None and task == "segmentation" else None
+    parts = names = None
     if path is None:
+        names = CLASSES[1:] if task == "segmentation" else None
         rooms = Rooms("probe")
         half = len(rooms) // 2
         if max(train_count, test_count) > half:
             raise ValueError(f"there are {half} rooms each to train and to test on, no more")
         parts = [[(rooms, start + i) for i in range(count or 200)]
                  for start, count in ((0, train_count), (half, test_count))]  # fmt: skip
-    elif found := layout_of(task, Path(path)):
-        (_, lists, arguments, *own), mark = found
-        if not lists:  # such as KITTI's eigen_train_files_with_gt.txt
-            known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
-            raise BadFile(f"{mark}: not a list that is read here; those are {known}")
-        parts = [lists(Path(path), key, *of_part) for of_part in arguments]
-        if len(parts) == 1:  # every fifth is to test on
-            parts = [shot for k, shot in enumerate(parts[0]) if k % 5 != 4], parts[0][4::5]
-        if own:
-            names = tuple(map(str.strip, lines_of(classes))) if classes else own[1]
-            if not names:
-                what = "--classes FILE must name its classes, one a line (top100.txt)"
-                raise ValueError(f"{path}: {what}")
-            known = own[0], len(names)
-            parts = [[shot._replace(classes=known) for shot in part] for part in parts]
     elif task == "segmentation":
-        raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
-                         "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
-    else:  # of every four frames of captures in a row the last is to test on
+        parts, names = class_shots(Path(path), classes)
+    else:
+        parts = {"depth": depth_shots, "normals": normal_shots}[task](Path(path))
+    if parts is None:
         frames = [(scene, i) for scene in scenes_with_depth(path) for i in range(len(scene))]
         if task == "normals":
             warnings.warn(f"{path}: no image/ and normal/; normals are derived from depth")
-        parts = [f for k, f in enumerate(frames) if k % 4 != 3], frames[3::4]
+        parts = hold_out(frames, 4)
     for part, entries in zip(("train", "test"), parts):
         if not entries:
             raise ValueError(f"{path}: no frames to {part} on")
@@ -1817,10 +1841,9 @@ def labelled(task, path, framing, train_count=0, test_count=0, classes=None, cop
             Labelled(parts[1], key, framing, False, test_count), names)  # fmt: skip
 
 
-def layout_of(task, folder):
-    """The first of the task's LAYOUTS that has a mark in the folder, and the mark; or None."""
-    return next(((row, found) for row in LAYOUTS[task] for mark in row[0]
-                 for found in sorted(folder.glob(mark))), None)  # fmt: skip
+def hold_out(items, n):
+    """Items to train and to test on: every n-th is to test on."""
+    return [item for k, item in enumerate(items, 1) if k % n], items[n - 1 :: n]
 
 
 def scenes_with_depth(path):
@@ -1832,13 +1855,59 @@ def scenes_with_depth(path):
 
 
 def farthest(path):
-    """Metres that depth is probed to: 20 on ScanNet++, as the paper's code does, else 10."""
-    lists = ("splits/nvs_sem_train.txt", "scannetpp_train.txt")
-    return 20.0 if path and any((Path(path) / name).is_file() for name in lists) else 10.0
+    """Metres that depth is probed to: 20 on ScanNet++, as in the paper's code, else 10."""
+    lists = "splits/nvs_sem_train.txt", "scannetpp_train.txt"
+    return 20.0 if path and has_any(path, *lists) else 10.0
+
+
+def depth_shots(path):
+    """NYUv2's, ScanNet++'s or FiT3D's Shots to train and to test on; None if it is none of them."""
+    folders = path, path / "train_test_inputs"
+    for lists in DEPTH_LISTS:
+        if any(has_any(folder, *(name for name, *_ in lists)) for folder in folders):
+            return [listed_depth(path, *row) for row in lists]
+    if has_any(path, "splits"):
+        labels = "data/{}/dslr/render_depth"
+        return [scannetpp(path, "depths", part, labels) for part in ("train", "val")]
+    others = [file for folder in folders for file in sorted(folder.glob("*train*.txt"))]
+    if others:  # such as KITTI's eigen_train_files_with_gt.txt
+        known = ", ".join(name for lists in DEPTH_LISTS for name, *_ in lists)
+        raise BadFile(f"{others[0]}: not a list that is read here; those are {known}")
+
+
+def normal_shots(path):
+    """Shots to train and to test on from image/ and normal/; None without such folders."""
+    if has_any(path, "train/image", "train/normal"):
+        return [in_folders(path, "normals", f"{part}/image", f"{part}/normal")
+                for part in ("train", "test")]  # fmt: skip
+    if has_any(path, "image", "normal"):
+        return hold_out(in_folders(path, "normals", "image", "normal"), 5)
+
+
+def class_shots(path, classes):
+    """ADE20K's, ScanNet++'s or VOC2012's Shots to train and to test on, and the classes' names."""
+    first, names = 0, None  # where the first class has id 0, 255 means unknown
+    if has_any(path, "images", "annotations"):
+        first, names = 1, tuple(f"class_{i}" for i in range(1, 151))
+        parts = [in_folders(path, "classes", f"images/{part}", f"annotations/{part}")
+                 for part in ("training", "validation")]  # fmt: skip
+    elif has_any(path, "semantics"):
+        parts = [scannetpp(path, "classes", part, "semantics/{}") for part in ("train", "val")]
+    elif has_any(path, "JPEGImages", "ImageSets"):
+        names, parts = VOC, [voc2012(path, part) for part in ("train", "val")]
+    else:
+        raise ValueError(f"{path}: expected images/ and annotations/ (ADE20K), JPEGImages/ and "
+                         "ImageSets/ (VOC2012), or semantics/ and splits/ (ScanNet++)")  # fmt: skip
+    if classes:
+        names = tuple(map(str.strip, lines_of(classes)))
+    if not names:
+        raise ValueError(f"{path}: --classes FILE must name its classes, one a line (top100.txt)")
+    known = first, len(names)
+    return [[shot._replace(classes=known) for shot in part] for part in parts], names
 
 
 def in_folders(path, key, photos, labels):
-    """Photos and labels in two folders, by the same names. ValueError: what is missing."""
+    """Photos and labels of the same names in two folders. Raises ValueError for a missing one."""
     photos, labels, shots = path / photos, path / labels, []
     for folder in (photos, labels):
         if not folder.is_dir():
@@ -1853,18 +1922,18 @@ def in_folders(path, key, photos, labels):
     return shots
 
 
-def voc2012(path, key, part):
-    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 = none."""
-    file = path / f"ImageSets/Segmentation/{part}.txt"
-    photos, labels = path / "JPEGImages", path / "SegmentationClass"
-    stems = [line.split()[0] for line in lines_of(file)]
-    return [Shot(photos / f"{stem}.jpg", file, {key: labels / f"{stem}.png"}) for stem in stems]
+def voc2012(path, part):
+    file, shots = path / f"ImageSets/Segmentation/{part}.txt", []
+    for stem in (line.split()[0] for line in lines_of(file)):
+        label = path / f"SegmentationClass/{stem}.png"
+        shots.append(Shot(path / f"JPEGImages/{stem}.jpg", file, {"classes": label}))
+    return shots
 
 
 def scannetpp(path, key, part, labels):
-    """ScanNet++ as its toolbox writes it: of the scenes of splits/nvs_sem_train.txt or ..._val.txt
-    those with labels data/SCENE/dslr/render_depth/NAME.png or semantics/SCENE/NAME.JPG.png. They
-    are as distorted as dslr/resized_images/, unless undistorted/SCENE/ has their photos."""
+    """ScanNet++ as its toolbox writes it: the scenes of splits/nvs_sem_train.txt or ..._val.txt
+    with labels, NAME.png or NAME.JPG.png in the folder `labels`. They are as distorted as the
+    photos in dslr/resized_images/, unless undistorted/SCENE/ has the photos."""
     file, shots = path / f"splits/nvs_sem_{part}.txt", []
     for scene in map(str.strip, lines_of(file)):
         for label in sorted((path / labels.format(scene)).glob("*.png"), key=natural):
@@ -1879,8 +1948,8 @@ def scannetpp(path, key, part, labels):
     return shots
 
 
-def listed_depth(path, key, name, below, finish):
-    """By a list of lines "photo depth focal": see DEPTH_LISTS."""
+def listed_depth(path, name, below, finish):
+    """The Shots in a list of lines "photo depth focal": see DEPTH_LISTS."""
     files = [f for f in (path / name, path / "train_test_inputs" / name) if f.is_file()]
     if not files:
         raise BadFile(f"{path / name}: expected, beside the other split's file")
@@ -1890,97 +1959,11 @@ def listed_depth(path, key, name, below, finish):
     lines = [[name.lstrip("/") for name in line[:2]] for line in lines if line[1] != "None"]
     roots = [path / f / below for f in ("", "nyu_depth_v2", "dataset/nyu_depth_v2")] + [path]
     root = next((r for r in roots if lines and (r / lines[0][0]).is_file()), roots[0])
-    return [Shot(root / photo, files[0], {key: root / depth}, finish=finish)
+    return [Shot(root / photo, files[0], {"depths": root / depth}, finish=finish)
             for photo, depth in lines]  # fmt: skip
 
 
-def eigen_crop(frame, labels, framing):
-    """Of a test's depth what all report: rows 45 to 471 of 480 and columns 41 to 601 of 640."""
-    inside = np.zeros((480, 640), np.float32)
-    inside[45:471, 41:601] = 1
-    inside = labels.nearest(Image.fromarray(inside))
-    return frame | {"depths": frame["depths"] * torch.from_numpy(inside)}
-
-
-def nyu_crop(frame, labels, framing):
-    """NYUCrop takes off the white frame of whole training photos."""
-    if framing.size is not None:
-        return frame
-    H, W = frame["depths"].shape
-    window = (..., slice(45 * H // 480, 472 * H // 480), slice(43 * W // 640, 608 * W // 640))
-    return {key: tensor[window] for key, tensor in frame.items()}
-
-
-def normals_from_depth(depths, K):
-    """Unit normals [3, H, W] towards the camera from depths [H, W] and K [3, 3]: the cross product
-    of the differences to the neighbours; 0 at the border, and where a neighbour is unknown or more
-    than 5 % nearer or farther."""
-    points = camera_points(depths, K).permute(2, 0, 1)
-    across = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
-    down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
-    normals = torch.nn.functional.normalize(torch.linalg.cross(down, across, dim=0), dim=0)
-    z, sides = depths[1:-1, 1:-1], (depths[1:-1, 2:], depths[1:-1, :-2])
-    near = torch.stack([*sides, depths[2:, 1:-1], depths[:-2, 1:-1]])
-    smooth = ((z > 0) & (near > 0) & ((near - z).abs() < 0.05 * z)).all(0)
-    return torch.nn.functional.pad(normals * smooth, (1, 1, 1, 1))
-
-
-DEPTH_LISTS = (  # to train and to test on: a list, where what it names lies, and what is cropped
-    (("nyudepthv2_train_files_with_gt.txt", "sync", nyu_crop),  # BTS's
-     ("nyudepthv2_test_files_with_gt.txt", "official_splits/test", eigen_crop)),
-    (("nyu_train.txt", "", nyu_crop), ("nyu_test.txt", "", eigen_crop)),  # DINOv2's
-    (("scannetpp_train.txt", "", None), ("scannetpp_val.txt", "", None)),  # FiT3D's
-)  # fmt: skip
-VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-       "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-       "train", "tvmonitor")  # fmt: skip
-
-# All layouts: what marks a folder, and the function that lists its frames. Of labelled photos also
-# the function's arguments for the parts to train and to test on (if it is one, every fifth is), and
-# of label maps of classes the first class's number (where that is 0, 255 = none) and their names.
-LAYOUTS = {
-    "capture": (
-        ([join(f, t) for f in ("", "nerfstudio", "dslr/nerfstudio") for t in TRANSFORMS],
-         lambda folder, mark: [PosedFolder(mark.parent)]),
-        ([f"{f}/cameras.{kind}" for f in ("sparse/0", "sparse", "colmap/sparse/0")
-          for kind in ("bin", "txt")],
-         lambda folder, mark: [PosedFolder(folder, list_colmap, mark)]),
-        (["*.torch", "train/*.torch"], lambda folder, mark: open_chunks(mark.parent)),
-    ),
-    "depth": (
-        *(([f + name for f in ("", "train_test_inputs/") for name, *_ in lists],
-           listed_depth, lists) for lists in DEPTH_LISTS),
-        (["splits"], scannetpp,
-         [(part, "data/{}/dslr/render_depth") for part in ("train", "val")]),
-        (["*train*.txt", "train_test_inputs/*train*.txt"], None, []),
-    ),
-    "normals": (
-        (["train/image", "train/normal"], in_folders,
-         [(f"{part}/image", f"{part}/normal") for part in ("train", "test")]),
-        (["image", "normal"], in_folders, [("image", "normal")]),
-    ),
-    "segmentation": (
-        (["images", "annotations"], in_folders,  # ADE20K
-         [(f"images/{part}", f"annotations/{part}") for part in ("training", "validation")],
-         1, tuple(f"class_{i}" for i in range(1, 151))),
-        (["semantics"], scannetpp, [("train", "semantics/{}"), ("val", "semantics/{}")], 0, None),
-        (["JPEGImages", "ImageSets"], voc2012, [["train"], ["val"]], 0, VOC),
-    ),
-}  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------------
-# python -m data FOLDER: does the disk or the network wait?
-
-
-def throughput(path, height, width, workers, samples):
-    """Images a second that `Views` of a capture (None: of rooms) load at, by so many processes."""
-    scenes = open_scenes(path) if path else Rooms("train")
-    views = Views(scenes, height, width, length=samples)
-    started, images = time.monotonic(), 0
-    for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=workers):
-        images += len(sample["context"]["images"]) + 1
-    return images / (time.monotonic() - started)
+# ----------------------------------------------------------------------------- python -m data
 
 
 def main(arguments=None):
@@ -1992,9 +1975,14 @@ def main(arguments=None):
     if min(a.height, a.width, a.samples) < 1 or a.workers < 0:
         raise SystemExit("--height, --width and --samples must be at least 1, --workers 0")
     try:
-        rate = throughput(a.folder, a.height, a.width, a.workers, a.samples)
+        scenes = open_scenes(a.folder) if a.folder else Rooms("train")
+        views = Views(scenes, a.height, a.width, length=a.samples)
+        started, images = time.monotonic(), 0
+        for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=a.workers):
+            images += len(sample["context"]["images"]) + 1
     except ValueError as error:
         raise SystemExit(sentence_of(error)) from None
+    rate = images / (time.monotonic() - started)
     print(f"{rate:.1f} images of {a.height} x {a.width} a second by {a.workers} processes")
 
 

@@ -355,13 +355,13 @@ def test_the_best_checkpoint_counts(monkeypatch):
 def test_windows_are_joined_where_they_were():
     """A photo's own pixels as the prediction come back whole: slid over, padded, mirrored."""
     photo = torch.rand(3, 61, 45)
-    for options in (dict(pad=True, both=True), dict(slide=(32, 20), pad=True), {}):
+    for options in (dict(pad=True, flip_test=True), dict(slide=(32, 20), pad=True), {}):
         framing = data.Framing(**options)
-        seen = data.look(photo, framing)
+        seen = data.cut_windows(photo, framing)
         assert all(not framing.pad or size % 14 == 0 for size in seen["images"].shape[-2:])
         whole = data.joined(seen["images"], seen["places"], (61, 45))
         torch.testing.assert_close(whole, photo)
-    seen = data.look(photo, data.Framing(slide=(32, 20), pad=True))
+    seen = data.cut_windows(photo, data.Framing(slide=(32, 20), pad=True))
     assert seen["places"][:, :2].tolist() == [[t, l] for t in (0, 20, 29) for l in (0, 13)]
     rows = torch.arange(6.0).view(6, 1, 1).expand(6, 42, 42)
     whole = data.joined(rows, seen["places"], (61, 45))
