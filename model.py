@@ -28,8 +28,6 @@ from kernels import Mixture, rasterize
 NEAR_PLANE = 1e-6  # of the rasteriser; tiny, as a capture's unit may be anything
 
 # ---------------------------------------------------------------------------- the method
-
-
 class SplatAndDistill(nn.Module):
     """One training step of the method (paper, section 3), in ten numbered steps.
 
@@ -205,8 +203,6 @@ def without_masked(gaussians, context):
 
 
 # ---------------------------------------------------------------------------- its parts
-
-
 def mean_of(total, count, together, none=0.0):
     """total / count, or `none` where the count is 0; if `together`, over all processes.
 
@@ -224,32 +220,26 @@ def mean_of(total, count, together, none=0.0):
     return torch.where(count > 0, mean, none)
 
 
-class GatherRows(torch.autograd.Function):
-    """x [M, C] of all processes, M different in each, concatenated by rank: [sum of M, C].
-    The gradient of x is summed over the losses of all processes."""
+class SumOfProcesses(torch.autograd.Function):
+    """x summed over all processes, and in the backward pass the gradients of all their losses."""
 
     @staticmethod
-    def forward(ctx, x, counts):
-        padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))  # all_gather wants equal shapes
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        ctx.counts = counts
-        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    def forward(ctx, x):
+        dist.all_reduce(x := x.contiguous().clone())
+        return x
 
-    @staticmethod
-    def backward(ctx, grad):
-        dist.all_reduce(grad := grad.contiguous().clone())
-        return grad.split(ctx.counts)[dist.get_rank()], None
+    backward = forward
 
 
 def gather_rows(x, together):
-    """Rows of all processes, if `together`, and the index of this process's first one."""
+    """Rows [M, C], M different in each process -> if `together` those of all processes, and the
+    index of this one's first."""
     if not (together and dist.is_initialized()):
         return x, 0
     counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
     dist.all_gather_into_tensor(counts, torch.tensor([len(x)], device=x.device))
-    counts = counts.tolist()
-    return GatherRows.apply(x, counts), sum(counts[: dist.get_rank()])
+    before, total = int(counts[: dist.get_rank()].sum()), int(counts.sum())
+    return SumOfProcesses.apply(F.pad(x, (0, 0, before, total - before - len(x)))), before
 
 
 def distillation_loss(teacher_logits, student_logits, together=False):
@@ -519,7 +509,6 @@ def moved(points, affine):
 
 
 # ---------------------------------------------------------------------------- the transformer
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -739,7 +728,6 @@ class ViT(nn.Module):
 
 
 # ---------------------------------------------------------------------------- weights and names
-
 DINOV3 = dict(registers=4, patch=16, rope=True)
 ARCHITECTURES = {
     "dinov2_vits14": dict(dim=384, depth=12, heads=6),
