@@ -163,23 +163,15 @@ def rank_and_count():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class Share(torch.utils.data.Dataset):
-    """This process's share of a data set: under torchrun every n-th item, else all."""
-
-    def __init__(self, items):
-        self.items, (rank, count) = items, rank_and_count()
-        self.indices = range(rank, len(items), count)
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        return self.items[self.indices[i]]
+def share_of(items):
+    """Every n-th item of a data set, for the n processes; without torchrun all."""
+    rank, count = rank_and_count()
+    return torch.utils.data.Subset(items, range(rank, len(items), count))
 
 
 def gathered(rows):
-    """The rows that all processes made of their `Share`s, in the order of the items; None rows are
-    dropped."""
+    """The rows that all processes made of their `share_of` items, in the order of the items; None
+    rows are dropped."""
     shares = [rows]
     if (count := rank_and_count()[1]) > 1:
         dist.all_gather_object(shares := [None] * count, rows)
@@ -248,7 +240,7 @@ def correspondence(models, settings, folder):
         chosen = {settings.seed: chosen[settings.seed]}
     results, by_pair = {m.name: [] for m in models}, {m.name: [] for m in models}
     for seed, pairs in chosen.items():
-        rows, share = [], Share(pairs)  # rows: {model: recall}
+        rows, share = [], share_of(pairs)  # rows: {model: recall}
         items = counted(loaded(share), len(share), f"seed {seed}, pair")
         for pair, n in zip(items, share.indices):  # items first, to exhaust `counted`
             Rt = torch.linalg.inv(pair[1]["extrinsics"]) @ pair[0]["extrinsics"]
@@ -649,7 +641,7 @@ def shelve(path, head, model, frames, settings):
     of its share."""
     gathered([])  # wait: the files replace the last model's, which others may still read
     shelf, known = data.Shelf(f"{path}{rank_and_count()[0] or ''}"), False
-    share = Share(frames)
+    share = share_of(frames)
     for frame in counted(loaded(share), len(share), f"{model.name}: {path.name} frame"):
         label = frame[head.label]
         known = known or bool((label != head.unknown).any())

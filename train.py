@@ -172,13 +172,10 @@ UNUSED = (
 FOR_PHOTOS = ("geometry", "min_gap", "max_gap")  # with --data the paper's in both presets
 PATHS = {"data", "split", "teacher_weights", "geometry", "start"}
 WORDS = (None, "random", "shipped", "depth", "small", "published")  # values of those, not paths
-RANDOM = (
-    "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
-)
-SHIPPED = (
-    "Teacher: vit_tiny14, this repository's own, trained on procedural rooms "
-    "(weights/teacher.safetensors)"
-)
+RANDOM = ("RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, "
+          "not what the method achieves")  # fmt: skip
+SHIPPED = ("Teacher: vit_tiny14, this repository's own, trained on procedural rooms "
+           "(weights/teacher.safetensors)")  # fmt: skip
 
 
 def flag(name):
