@@ -614,7 +614,9 @@ def linear(task, models, settings, folder):
         size = labels[0].shape[-2:]
         labels = torch.stack([data.resized(label, size, "nearest") for label in labels])
         results[NO_IMAGE] = [over_frames(probe, shelves[1], from_labels(probe, labels))[0]]
-    for n in range(min(4, len(test)) if rank_and_count()[0] == 0 else 0):
+    if rank_and_count()[0] != 0:
+        return results
+    for n in range(min(4, len(test))):
         frame = test[n]
         label = frame[head.label]
         photo = data.joined(frame["images"], frame["places"], label.shape[-2:])

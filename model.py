@@ -895,14 +895,14 @@ MLP_NAMES = {
 
 def with_metas_names(state, vit):
     """A state dict with Meta's names and layout, from one with Meta's, timm's or transformers'."""
-    others = {"reg_token", "embeddings.cls_token"} & state.keys()
+    foreign = {"reg_token", "embeddings.cls_token"} & state.keys()  # timm's, transformers'
     names = (*NAMES, *MLP_NAMES[type(vit.blocks[0].mlp)], ("reg_token", vit.register_name))
     metas = {}
     for name, tensor in state.items():
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         metas[name] = tensor
-    if others and vit.rope_embed is not None:
+    if foreign and vit.rope_embed is not None:
         metas |= dict(vit.named_buffers())
         for i in range(len(vit.blocks)):
             join_qkv(metas, f"blocks.{i}.attn.", vit.embed_dim)
@@ -914,12 +914,12 @@ def with_metas_names(state, vit):
 
 
 def join_qkv(state, attention, dim):
-    """Join the weights and biases of queries, keys and values, in place. Keys have no bias ("-"),
-    and biases of 0 may be missing. What does not fit stays, for `load_strictly` to name."""
+    """Join the weights and biases of queries, keys and values, in place. What does not fit stays,
+    for `load_strictly` to name."""
+    no_bias = torch.zeros(dim)  # of keys ("-"), or left out as 0
     for kind, parts, shape in (("weight", "qkv", (dim, dim)), ("bias", "q-v", (dim,))):
         names = [f"{attention}{part}_proj.{kind}" for part in parts]
-        default = torch.zeros(dim if kind == "bias" else 0)
-        tensors = [state.get(name, default) for name in names]
+        tensors = [state.get(name, no_bias) for name in names]
         joined = f"{attention}qkv.{kind}"
         if joined not in state and all(t.shape == shape for t in tensors):
             state[joined] = torch.cat(tensors)

@@ -557,11 +557,13 @@ def depth_colours(depth, valid):
     """Depth [H, W] as an image [H, W, 3]: near yellow, far blue, black where not valid."""
     if not valid.any():
         return torch.zeros(*depth.shape, 3)
-    stops = [[0.98, 0.91, 0.30], [0.90, 0.42, 0.30], [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]]
-    samples = depth[valid][:: max(1, int(valid.sum()) // 100_000)]
+    stops = torch.tensor(
+        [[0.98, 0.91, 0.30], [0.90, 0.42, 0.30], [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]]
+    )
+    samples = depth[valid][:: max(1, int(valid.sum()) // 100_000)]  # quantile's input is limited
     low, high = torch.quantile(samples, torch.tensor([0.02, 0.98]))
-    at = ((depth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 2.999
-    i, stops = at.long(), torch.tensor(stops)
+    at = ((depth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 2.999  # below the last stop
+    i = at.long()
     return torch.lerp(stops[i], stops[i + 1], (at - i)[..., None]) * valid[..., None]
 
 
@@ -570,15 +572,15 @@ def write_sheet(path, panels, warning=None):
     H, W = next(iter(panels.values())).shape[:2]
     header, gap = 18 * (2 if warning else 1), 4
     sheet = Image.new("RGB", (len(panels) * (W + gap) - gap, H + header), "white")
-    write, text = ImageDraw.Draw(sheet), PngInfo()
+    pen, metadata = ImageDraw.Draw(sheet), PngInfo()
     for i, (title, panel) in enumerate(panels.items()):
         pixels = (panel.float().cpu().numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8)
         sheet.paste(Image.fromarray(pixels), (i * (W + gap), header))
-        write.text((i * (W + gap) + 2, header - 15), title, fill="black")
+        pen.text((i * (W + gap) + 2, header - 15), title, fill="black")
     if warning:
-        write.text((2, 2), warning, fill=(200, 0, 0))
-        text.add_text("warning", warning)
-    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=text))
+        pen.text((2, 2), warning, fill=(200, 0, 0))
+        metadata.add_text("warning", warning)
+    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=metadata))
 
 
 # ------------------------------------------------------------------------------ many processes
@@ -866,7 +868,7 @@ class Run:
             done.set()
 
     def descend(self, loss):
-        """Add a batch's gradients; after the step's last batch, step. Returns whether it did."""
+        """Add a batch's gradients. After the step's last batch, take the step and return True."""
         parts, self.added = self.settings["accumulate"], self.added + 1
         self.scaler.scale(loss / parts).backward()
         if self.added < parts:
