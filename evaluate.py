@@ -44,7 +44,7 @@ from reconstruct import (
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
     depth_colours, free_folder, load_teacher, many_processes, pca_pictures, plain_messages,
-    replace_file, write_sheet,
+    rank_and_count, replace_file, write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,10 +61,8 @@ class Model(NamedTuple):
 
 
 def load_models(settings):
-    """The models to compare, the reference first, and the folder that results go to.
-
-    They are the files of --weights, or --teacher alone, or the teacher and the student of a run.
-    """
+    """The models to compare (the files of --weights, or --teacher alone, or the teacher and the
+    student of a run), the reference first, and the folder that results go to."""
     students = sorted(Path("runs").glob("*/student.safetensors"), key=os.path.getmtime)
     run, home = settings.run or (students and students[-1].parent), Path("runs")
     if settings.weights:
@@ -138,9 +136,8 @@ def layers_of(vit, settings):
 def extract(model, images, settings):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C'], half, on a CPU.
 
-    Each ViT sees them resized down to multiples of its patch size. A second ViT's features are
-    resized to the first one's grid; cls tokens are the first one's (FiT3D's code). ValueError:
-    features are not finite.
+    Each ViT sees them resized down to whole patches. A second ViT's features are resized to the
+    first one's grid; cls tokens are the first one's (FiT3D's code). ValueError: not finite.
     """
     images, patches, classes = images.to(DEVICE), [], []
     for vit in model.vits:
@@ -158,11 +155,6 @@ def extract(model, images, settings):
 
 
 # ----------------------------------------------------------------------------- many processes
-def rank_and_count():
-    """Under torchrun the rank and world size; else 0 and 1."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def share_of(items):
     """Every n-th item of a data set, for the n processes; without torchrun all."""
     rank, count = rank_and_count()
@@ -868,6 +860,7 @@ FEATURES = DATA | {
     "seeds": Setting(3, 3, "repetitions; a difference within their spread means nothing", 1),
     "seed": Setting(0, 0, "of the first repetition", 0),
 }  # fmt: skip
+PAIRS = {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}
 CACHE = {"cache": Setting(None, None, "folder for features during a task; default: /tmp")}
 LINEAR = FEATURES | CACHE | {
     "train_frames": Setting(128, 0, "frames to train the probe on; 0 is all", 0),
@@ -917,12 +910,12 @@ TASKS = {
     "all": Task(FEATURES | CACHE, multiple=4),
     "reconstruction": Task(DATA | {
         "scenes": Setting(50, 50, "pairs of context views, with a target between them", 1),
-    } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=16),
+    } | PAIRS, multiple=16),
     "fields": Task(DATA | {
         "teacher": Setting("dinov2_vits14", "dinov2_vits14", TEACHERS),
         "teacher_weights": FEATURES["teacher_weights"],
         "scenes": Setting(20, 20, "pairs of context views, with two views held out", 1),
-    } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=32),
+    } | PAIRS, multiple=32),
 }  # fmt: skip
 
 
@@ -992,7 +985,7 @@ def check(task, settings):
         raise SystemExit("--epochs cannot be 0 where --steps is")
     if task == "all" and settings.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
-    if sum(map(bool, map(given, ("weights", "run", "teacher")))) > 1:
+    if sum(bool(given(name)) for name in ("weights", "run", "teacher")) > 1:
         raise SystemExit("--weights, --run and --teacher each say what to compare: choose one")
     if given("teacher_weights") and not given("teacher"):
         raise SystemExit("--teacher-weights goes with --teacher")

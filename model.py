@@ -65,9 +65,9 @@ class SplatAndDistill(nn.Module):
         self.loss, self.temperature, self.targets = loss, temperature, targets
         self.centring, self.teacher_temperature = centring, teacher_temperature
         self.student_temperature = student_temperature
-        lora = (lora_rank, lora_alpha, lora_dropout)
+        lora = lora_rank, lora_alpha, lora_dropout
         self.student = add_lora(vit, *lora) if lora_rank else vit.requires_grad_(True)
-        head = (vit.embed_dim, prototypes, head_dim, bottleneck_dim)
+        head = vit.embed_dim, prototypes, head_dim, bottleneck_dim
         self.student_head = nn.Identity() if loss == "contrastive" else DINOHead(*head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
@@ -205,9 +205,7 @@ def without_masked(gaussians, context):
 # ---------------------------------------------------------------------------- its parts
 def mean_of(total, count, together, none=0.0):
     """total / count, or `none` where the count is 0; if `together`, over all processes.
-
-    DistributedDataParallel takes the mean of the processes' gradients. Each process's gradient
-    is therefore its own part's times the number of processes.
+    DistributedDataParallel averages their gradients: each is therefore multiplied by their number.
     """
     whole = total.detach().clone()
     count = torch.as_tensor(count, device=total.device).float().clone()
@@ -243,11 +241,8 @@ def gather_rows(x, together):
 
 
 def distillation_loss(teacher_logits, student_logits, together=False):
-    """Cross-entropy of softmax(student) under softmax(teacher), and the teacher's entropy.
-
-    Logits [locations, prototypes], divided by their temperatures. Both are means over the
-    locations (`together`: of all processes), and 0 without any.
-    """
+    """Cross-entropy of softmax(student) under softmax(teacher), and the teacher's entropy: means
+    over the locations (`mean_of`) of logits [locations, prototypes] / temperature."""
     teacher_log, student_log = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
     p, locations = teacher_log.exp(), len(teacher_log)
     cross_entropy = mean_of(-(p * student_log).sum(), locations, together)
@@ -364,11 +359,9 @@ def upsample_features(features, masks, strict=False, centred=False):
 
 
 def lift_features(tokens, masks, V, factored, centred=False):
-    """The features of the Gaussians of V views per scene, for `rasterize`.
-
-    Tokens [B*V, C, h, w] are upsampled to masks [B*V, H, W]. Returns [B, N, C] or, if `factored`,
-    the same as a Mixture of the tokens: far less memory, but slower without tensor cores.
-    """
+    """Tokens [B*V, C, h, w] upsampled to masks [B*V, H, W]: the features [B, N, C] of the scenes'
+    Gaussians or, if `factored`, the same as a Mixture, which takes far less memory but is slower
+    without tensor cores."""
     BV, C, h, w = tokens.shape
     B = BV // V
     if not factored:
@@ -389,11 +382,8 @@ def number_segments(masks):
 
 
 def blend_segments(features, masks, alpha):
-    """alpha * features + (1 - alpha) * the mean over each pixel's segment (paper, section 3).
-
-    Features [B, C, H, W], masks [B, H, W] of segment ids, alpha a number or [B, 1, 1, 1]. Returns
-    [B, C, H, W].
-    """
+    """alpha * features + (1 - alpha) * the mean over each pixel's segment (paper, section 3):
+    [B, C, H, W]. masks [B, H, W] are segment ids, alpha a number or [B, 1, 1, 1]."""
     B, C, H, W = features.shape
     if masks.shape != (B, H, W):
         raise ValueError(f"masks must be {[B, H, W]} to go with features, not {list(masks.shape)}")
@@ -459,9 +449,8 @@ class Pretraining(nn.Module):
     """One training step of a teacher: a spot has the same feature in two crops of its photo.
 
     All other spots of the batch are negatives (dense contrast as in VADeR, arXiv 2011.05499,
-    without a head). With a place_weight a linear layer also predicts from each patch's feature
-    where in the photo it lies (mean squared error, in half photos). `fresh` initialises the ViT
-    anew.
+    without a head). With a place_weight a linear layer also predicts where in the photo a patch
+    lies (mean squared error, in half photos). `fresh` initialises the ViT anew.
     """
 
     def __init__(self, vit, temperature, place_weight, fresh):
@@ -640,11 +629,9 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINOv2's ViT with its parameter names (arXiv 2304.07193, registers 2309.16588).
-
-    rope=True makes it DINOv3's (arXiv 2508.10104): rotary positions, no bias of keys, a larger
-    epsilon. Images [B, 3, H, W] are ImageNet-normalised, H and W multiples of `patch_size`.
-    """
+    """DINOv2's ViT with its parameter names (arXiv 2304.07193, registers 2309.16588); with rope
+    DINOv3's (2508.10104): rotary positions, no bias of keys, a larger epsilon. Images [B, 3, H, W]
+    are ImageNet-normalised, H and W multiples of `patch_size`."""
 
     def __init__(self, dim, depth, heads, mlp=Mlp, registers=0, patch=14, rope=False):
         super().__init__()
@@ -834,14 +821,14 @@ def load_strictly(module, state, source):
 
 def _public_weights(name):
     """The file of public weights in torch hub's cache; DINOv2's are downloaded if need be."""
-    base, behind_form = name.removesuffix("_reg"), name in DINOV3_HASHES
+    base, dinov3 = name.removesuffix("_reg"), name in DINOV3_HASHES
     file = f"{base}{'_reg4' if name != base else ''}_pretrain.pth"
-    if behind_form:
+    if dinov3:
         file = f"{name}_pretrain_lvd1689m-{DINOV3_HASHES[name]}.pth"
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file
     if cached.is_file():
         return cached
-    if behind_form:
+    if dinov3:
         raise ValueError(
             f"{name}'s weights are behind a licence form: fill it in at {DINOV3_FORM}, fetch "
             f"{file} and put it in {cached.parent}, or pass the file itself as the weights"

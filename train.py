@@ -612,6 +612,11 @@ def many_processes():
     dist.destroy_process_group()
 
 
+def rank_and_count():
+    """Under torchrun the rank and world size; else 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def folder_before_restart(settings):
     """If torchrun has restarted its processes, the folder to resume: the run of that name, or the
     newest of its kind, if it has a checkpoint; else None."""
@@ -717,10 +722,8 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = False
         if settings["compile"]:
             compile_blocks(self.model, self.device)
-        self.rank, self.processes = 0, 1
-        if dist.is_initialized():
-            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-            # A reconstructor's cheap steps use a part of it
+        self.rank, self.processes = rank_and_count()
+        if dist.is_initialized():  # a reconstructor's cheap steps use a part of it
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         changes = trained(self.model)
