@@ -258,7 +258,7 @@ def contrastive_loss(queries, keys, temperature, together=False):
         s_ij = q_i . k_j / t        L = - mean_i log( exp s_ii / sum_j exp s_ij )
 
     Returns the mean of L and of L with i and j swapped, and the share of queries whose nearest
-    key is their own; 0 and 0 without locations. If `together`, j runs over all processes.
+    key is their own; 0 and 0 without locations. `together`, over those of all processes.
     """
     queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
     all_queries, first = gather_rows(queries, together)
@@ -289,7 +289,8 @@ class DINOHead(nn.Module):
         self.last_layer = nn.Module()  # DINO's names: last_layer.weight_g, last_layer.weight_v
         self.last_layer.weight_g = nn.Parameter(torch.ones(out_dim, 1))
         self.last_layer.weight_v = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
-        nn.init.kaiming_uniform_(self.last_layer.weight_v, a=math.sqrt(5))  # as nn.Linear's
+        # As nn.Linear's: Adam would turn longer vectors more slowly
+        nn.init.kaiming_uniform_(self.last_layer.weight_v, a=math.sqrt(5))
 
     def forward(self, x):
         prototypes = self.last_layer.weight_g * F.normalize(self.last_layer.weight_v, dim=-1)
