@@ -725,7 +725,8 @@ def over_frames(probe, shelf, constant=None):
         else:
             prediction = data.resized(constant, size, "nearest")
         measured.append(probe.measure(prediction[None], label[None]))
-        predictions += [prediction] * (i < 4)
+        if i < 4:
+            predictions.append(prediction)
     values = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # [N, ...]
     if "confusion" in values:
         return mean_iou(values["confusion"].sum(0), probe.names), predictions

@@ -29,6 +29,7 @@ import zipfile
 import zlib
 from datetime import timedelta
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
@@ -198,12 +199,13 @@ def add_settings(parser, rows, titles=("demo", "paper")):
 def check_settings(rows, values):
     """SystemExit for the first of values {name: value} of a wrong type or out of range."""
     for name, row in rows.items():
-        value, types = values[name], {type(row.demo), type(row.paper)}
-        if type(value) not in (types if row.paper is not None else {str, type(None)}):
+        value = values[name]
+        types = [str, NoneType] if row.paper is None else [type(row.paper)]
+        if type(value) not in types:
             raise SystemExit(f"{flag(name)} cannot be {value!r}")
         if isinstance(value, (int, float)) and not row.low <= value <= row.high:  # or it is NaN
-            bound = f"at most {row.high}" if value > row.high else f"at least {row.low}"
-            bound = "more than 0" if bound == f"at least {POSITIVE}" else bound
+            least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
+            bound = f"at most {row.high}" if value > row.high else least
             raise SystemExit(f"{flag(name)} must be {bound}, not {value}")
 
 
