@@ -804,7 +804,7 @@ def print_table(summary):
         print(f"{first:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:])))
 
 
-def measure(task, settings, models, home):
+def run_task(task, settings, models, home):
     """Run one task, print its tables and write results.json."""
     (rank, count), started = rank_and_count(), time.monotonic()
     if count > 1 and task != "correspondence" and not TASKS[task].probe:
@@ -1005,7 +1005,7 @@ def main(arguments=None):
             banner(warning)
         four = [task for task, row in TASKS.items() if row.norm is not None]
         for task in four if settings.task == "all" else [settings.task]:
-            measure(task, settings_of(task, settings), models, home)
+            run_task(task, settings_of(task, settings), models, home)
 
 
 if __name__ == "__main__":

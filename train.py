@@ -249,8 +249,8 @@ def check(settings):
     stage = settings["stage"]
     check_settings(SETTINGS[stage], settings)
     patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
-    unit = 1 if stage == "pretrain" or settings.get("geometry") == "depth" else 16
-    sizes = ("height", patch, unit), ("width", patch, unit), ("crop", 2 * patch, patch)
+    step = 1 if stage == "pretrain" or settings.get("geometry") == "depth" else 16
+    sizes = ("height", patch, step), ("width", patch, step), ("crop", 2 * patch, patch)
     for name, least, unit in sizes:
         value = settings.get(name, least)
         if value < least or value % unit:
@@ -526,11 +526,6 @@ def replace_file(path, write):
             temporary.unlink(missing_ok=True)
 
 
-def write_checkpoint(checkpoint, path):
-    with open(path, "wb") as file:  # given a path, torch.save does not say why it failed
-        torch.save(checkpoint, file)
-
-
 def free_folder(parent, kind):
     """The first of parent/kind-1, parent/kind-2, ... that does not exist."""
     folders = (parent / f"{kind}-{i}" for i in itertools.count(1))
@@ -559,9 +554,8 @@ def depth_colours(depth, valid):
     """Depth [H, W] as an image [H, W, 3]: near yellow, far blue, black where not valid."""
     if not valid.any():
         return torch.zeros(*depth.shape, 3)
-    stops = torch.tensor(
-        [[0.98, 0.91, 0.30], [0.90, 0.42, 0.30], [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]]
-    )
+    stops = torch.tensor([[0.98, 0.91, 0.30], [0.90, 0.42, 0.30],
+                          [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]])  # fmt: skip
     samples = depth[valid][:: max(1, int(valid.sum()) // 100_000)]  # quantile's input is limited
     low, high = torch.quantile(samples, torch.tensor([0.02, 0.98]))
     at = ((depth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 2.999  # below the last stop
@@ -740,7 +734,7 @@ class Run:
         fp16 = settings["precision"] == "fp16"
         self.scaler = torch.amp.GradScaler(self.device, enabled=fp16)
         self.step = self.samples = 0  # done; the samples of all processes
-        self.first, self.seconds = 0, 0.0  # step where this process began, time spent before it
+        self.start_step, self.seconds = 0, 0.0  # where this process began, the time before it
         self.started, self.asked_to_stop = time.monotonic(), False
         self.measured = {}  # by the last preview
         self.added, self.saved = 0, None  # batches of this step; step of checkpoint.pt
@@ -771,7 +765,7 @@ class Run:
         settings, step = saved["settings"], saved["step"]
         run = cls(settings)
         run.folder, run.samples = path.parent, saved["samples"]
-        run.step = run.first = step
+        run.step = run.start_step = step
         run.saved = step if path.name == "checkpoint.pt" else None
         with data.naming(path, "not of this version, or damaged"):
             if signature(saved["model"]) != signature(trained(run.model)):
@@ -844,7 +838,12 @@ class Run:
             replace_file(kept, lambda path: shutil.copyfile(newest, path))
             for path in sorted(self.folder.glob("checkpoint_*.pt"), key=data.natural)[:-older]:
                 path.unlink()
-        replace_file(newest, functools.partial(write_checkpoint, checkpoint))
+
+        def write(path):
+            with open(path, "wb") as file:  # given a path, torch.save does not say why it failed
+                torch.save(checkpoint, file)
+
+        replace_file(newest, write)
         self.saved = self.step
         path = self.folder / self.stage.filename
         replace_file(path, lambda path: path.write_bytes(save(weights, metadata)))
@@ -853,9 +852,10 @@ class Run:
         """This process's remaining batches, a list of --accumulate per step: processes take
         batches in turn. A photo that cannot be read ends the run, after a save."""
         views, size = self.stage.views, self.settings["batch_size"]
-        of_all, parts = size * self.processes, self.settings["accumulate"]
-        views.length = self.samples + (self.settings["steps"] - self.step) * of_all * parts
-        starts = range(self.samples + self.rank * size, views.length, of_all)
+        global_size, accumulate = size * self.processes, self.settings["accumulate"]
+        steps = self.settings["steps"] - self.step
+        views.length = self.samples + steps * accumulate * global_size
+        starts = range(self.samples + self.rank * size, views.length, global_size)
         loader = DataLoader(
             views, batch_sampler=[range(i, i + size) for i in starts],
             num_workers=self.settings["workers"],
@@ -864,8 +864,8 @@ class Run:
         )  # fmt: skip
         try:
             batches = iter(loader)
-            while batch := list(itertools.islice(batches, parts)):
-                yield batch
+            while step := list(itertools.islice(batches, accumulate)):
+                yield step
         except ValueError:
             self.save()
             raise
@@ -874,9 +874,9 @@ class Run:
 
     def descend(self, loss):
         """Add a batch's gradients. After the step's last batch, take the step and return True."""
-        parts, self.added = self.settings["accumulate"], self.added + 1
-        self.scaler.scale(loss / parts).backward()
-        if self.added < parts:
+        accumulate, self.added = self.settings["accumulate"], self.added + 1
+        self.scaler.scale(loss / accumulate).backward()
+        if self.added < accumulate:
             return False
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.trainable, self.settings["clip"])
@@ -940,8 +940,8 @@ def train(settings):
         signal.signal(signum, run.ask_to_stop)
     if run.step == 0:
         run.preview()
-    for batch in run.batches():
-        line = run.train_step(batch)
+    for batches in run.batches():
+        line = run.train_step(batches)
         recent.append(line)
         last = run.step == settings["steps"]
         if last or run.step % settings["preview_every"] == 0:
@@ -986,16 +986,15 @@ def progress(run, recent):
     for key, title in TITLES.items():
         if values := [metrics[key] for metrics in recent if key in metrics]:
             parts.append(f"{title} {sum(values) / len(values):.6f}   ")
-    rate = (run.step - run.first) / (time.monotonic() - run.started)
+    rate = (run.step - run.start_step) / (time.monotonic() - run.started)
     left = timedelta(seconds=int((steps - run.step) / rate))
     say(f"step {run.step}/{steps}   {''.join(parts)}{rate:.2f} steps/s   {left} left")
 
 
 def report(run):
     """The result, and what to do next."""
-    key, title = "loss", "Loss"
-    if run.settings.get("loss") == "prototypes":
-        key, title = "above_entropy", "Loss above the teacher's entropy"
+    key = "above_entropy" if run.settings.get("loss") == "prototypes" else "loss"
+    title = {"loss": "Loss", "above_entropy": "Loss above the teacher's entropy"}[key]
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     losses, tenth = [json.loads(line)[key] for line in lines], max(1, len(lines) // 10)
     early, late = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
