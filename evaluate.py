@@ -414,10 +414,11 @@ def draw_fields(path, shown, own, held, warning):
 
 
 # ----------------------------------------------------------------------------- linear probes
-# A probe takes features [B, C, h, w], cls tokens [B, C'] and the labels' size (H, W). `label` is
-# its label's key in a frame, `unknown` the label's value for none, `best` the metric that chooses
-# the checkpoint and its sign. `measure` returns {metric: [B'], for the frames with any known
-# label}; `blind` the prediction for each pixel from labels [N, ...] alone.
+# A probe maps features [B, C, h, w] and cls tokens [B, C'] to a prediction of size (H, W).
+#   label: the key of its labels in a frame; unknown: their value for none
+#   best: the metric that chooses the checkpoint, and its sign
+#   measure: {metric: [B'], of the frames with any known label}
+#   blind: a prediction for each pixel from labels [N, ...] alone
 
 
 def sig_loss(pred, gt):

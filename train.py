@@ -70,8 +70,8 @@ def changed(rows, **values):
     return rows | {k: rows[k]._replace(demo=d, paper=p) for k, (d, p) in values.items()}
 
 
-# demo: procedural rooms on two CPU cores. paper: photos, as published for Splat and Distill on
-# ScanNet++ and for MVSplat on RealEstate10K; for pretrain ours.
+# demo: procedural rooms on two CPU cores.
+# paper: photos, as published on ScanNet++ and, for MVSplat, on RealEstate10K; pretrain's are ours.
 POSITIVE = 1e-12  # low of a number that must be more than 0
 SIDE, WIDTH = 4096, 65_536  # high of an image's side and of a layer: a typo must not fill memory
 TEACHERS = "dinov2_vit{s,b,l,g}14[_reg], dinov3_vit{s16,s16plus,b16,l16}, vit_tiny14"
