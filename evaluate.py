@@ -44,29 +44,25 @@ from reconstruct import (
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
     depth_colours, free_folder, load_teacher, many_processes, pca_pictures, plain_messages,
-    replace_file, write_sheet,
+    rank_and_count, replace_file, write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
 FEED_FORWARD, MEAN = "feed-forward", "feed-forward, mean of views"
-NO_IMAGE = "no image"  # the row of what the training labels alone tell
+NO_IMAGE = "no image"  # the baseline that predicts from training labels alone
 
 
 # ----------------------------------------------------------------------------- what is compared
-
-
 class Model(NamedTuple):
     name: str
     vits: list  # their features are concatenated
-    warning: str | None  # said of the weights wherever results appear
+    warning: str | None  # about the weights, printed with all results
 
 
 def load_models(settings):
-    """The models to compare, the reference first, and the folder that results go to.
-
-    They are the files of --weights, or --teacher alone, or the teacher and the student of a run.
-    """
+    """The models to compare (the files of --weights, or --teacher alone, or the teacher and the
+    student of a run), the reference first, and the folder that results go to."""
     students = sorted(Path("runs").glob("*/student.safetensors"), key=os.path.getmtime)
     run, home = settings.run or (students and students[-1].parent), Path("runs")
     if settings.weights:
@@ -74,7 +70,7 @@ def load_models(settings):
     elif settings.teacher or not run:
         asked = dict(teacher=settings.teacher or "dinov2_vits14", data=settings.data, seed=0)
         asked["teacher_weights"] = settings.teacher_weights
-        vit, warning = load_teacher(asked)  # the shipped one may stand in for it
+        vit, warning = load_teacher(asked)  # may replace asked["teacher"] by the shipped one
         models = [Model(asked["teacher"], [vit], warning)]
     else:
         models, home = load_run(Path(run)), Path(run)
@@ -85,11 +81,11 @@ def load_models(settings):
         for i, (name, vits, warning) in enumerate(others, 1):
             models[i] = Model(f"{name} + first", first.vits + vits, warning or first.warning)
     for name, vit in ((model.name, vit) for model in models for vit in model.vits):
-        depth, least, size = len(vit.blocks), vit.patch_size, settings.image_size
+        depth, patch, size = len(vit.blocks), vit.patch_size, settings.image_size
         if not all(0 <= i < depth for i in settings.layers or ()):
             raise ValueError(f"--layers {settings.layers}: {name} has blocks 0 to {depth - 1}")
-        if size and min(size) < least:
-            least = f"at least {least}, a patch of {name}"
+        if size and min(size) < patch:
+            least = f"at least {patch}, a patch of {name}"
             raise ValueError(f"--image-size must be {least}, not {size[0]} {size[1]}")
         vit.to(DEVICE)
     return models, home
@@ -97,11 +93,11 @@ def load_models(settings):
 
 def load_file(path):
     """The `Model` of a weights file, and the file's metadata ({} if its format has none)."""
-    vit, about = load_vit(architecture_of(read_state(path), path), path), {}
+    vit, metadata = load_vit(architecture_of(read_state(path), path), path), {}
     if Path(path).suffix == ".safetensors":
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-    return Model(str(path), [vit], about.get("warning")), about
+            metadata = file.metadata() or {}
+    return Model(str(path), [vit], metadata.get("warning")), metadata
 
 
 def load_run(folder):
@@ -109,9 +105,9 @@ def load_run(folder):
     path = folder / "student.safetensors"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --run takes a run's folder, such as runs/demo-1")
-    student, about = load_file(path)
+    student, metadata = load_file(path)
     try:
-        settings = json.loads(about["settings"])
+        settings = json.loads(metadata["settings"])
         asked = {k: settings[k] for k in ("teacher", "teacher_weights", "seed", "data")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: its metadata has no settings; pass it by --weights") from None
@@ -123,14 +119,14 @@ def load_run(folder):
 
 
 def warning_of(models):
-    """One warning for all the models: random weights before anything else."""
-    said = {model.warning for model in models} - {None}
-    return RANDOM if RANDOM in said else min(said, default=None)
+    """One warning for all the models: of random weights, if any are."""
+    warnings = {model.warning for model in models} - {None}
+    return RANDOM if RANDOM in warnings else min(warnings, default=None)
 
 
 def layers_of(vit, settings):
-    """The blocks of a ViT, from 0, whose features are probed: --layers, or --blocks of them evenly
-    spaced up to the last (four are DINOv2's "lin. 4"), or the last."""
+    """The blocks of a ViT to probe, from 0: --layers, or --blocks of them evenly spaced up to the
+    last (4 are DINOv2's "lin. 4"), or the last."""
     depth, count = len(vit.blocks), getattr(settings, "blocks", 1)
     spaced = {math.ceil(depth * k / count) - 1 for k in range(1, count + 1)}
     return settings.layers or sorted(spaced)
@@ -140,9 +136,8 @@ def layers_of(vit, settings):
 def extract(model, images, settings):
     """Images [B, 3, H, W] in 0..1 -> features [B, C, h, w] and cls tokens [B, C'], half, on a CPU.
 
-    Each ViT sees them at the multiple of its patch size at or below H x W. A second ViT's features
-    are resized to the first one's grid; cls tokens are the first one's (FiT3D's code). ValueError:
-    features are not finite.
+    Each ViT sees them resized down to whole patches. A second ViT's features are resized to the
+    first one's grid; cls tokens are the first one's (FiT3D's code). ValueError: not finite.
     """
     images, patches, classes = images.to(DEVICE), [], []
     for vit in model.vits:
@@ -160,38 +155,24 @@ def extract(model, images, settings):
 
 
 # ----------------------------------------------------------------------------- many processes
-
-
-def rank_and_count():
-    """Under torchrun this process's number and how many there are; else 0 and 1."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-class Share(torch.utils.data.Dataset):
-    """Under torchrun every n-th item of a data set, from this process's own on; else all."""
-
-    def __init__(self, items):
-        self.items, (rank, count) = items, rank_and_count()
-        self.indices = range(rank, len(items), count)
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        return self.items[self.indices[i]]
+def share_of(items):
+    """Every n-th item of a data set, for the n processes; without torchrun all."""
+    rank, count = rank_and_count()
+    return torch.utils.data.Subset(items, range(rank, len(items), count))
 
 
 def gathered(rows):
-    """The rows that all processes made of their `Share`, in the order of the items, but None."""
-    every = [rows]
+    """The rows that all processes made of their `share_of` items, in the order of the items; None
+    rows are dropped."""
+    shares = [rows]
     if (count := rank_and_count()[1]) > 1:
-        dist.all_gather_object(every := [None] * count, rows)
-    return [row for turn in itertools.zip_longest(*every) for row in turn if row is not None]
+        dist.all_gather_object(shares := [None] * count, rows)
+    return [row for turn in itertools.zip_longest(*shares) for row in turn if row is not None]
 
 
 @contextlib.contextmanager
 def shared_scratch(folder, need):
-    """The first process's `data.scratch`, for all: of many machines, on a disk that they share."""
+    """Rank 0's `data.scratch` for all processes: many machines need a shared disk."""
     rank, count = rank_and_count()
     with data.scratch(folder, need) if rank == 0 else contextlib.nullcontext() as place:
         yield gathered([place])[0]
@@ -200,28 +181,26 @@ def shared_scratch(folder, need):
 
 
 # ----------------------------------------------------------------------------- correspondence
-
-
 def nearest_two(queries, keys, block=2048):
-    """The two of keys [Q, C] most similar to each of queries [P, C], unit vectors: cosines [P, 2]
-    and indices [P, 2]. Exact, with block x Q similarities in memory at once."""
+    """The two nearest keys [Q, C] of each query [P, C], unit vectors: cosines [P, 2] and indices
+    [P, 2]. Exact, with block x Q similarities in memory at once."""
     best = [(q @ keys.T).topk(2, dim=1) for q in queries.split(block)]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
 def project(points, K):  # [P, 3] in a camera's axes -> pixels [P, 2]
-    seen = points @ K.T
-    return seen[:, :2] / seen[:, 2:].clamp(min=1e-9)
+    projected = points @ K.T
+    return projected[:, :2] / projected[:, 2:].clamp(min=1e-9)
 
 
 def match(feats, depths, Ks, Rt, num_matches):
     """Probe3D's matches (github.com/mbanani/probe3d): errors [M], pixels [M, 2] in view 0 and 1.
 
-    Features are sampled at the pixels with depth. Each pixel of view 0 has its most similar of
-    view 1; the ratio test, 1 - d1 / d2 with cosine distances d, ranks these matches. The error is
-    the distance from the match to view 0's point as camera 1 sees it, in pixels of the depths.
     Of two views: feats [C, h, w], depths [H, W], 0 = none, and Ks [3, 3]; Rt [3, 4] or [4, 4] from
-    camera 0's axes to camera 1's. M is 0 where a view has fewer than two pixels with depth.
+    camera 0's axes to camera 1's. Features are sampled at pixels with depth. Each pixel of view 0
+    matches its nearest neighbour in view 1; the ratio test, 1 - d1 / d2 with cosine distances d,
+    ranks the matches. The error is the distance from the match to view 0's point projected into
+    view 1, in pixels of the depths. M is 0 where a view has fewer than two pixels with depth.
     """
     points, pixels, features = [], [], []
     for feat, depth, K in zip(feats, depths, Ks):
@@ -242,51 +221,52 @@ def match(feats, depths, Ks, Rt, num_matches):
 
 
 def correspondence(models, settings, folder):
-    """{model: [the mean `recall` of a seed's pairs]} and {model: [the `recall` of each pair]}, in
-    pixels of the depths: a quarter of --image-size, as Probe3D's 120 x 160."""
-    chosen, asked = {}, (settings.data, settings.pairs, *settings.image_size)
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        chosen[seed] = data.pairs(*asked, seed)
+    """{model: [mean `recall` of each seed's pairs]} and {model: [`recall` of each pair]}, in pixels
+    of the depths: a quarter of --image-size, as Probe3D's 120 x 160."""
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    asked = settings.data, settings.pairs, *settings.image_size
+    chosen = {seed: data.pairs(*asked, seed) for seed in seeds}
     names = [[(scene.name, i, j) for scene, i, j in pairs.entries] for pairs in chosen.values()]
     if len(names) > 1 and all(n == names[0] for n in names):
         print("Every seed has the same pairs, all that there are: there is no spread.")
         chosen = {settings.seed: chosen[settings.seed]}
     results, by_pair = {m.name: [] for m in models}, {m.name: [] for m in models}
     for seed, pairs in chosen.items():
-        recalls, share = {m.name: [] for m in models}, Share(pairs)
+        rows, share = [], share_of(pairs)  # rows: {model: recall}
         items = counted(loaded(share), len(share), f"seed {seed}, pair")
-        for pair, n in zip(items, share.indices):  # `counted` is to see its end
+        for pair, n in zip(items, share.indices):  # items first, to exhaust `counted`
             Rt = torch.linalg.inv(pair[1]["extrinsics"]) @ pair[0]["extrinsics"]
             if pairs.least_overlap and data.overlap(*pair, Rt) < pairs.least_overlap:
-                for rows in recalls.values():
-                    rows.append(None)
+                rows.append(None)
                 continue
             images, depths, Ks = (torch.stack([view[k] for view in pair])
                                   for k in ("images", "depths", "Ks"))  # fmt: skip
             Ks = Ks / torch.tensor([[4.0], [4.0], [1.0]])
             geometry = [t.to(DEVICE) for t in (depths[:, ::4, ::4], Ks, Rt)]
-            panels = {}
+            row, panels = {}, {}
             for model in models:
                 views = extract(model, images, settings)[0].to(DEVICE), *geometry
                 errors = match(*views, settings.matches)[0]
-                recalls[model.name].append(recall(errors, float(data.rotation_angle(Rt))))
+                row[model.name] = recall(errors, float(data.rotation_angle(Rt)))
                 if seed == settings.seed and n < 4:
                     panels[model.name] = draw_matches(images, *match(*views, 30))
+            rows.append(row)
             if panels:
                 write_sheet(folder / f"matches_{n}.png", panels, warning_of(models))
-        recalls = {name: gathered(rows) for name, rows in recalls.items()}
-        if not recalls[models[0].name]:
-            share = f"{pairs.least_overlap:.0%}"
-            raise ValueError(f"{settings.data}: no two of its frames show {share} of the same")
-        for name, rows in recalls.items():
-            results[name].append({k: mean([row[k] for row in rows]) for k in rows[0]})
-            by_pair[name] += rows
+        rows = gathered(rows)
+        if not rows:
+            least = f"{pairs.least_overlap:.0%}"
+            raise ValueError(f"{settings.data}: no two of its frames show {least} of the same")
+        for name in results:
+            recalls = [row[name] for row in rows]
+            results[name].append({k: mean(r[k] for r in recalls) for k in recalls[0]})
+            by_pair[name] += recalls
     return results, by_pair
 
 
 def recall(errors, angle):
-    """{metric: share of errors [M], in pixels, below 2, 5, 10 or 20; None without matches}. Those
-    of a range of viewpoint change are None where the pair's angle, in degrees, is outside."""
+    """{metric: share of errors [M], in pixels, below 2, 5, 10 or 20; None without matches}. Of the
+    ranges of viewpoint change only that of the pair's angle, in degrees, is not None."""
     shares = {f"recall_{r}px": (errors < r).float().mean() for r in (2, 5, 10, 20)}
     row = {name: float(share) if len(errors) else None for name, share in shares.items()}
     for r, (low, high) in itertools.product((2, 5, 10), zip(data.BINS, data.BINS[1:])):
@@ -296,7 +276,7 @@ def recall(errors, angle):
 
 
 def draw_matches(images, errors, start, end):
-    """Both photos [3, H, W] and `match`'s results as lines, green within 10 pixels: [H, 2W, 3]."""
+    """Both photos [3, H, W] and `match`'s matches as lines, green within 10 pixels: [H, 2W, 3]."""
     photos = torch.cat(list(images), -1).permute(1, 2, 0)  # [H, 2W, 3]
     picture = Image.fromarray((photos.numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8))
     pen, W = ImageDraw.Draw(picture), images.shape[-1]
@@ -306,59 +286,60 @@ def draw_matches(images, errors, start, end):
 
 
 # ----------------------------------------------------------------------------- feature fields
-
-
 def fields(models, settings, folder):
-    """{way: [the mean over scenes]}: how much of the teacher is in a field's views, held out?
+    """{way to make a field: [mean metrics of the scenes]}, measured in held-out views.
 
-    A scene is two context views of `data.Views`, the target between them and a view half a gap
-    past the last, or the nearest to that. The teacher sees photos of --image-size; Gaussians, of
-    photos half that size, come from the context views alone. The optimised fields start from the
-    Gaussians of photos, without features.
+    A scene is two context views of `data.Views`. Held out are the target between them and a view
+    half a gap past the last, or the nearest to that. The teacher sees photos of --image-size;
+    Gaussians come from the context views at half that size. The optimised fields start from the
+    feed-forward Gaussians, without features.
     """
     (vit,), (H, W) = models[0].vits, (side // 2 for side in settings.image_size)
     scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
     options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
     views = data.Views(scenes, H, W, **options, length=settings.scenes)
     network = FeedForward(load_reconstructor().to(DEVICE), settings.near, settings.far)
-    rows, deep = {}, "depths" in views.keys
+    rows = {}
     for n in counted(range(settings.scenes), settings.scenes, "scene"):
         context, held = field_views(views, n)
         with torch.no_grad():
             own = patch_tokens(vit, held["photos"].to(DEVICE)).cpu()  # [V, C, h, w]
             inputs = patch_tokens(vit, context["photos"].to(DEVICE)).cpu()
         shown, seconds = {"nearest view, unwarped": unwarped(context, inputs, held)}, {}
-        ways = {FEED_FORWARD: (network, context)}
+        first, seconds[FEED_FORWARD] = timed(reconstruct, context, network, vit)
+        shown[FEED_FORWARD] = rendered(first, held)
+        field, took = timed(averaged, first, context, vit)
+        shown[MEAN], seconds[MEAN] = rendered(field, held), seconds[FEED_FORWARD] + took
+        ways = {}
         if context["masks"].any():
             whole = {k: v for k, v in context.items() if k != "masks"}
-            ways[f"{FEED_FORWARD}, across segments"] = network, whole
-        ways |= {"sensor depth": (SensorDepth(), context)} if deep else {}
-        for way, (geometry, given) in ways.items():
-            started = time.monotonic()
-            field = reconstruct(given, geometry, vit)
-            seconds[way], shown[way] = time.monotonic() - started, rendered(field, held)
-            if way == FEED_FORWARD:
-                start = field._replace(features=torch.zeros_like(field.features))
-                started = time.monotonic() - seconds[way]
-                field = averaged(field, given, vit)
-                seconds[MEAN], shown[MEAN] = time.monotonic() - started, rendered(field, held)
+            ways[f"{FEED_FORWARD}, across segments"] = whole, network
+        if "depths" in views.keys:
+            ways["sensor depth"] = context, SensorDepth()
+        for way, (given, geometry) in ways.items():
+            field, seconds[way] = timed(reconstruct, given, geometry, vit)
+            shown[way] = rendered(field, held)
+        start = first._replace(features=torch.zeros_like(first.features))
         for steps in settings.steps:
-            started = time.monotonic()
-            field = optimise(start, context, vit, steps)
-            way, took = f"optimised, {steps} steps", time.monotonic() - started
-            seconds[way], shown[way] = seconds[FEED_FORWARD] + took, rendered(field, held)
+            way = f"optimised, {steps} steps"
+            field, took = timed(optimise, start, context, vit, steps)
+            shown[way], seconds[way] = rendered(field, held), seconds[FEED_FORWARD] + took
         for way, view in shown.items():
             row = {"seconds": seconds.get(way)} | field_errors(view, own, held)
             rows.setdefault(way, []).append(row)
         if n < 4:
             draw_fields(folder / f"scene_{n}.png", shown, own, held, warning_of(models))
-    # The teacher's own features, whose cosine would be 1
     return {way: [{k: mean(r[k] for r in each) for k in each[0]}] for way, each in rows.items()}
 
 
+def timed(function, *arguments):
+    started = time.monotonic()
+    return function(*arguments), time.monotonic() - started
+
+
 def field_views(views, n):
-    """Sample n of `data.Views` with one held-out view more: the context and the held-out views, of
-    stacked tensors, and "photos" twice their size."""
+    """Sample n of `data.Views` with a second held-out view: the context and the held-out views, of
+    stacked tensors, with "photos" of twice the size."""
     scene, context, target = views.draw(n)
     numbers = np.asarray(scene.numbers)
     past = numbers[context[-1]] + (numbers[context[-1]] - numbers[context[0]]) / 2
@@ -390,12 +371,12 @@ def rendered(field, held):
 
 
 def field_errors(shown, own, held):
-    """Metrics of what is shown of held-out views against the teacher's own features [V, C, h, w].
+    """Metrics of rendered held-out views against the teacher's own features of them [V, C, h, w].
 
-    The cosine is the mean over patches that are seen, with features resized to patches as targets
-    are; also over those that show several segments, and over those that show one. Recall is that of
-    `match` from the first view to the second, in pixels of maps whose shorter side is about 56. A
-    view's PSNR is in dB; holes are the share of pixels with an alpha of at most 0.5.
+    "cosine" is the mean over seen patches, "cosine_borders" over those with several segments,
+    "cosine_inside" over those with one. Recall is of `match` between the two views, in pixels of
+    maps whose shorter side is about 56. PSNR is in dB; "holes" is the share of pixels with an alpha
+    of at most 0.5.
     """
     alpha, (V, _, h, w) = shown["alpha"], own.shape
     valid = held.get("valid", torch.ones_like(alpha, dtype=torch.bool))  # [V, H, W]
@@ -433,11 +414,11 @@ def draw_fields(path, shown, own, held, warning):
 
 
 # ----------------------------------------------------------------------------- linear probes
-
-# A probe takes features [B, C, h, w], cls tokens [B, C'] and the labels' size (H, W). It says its
-# label's key in a frame, the label that means unknown, and the metric (and its sign) that chooses
-# the best checkpoint. `measure` gives {name: [B']} of the frames in which anything is known;
-# `blind` what labels [N, ...] say of each pixel, the prediction that looks at no photo.
+# A probe maps features [B, C, h, w] and cls tokens [B, C'] to a prediction of size (H, W).
+#   label: the key of its labels in a frame; unknown: their value for none
+#   best: the metric that chooses the checkpoint, and its sign
+#   measure: {metric: [B'], of the frames with any known label}
+#   blind: a prediction for each pixel from labels [N, ...] alone
 
 
 def sig_loss(pred, gt):
@@ -451,7 +432,7 @@ def sig_loss(pred, gt):
 
 def gradient_loss(pred, gt):
     """MegaDepth's loss (arXiv 1804.00607) as in DINOv2: differences of log depth two pixels apart,
-    at every pixel and every second, fourth and sixth. Depths [..., H, W], gt 0 = none."""
+    with strides 1, 2, 4 and 6. Depths [..., H, W], gt 0 = none."""
     total = 0.0
     for step in (1, 2, 4, 6):
         p, t = pred[..., ::step, ::step], gt[..., ::step, ::step]
@@ -463,13 +444,13 @@ def gradient_loss(pred, gt):
     return total
 
 
-def frame_means(x, known):  # both [B, H, W] -> [B'], of the known pixels of frames that have any
+def frame_means(x, known):  # [B, H, W] -> [B']: over the known pixels of frames that have any
     x, known = (t[known.flatten(1).any(1)] for t in (x, known))
     return torch.where(known, x, 0.0).sum((1, 2)) / known.sum((1, 2))
 
 
 def depth_metrics(pred, gt):
-    """Probe3D's and DINOv2's, of depths [B, H, W], gt 0 = none: {name: [B'] frames that have gt}.
+    """Probe3D's and DINOv2's, of depths [B, H, W], gt 0 = none: {name: [B'], as `frame_means`}.
     d1, d2 and d3 are the shares of pixels within a factor of 1.25, 1.25^2 and 1.25^3."""
     known = gt > 0
     ratio = torch.maximum(gt / pred.clamp(min=1e-9), pred / gt.clamp(min=1e-9))
@@ -479,8 +460,8 @@ def depth_metrics(pred, gt):
 
 
 class DepthProbe(nn.Module):
-    """DINOv2's linear head: a 1 x 1 convolution takes patch tokens, cls beside each, to 256 uniform
-    bins, at four times the resolution. Depth in metres is their mean, weighted by relu + 0.1."""
+    """DINOv2's linear head: a 1 x 1 convolution from patch and cls tokens to 256 uniform bins, at
+    four times the resolution. Depth in metres is the bins' mean, weighted by relu + 0.1."""
 
     label, unknown, best = "depths", 0, ("abs_rel", -1)
 
@@ -495,12 +476,12 @@ class DepthProbe(nn.Module):
         # The convolution commutes with bilinear upsampling, and is cheaper before it
         x = self.conv(torch.cat([features, cls], 1))  # [B, 256, h, w]
         p = F.relu(F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False))
-        # The 0.1 is a constant in both sums
+        # Weights p + 0.1, without adding 0.1 to each
         depth = torch.einsum("bnhw,n->bhw", p, self.bins) + 0.1 * self.bins.sum()
         depth = depth / (p.sum(1) + 0.1 * len(self.bins))
         return F.interpolate(depth[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
-    def within(self, truth):  # beyond the bins it counts as unknown
+    def within(self, truth):  # depth beyond the bins is unknown
         return torch.where(truth <= self.max_depth, truth, 0.0)
 
     def loss(self, prediction, truth):
@@ -525,7 +506,7 @@ def known_normals(normals):  # [B, 3, H, W] -> [B, H, W]; unknown ones are 0
 
 def angular_loss(pred, gt):
     """Uncertainty-aware angular loss (Bae et al., arXiv 2109.09881) as in Probe3D.
-    pred [B, 4, H, W] is a direction and a raw certainty; gt [B, 3, H, W], 0 = none."""
+    pred [B, 4, H, W]: a direction and raw kappa; gt [B, 3, H, W], 0 = none."""
     angle = F.cosine_similarity(pred[:, :3], gt, dim=1).clamp(-1 + 1e-4, 1 - 1e-4).acos()
     kappa = F.elu(pred[:, 3]) + 1.01
     loss = torch.log1p(torch.exp(-kappa * math.pi)) - torch.log(kappa.square() + 1) + kappa * angle
@@ -533,8 +514,8 @@ def angular_loss(pred, gt):
 
 
 def normal_metrics(pred, gt):
-    """Probe3D's, of directions [B, 3 or more, H, W] and gt [B, 3, H, W], 0 = none: d1, d2, d3, the
-    shares of pixels within 11.25, 22.5 and 30 degrees, and rmse in degrees; [B'] as for depth."""
+    """Probe3D's, of directions [B, 3 or more, H, W], gt [B, 3, H, W], 0 = none: d1, d2 and d3, the
+    shares of pixels within 11.25, 22.5 and 30 degrees, and rmse in degrees, as `frame_means`."""
     known = known_normals(gt)
     error = torch.rad2deg(F.cosine_similarity(pred[:, :3], gt, dim=1).clamp(-1, 1).acos())
     limits = {"d1": 11.25, "d2": 22.5, "d3": 30}
@@ -543,8 +524,8 @@ def normal_metrics(pred, gt):
 
 
 class NormalsProbe(nn.Module):
-    """Probe3D's linear head: a 1 x 1 convolution to a direction and its certainty, at four times
-    the resolution. As in the paper it sees no cls token; Probe3D's own for DINOv2 does."""
+    """Probe3D's linear head: a 1 x 1 convolution to a direction and its kappa, at four times the
+    resolution. As in the paper it sees no cls token; Probe3D's own for DINOv2 does."""
 
     label, unknown, best = "normals", 0, ("rmse", -1)
     loss, measure = staticmethod(angular_loss), staticmethod(normal_metrics)
@@ -567,13 +548,13 @@ class NormalsProbe(nn.Module):
 
 
 def confusion(pred, gt, count):
-    """Pixels [count, count] of true class (row) and predicted class (column); gt -1 = none."""
+    """Counts of pixels [true class, predicted class]; gt -1 = none."""
     pairs = (gt * count + pred)[gt >= 0]
     return torch.bincount(pairs, minlength=count * count).view(count, count)
 
 
 def mean_iou(confusion, names):
-    """{miou, iou_NAME...} of the classes that truth or prediction has."""
+    """{miou, iou_NAME...} over the classes in the truth or the prediction."""
     both = confusion.diagonal().double()
     either = confusion.sum(0) + confusion.sum(1) - both
     iou = {f"iou_{name}": float(b / e) for name, b, e in zip(names, both, either) if e > 0}
@@ -608,8 +589,8 @@ class SegmentationProbe(nn.Module):
 
 
 def linear(task, models, settings, folder):
-    """{model: [{metric: value} per seed]} of a linear probe on features that are made once, and
-    NO_IMAGE's. Seeds differ in the probe's first weights and in the order of frames."""
+    """{model: [{metric: value} per seed]} of a linear probe on cached features, and of NO_IMAGE.
+    Seeds differ in the probe's initial weights and in the order of frames."""
     head, results, shown = TASKS[task].probe, {}, {}
     train, test, names = open_frames(task, settings)
     channels = max(sum(vit.embed_dim for vit in model.vits) for model in models)
@@ -618,14 +599,17 @@ def linear(task, models, settings, folder):
     with shared_scratch(settings.cache, need) as place:
         for model in models:
             shelves = [shelve(place / f.part, head, model, f, settings) for f in (train, test)]
-            found = probe_features(model.name, head, names, *shelves, settings)
-            results[model.name], shown[model.name] = found
+            results[model.name], shown[model.name] = probe_features(
+                model.name, head, names, *shelves, settings
+            )
         probe = new_probe(head, names, shelves[1], settings)
         labels = [data.small(frame[head.label]) for frame in loaded(train.as_tested(500))]
         size = labels[0].shape[-2:]
         labels = torch.stack([data.resized(label, size, "nearest") for label in labels])
         results[NO_IMAGE] = [over_frames(probe, shelves[1], from_labels(probe, labels))[0]]
-    for n in range(min(4, len(test)) if rank_and_count()[0] == 0 else 0):
+    if rank_and_count()[0] != 0:
+        return results
+    for n in range(min(4, len(test))):
         frame = test[n]
         label = frame[head.label]
         photo = data.joined(frame["images"], frame["places"], label.shape[-2:])
@@ -637,7 +621,7 @@ def linear(task, models, settings, folder):
 
 
 def open_frames(task, settings):
-    """`data.labelled` by the settings, whose max_depth it fills in where that is 0."""
+    """`data.labelled` by the settings. A max_depth of 0 becomes the data's."""
     framing = data.PUBLISHED[task] if settings.protocol == "paper" else data.Framing()
     if settings.image_size:
         framing = framing._replace(size=tuple(settings.image_size))
@@ -648,11 +632,11 @@ def open_frames(task, settings):
 
 
 def shelve(path, head, model, frames, settings):
-    """A `data.Shelf` of the features, cls tokens, label and places of each frame: in a file of each
-    process those of its share."""
-    gathered([])  # until no process reads the last model's features, which these replace
+    """A `data.Shelf` of each frame's features, cls tokens, label and places: one file per process,
+    of its share."""
+    gathered([])  # wait: the files replace the last model's, which others may still read
     shelf, known = data.Shelf(f"{path}{rank_and_count()[0] or ''}"), False
-    share = Share(frames)
+    share = share_of(frames)
     for frame in counted(loaded(share), len(share), f"{model.name}: {path.name} frame"):
         label = frame[head.label]
         known = known or bool((label != head.unknown).any())
@@ -673,19 +657,19 @@ def probe_features(name, head, names, train, test, settings):
         row, predictions = max(known or checks, key=lambda check: sign * (check[0][metric] or 0))
         rows.append(row)
         shown = shown or predictions
-        said = [f"{k} {cell(v)}" for k, v in list(row.items())[:5]]
-        print(f"{name}, seed {seed}: " + "   ".join(said))
+        cells = [f"{k} {cell(v)}" for k, v in list(row.items())[:5]]
+        print(f"{name}, seed {seed}: " + "   ".join(cells))
     return rows, shown
 
 
-def new_probe(head, names, shelf, settings):  # for the channels of the shelf's features
+def new_probe(head, names, shelf, settings):
     (_, channels, *_), (_, classes) = shelf.shapes(0)[:2]
     options = {k: getattr(settings, k) for k in ("max_depth", "gradient_weight") if k in settings}
     return head(channels, classes=classes, names=names, **options)
 
 
 def learning_rate(i, steps, settings):
-    """The factor of step i: it climbs in the warm-up, then follows the schedule."""
+    """The factor of the learning rate at step i: a warm-up and the schedule."""
     warmup = max(1, round(settings.warmup * steps))
     if settings.schedule == "quarter":
         if i <= warmup:
@@ -698,7 +682,7 @@ def learning_rate(i, steps, settings):
 
 
 def fit(head, names, shelf, settings, seed):
-    """Train a probe by AdamW on a shelf. Yields it, in eval mode, at each of the checks."""
+    """Train a probe on a shelf by AdamW. Yields it, in eval mode, at each of --checks."""
     torch.manual_seed(seed)
     probe, count = new_probe(head, names, shelf, settings).to(DEVICE), len(shelf)
     steps = settings.steps or settings.epochs * math.ceil(count / settings.batch_size)
@@ -730,8 +714,8 @@ def fit(head, names, shelf, settings, seed):
 
 @torch.no_grad()
 def over_frames(probe, shelf, constant=None):
-    """A probe's {metric: mean over the frames, or None}, and its first four predictions; a constant
-    takes their place, stretched to each frame."""
+    """A probe's {metric: mean over the frames, or None}, and its predictions of the first four. A
+    constant, resized to each frame, replaces its predictions."""
     measured, predictions = [], []
     for i in range(len(shelf)):
         features, classes, label, places = shelf[i]
@@ -742,7 +726,8 @@ def over_frames(probe, shelf, constant=None):
         else:
             prediction = data.resized(constant, size, "nearest")
         measured.append(probe.measure(prediction[None], label[None]))
-        predictions += [prediction] * (i < 4)
+        if i < 4:
+            predictions.append(prediction)
     values = {k: torch.cat([m[k] for m in measured]) for k in measured[0]}  # [N, ...]
     if "confusion" in values:
         return mean_iou(values["confusion"].sum(0), probe.names), predictions
@@ -750,14 +735,12 @@ def over_frames(probe, shelf, constant=None):
 
 
 def from_labels(probe, labels):
-    """What labels [N, ..., H, W] say of each pixel; where they say nothing, its median."""
-    said = torch.cat([probe.blind(data.full(rows)) for rows in labels.split(32, -2)], -2)
-    return said.nan_to_num(float(said.nanmedian()))
+    """A probe's `blind` prediction from labels [N, ..., H, W], its median where none is known."""
+    blind = torch.cat([probe.blind(data.full(rows)) for rows in labels.split(32, -2)], -2)
+    return blind.nan_to_num(float(blind.nanmedian()))
 
 
 # ----------------------------------------------------------------------------- tables and files
-
-
 def draw_views(path, target, shown):
     """`reconstruction`'s target photo, and each way's photo and depth, side by side."""
     panels = {"target photo": target["images"][0].permute(1, 2, 0)}
@@ -767,12 +750,12 @@ def draw_views(path, target, shown):
     write_sheet(path, panels)
 
 
-def loaded(dataset):  # its items, prepared one ahead by another process
+def loaded(dataset):  # its items, prefetched by another process
     return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
 
 
 def counted(items, total, what):
-    """The items; prints five times how many are done, how fast, and how long the rest takes."""
+    """The items; prints five times how many are done, their rate and the time left."""
     started = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
@@ -783,11 +766,11 @@ def counted(items, total, what):
 
 
 def summarise(results, spread="spread"):
-    """{model: [{metric: value} a time]} -> {model: {metric: {"mean", "spread"}}}: the spread is the
-    standard deviation, or the standard error if it has that name; None of a single value."""
+    """{model: [{metric: value}]} -> {model: {metric: {"mean", "spread"}}}, over rows. The spread is
+    the standard deviation, or the standard error if named so; None of a single value."""
     summary = {name: {} for name in results}
     for name, rows in results.items():
-        for key in dict.fromkeys(key for row in rows for key in row):  # in order
+        for key in dict.fromkeys(key for row in rows for key in row):  # unique, in order
             values = [row[key] for row in rows if row.get(key) is not None]
             count = len(values) if spread == "standard_error" else 1
             apart = float(np.std(values, ddof=1)) / math.sqrt(count) if len(values) > 1 else None
@@ -796,7 +779,7 @@ def summarise(results, spread="spread"):
 
 
 def differences(results, pairs):
-    """{"B - A": [{metric: B minus A} a time]} of models (A, B): what both saw alike cancels."""
+    """{"B - A": [{metric: B minus A}]} of models (A, B), row by row: what both share cancels."""
     rows = {}
     for a, b in pairs:
         both = zip(results[a], results[b])
@@ -812,7 +795,7 @@ def cell(value, spread=None):
 
 
 def print_table(summary):
-    """Of `summarise`: a column for each model, a line for each metric but the IoU of classes."""
+    """Print what `summarise` returns: a column per model, a line per metric but classes' IoU."""
     models, unknown = summary.values(), {"mean": None}
     keys = dict.fromkeys(k for row in models for k in row if not k.startswith("iou_"))
     lines = [[k, *(cell(*row.get(k, unknown).values()) for row in models)] for k in keys]
@@ -822,12 +805,12 @@ def print_table(summary):
         print(f"{first:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:])))
 
 
-def measure(task, settings, models, home):
+def run_task(task, settings, models, home):
     """Run one task, print its tables and write results.json."""
     (rank, count), started = rank_and_count(), time.monotonic()
     if count > 1 and task != "correspondence" and not TASKS[task].probe:
         raise ValueError(f"--task {task} runs in one process")
-    folder = gathered([free_folder(home / "evaluation", task)])[0]  # the first process's
+    folder = gathered([free_folder(home / "evaluation", task)])[0]  # rank 0's
     folder.mkdir(parents=True, exist_ok=count > 1)
     names, by_pair = [model.name for model in models], {}
     try:
@@ -840,7 +823,7 @@ def measure(task, settings, models, home):
         else:
             results = linear(task, models, settings, folder)
     except BaseException:
-        if rank == 0 and not any(folder.iterdir()):  # nothing to look at yet
+        if rank == 0 and not any(folder.iterdir()):
             folder.rmdir()
         raise
     against_first = differences(results, [(names[0], name) for name in names[1:]])
@@ -867,8 +850,6 @@ def measure(task, settings, models, home):
 
 
 # ----------------------------------------------------------------------------- tasks and settings
-
-
 # Setting(quick, paper, help, low, high). Paper's values are from the probes' public code: DINOv2's
 # for depth and segmentation, as FiT3D and the paper run them, and Probe3D's for the rest.
 DATA = {"data": Setting(None, None, "folder of your data (README); default: procedural rooms")}
@@ -881,6 +862,7 @@ FEATURES = DATA | {
     "seeds": Setting(3, 3, "repetitions; a difference within their spread means nothing", 1),
     "seed": Setting(0, 0, "of the first repetition", 0),
 }  # fmt: skip
+PAIRS = {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}
 CACHE = {"cache": Setting(None, None, "folder for features during a task; default: /tmp")}
 LINEAR = FEATURES | CACHE | {
     "train_frames": Setting(128, 0, "frames to train the probe on; 0 is all", 0),
@@ -903,8 +885,8 @@ LINEAR = FEATURES | CACHE | {
 class Task(NamedTuple):
     settings: dict
     probe: type | None = None  # of the linear tasks
-    norm: bool | None = None  # are features taken after the final norm?
-    multiple: int = 1  # of pixels, that --image-size must be
+    norm: bool | None = None  # features after the final norm?
+    multiple: int = 1  # of which --image-size must be
 
 
 TASKS = {
@@ -930,12 +912,12 @@ TASKS = {
     "all": Task(FEATURES | CACHE, multiple=4),
     "reconstruction": Task(DATA | {
         "scenes": Setting(50, 50, "pairs of context views, with a target between them", 1),
-    } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=16),
+    } | PAIRS, multiple=16),
     "fields": Task(DATA | {
         "teacher": Setting("dinov2_vits14", "dinov2_vits14", TEACHERS),
         "teacher_weights": FEATURES["teacher_weights"],
         "scenes": Setting(20, 20, "pairs of context views, with two views held out", 1),
-    } | {k: VIEWS[k] for k in ("near", "far", "min_gap", "max_gap", "seed")}, multiple=32),
+    } | PAIRS, multiple=32),
 }  # fmt: skip
 
 
@@ -981,10 +963,10 @@ def parse_settings(arguments=None):
 
 
 def settings_of(task, given):
-    """The namespace, with the protocol's values for the settings of a task that it lacks."""
+    """The namespace, with the protocol's defaults for the settings that it lacks."""
     paper, rows = getattr(given, "protocol", None) == "paper", TASKS[task].settings
-    usual = {name: row.paper if paper else row.demo for name, row in rows.items()}
-    settings = argparse.Namespace(**usual | vars(given))
+    defaults = {name: row.paper if paper else row.demo for name, row in rows.items()}
+    settings = argparse.Namespace(**defaults | vars(given))
     if "norm" in settings and settings.norm is None:
         settings.norm = TASKS[task].norm
     return settings
@@ -1005,7 +987,7 @@ def check(task, settings):
         raise SystemExit("--epochs cannot be 0 where --steps is")
     if task == "all" and settings.data:
         raise SystemExit("--task all is for procedural rooms: every task wants data of its own")
-    if sum(map(bool, map(given, ("weights", "run", "teacher")))) > 1:
+    if sum(bool(given(name)) for name in ("weights", "run", "teacher")) > 1:
         raise SystemExit("--weights, --run and --teacher each say what to compare: choose one")
     if given("teacher_weights") and not given("teacher"):
         raise SystemExit("--teacher-weights goes with --teacher")
@@ -1024,7 +1006,7 @@ def main(arguments=None):
             banner(warning)
         four = [task for task, row in TASKS.items() if row.norm is not None]
         for task in four if settings.task == "all" else [settings.task]:
-            measure(task, settings_of(task, settings), models, home)
+            run_task(task, settings_of(task, settings), models, home)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Shapes, in trailing comments: B scenes, V context views (one target view per scene), H x W pixels,
 C channels, h x w patches (14 or 16 pixels wide: `vit.patch_size`), N = V * H * W Gaussians.
 Cameras: OpenCV axes (x right, y down, z forward); extrinsics camera-to-world, viewmats
-world-to-camera, Ks in pixels. What a batch and a view hold is said in data.py.
+world-to-camera, Ks in pixels. data.py describes batches and views.
 """
 
 import copy
@@ -25,11 +25,9 @@ from torch import nn
 from data import naming, unpacked
 from kernels import Mixture, rasterize
 
-NEAR_PLANE = 1e-6  # of the rasteriser. A capture's unit may be anything: cut off only the camera
+NEAR_PLANE = 1e-6  # of the rasteriser; tiny, as a capture's unit may be anything
 
 # ---------------------------------------------------------------------------- the method
-
-
 class SplatAndDistill(nn.Module):
     """One training step of the method (paper, section 3), in ten numbered steps.
 
@@ -38,14 +36,15 @@ class SplatAndDistill(nn.Module):
         reconstruct: a callable, context views -> Gaussians (reconstruct.py).
         prototypes, head_dim, bottleneck_dim: sizes of the heads.
         lora_rank, lora_alpha, lora_dropout: of the student's LoRA. Rank 0 trains all weights.
-        upsampling: "mask-aware", as the paper's code; "bilinear", across segments; or "centred",
-            mask-aware with patch tokens at the centres of their patches.
+        upsampling: "mask-aware" (the paper's code), "centred" (mask-aware, tokens at the centres
+            of their patches) or "bilinear" (across segments).
         blend: weight of a splatted feature against its segment's mean; 1 is no blending.
-        centring: momentum of the mean that is subtracted from the teacher's logits; 1 is none.
-        teacher_temperature, student_temperature: divisors of the logits.
-        loss: "prototypes" (the paper's), "contrastive" or "both"; temperature: of the contrast.
-        targets: "splatted", or "own": the control without geometry, which learns from the
-            teacher's features of the target view itself.
+        centring: momentum of the mean subtracted from the teacher's logits; 1 is no centring.
+        teacher_temperature, student_temperature: of the logits.
+        loss: "prototypes" (the paper's), "contrastive" or "both".
+        temperature: of the contrastive loss.
+        targets: "splatted", or "own": a control without geometry, taught by the teacher's
+            features of the target view itself.
     """
 
     def __init__(
@@ -66,9 +65,9 @@ class SplatAndDistill(nn.Module):
         self.loss, self.temperature, self.targets = loss, temperature, targets
         self.centring, self.teacher_temperature = centring, teacher_temperature
         self.student_temperature = student_temperature
-        lora = (lora_rank, lora_alpha, lora_dropout)
+        lora = lora_rank, lora_alpha, lora_dropout
         self.student = add_lora(vit, *lora) if lora_rank else vit.requires_grad_(True)
-        head = (vit.embed_dim, prototypes, head_dim, bottleneck_dim)
+        head = vit.embed_dim, prototypes, head_dim, bottleneck_dim
         self.student_head = nn.Identity() if loss == "contrastive" else DINOHead(*head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.teacher_head = copy.deepcopy(self.student_head).requires_grad_(False)
@@ -83,7 +82,7 @@ class SplatAndDistill(nn.Module):
     def forward(self, batch):
         """A batch {"context": views [B, V, ...], "target": view [B, ...], "has_masks": [B]}.
 
-        Returns the loss, metrics {name: scalar tensor} and what to draw: what `splat` returns and
+        Returns the loss, metrics {name: scalar tensor} and, to draw, what `splat` returns with
         "student" features [B, C, h, w].
         """
         target = batch["target"]
@@ -96,22 +95,22 @@ class SplatAndDistill(nn.Module):
             drawn = dict(splatted=own, holes=torch.zeros_like(own[:, 0], dtype=torch.bool))
         # 8. The student's features of the target view
         student = patch_tokens(self.student, target["images"])  # [B, C, h, w]
-        # 9. Compare the two at every location that is not a hole: [locations, C]
-        taught, learnt = (
-            f.permute(0, 2, 3, 1)[~drawn["holes"]].float() for f in (drawn["splatted"], student)
-        )
-        loss, metrics = learnt.new_zeros(()), {}
+        # 9. Compare the two wherever there is no hole: [locations, C]
+        holes = drawn["holes"]  # [B, h, w]
+        taught = drawn["splatted"].permute(0, 2, 3, 1)[~holes].float()
+        learnt = student.permute(0, 2, 3, 1)[~holes].float()
+        loss, metrics = 0.0, {}
         if self.loss != "contrastive":
             cross_entropy, entropy = self.prototypes_loss(taught, learnt)
             loss = loss + cross_entropy
-            # What is above the teacher's entropy is the distance to the teacher
-            metrics["above_entropy"] = cross_entropy.detach() - entropy
+            metrics["above_entropy"] = cross_entropy.detach() - entropy  # the KL divergence
         if self.loss != "prototypes":
-            options = self.temperature, self.training
-            contrast, metrics["matched"] = contrastive_loss(learnt, taught, *options)
+            contrast, metrics["matched"] = contrastive_loss(
+                learnt, taught, self.temperature, self.training
+            )
             loss = loss + contrast
-        holes = drawn["holes"].sum(), drawn["holes"].numel()
-        metrics |= {"loss": loss.detach(), "holes": mean_of(*holes, self.training)}
+        metrics["loss"] = loss.detach()
+        metrics["holes"] = mean_of(holes.sum(), holes.numel(), self.training)
         return loss, metrics, dict(drawn, student=student.detach())
 
     @torch.no_grad()
@@ -122,7 +121,7 @@ class SplatAndDistill(nn.Module):
         [B, C, H, W] (in training [B, C, 2h, 2w]), "alphas" [B, H, W], "gaussians"}.
         """
         (B, V, _, H, W), device = context["images"].shape, context["images"].device
-        # 1. Reconstruct: one Gaussian per context pixel. Positions do not survive bfloat16
+        # 1. Reconstruct: one Gaussian per context pixel. bfloat16 would round positions
         with torch.autocast(device.type, enabled=False):
             gaussians = without_masked(self.reconstruct(context), context)
             viewmats = torch.linalg.inv(target["extrinsics"])[:, None]  # [B, 1, 4, 4]
@@ -131,27 +130,28 @@ class SplatAndDistill(nn.Module):
         if torch.is_autocast_enabled(device.type):  # the last norm returns float32
             tokens = tokens.to(torch.get_autocast_dtype(device.type))
         # 3. Mask-aware upsampling to pixels, and 4. lift: a pixel's feature is its Gaussian's
-        masks = context["masks"].flatten(0, 1) * (self.upsampling != "bilinear")  # or one segment
+        masks = context["masks"].flatten(0, 1)  # [B*V, H, W]
+        if self.upsampling == "bilinear":  # one segment everywhere
+            masks = torch.zeros_like(masks)
         factored, centred = tokens.is_cuda or self.training, self.upsampling == "centred"
         features = lift_features(tokens, masks, V, factored, centred)
-        # 5. Splat into the target camera. In training only the pixels that step 7 reads: splatting
-        # is linear, so that the rasteriser finds the means of segments without the image
+        # 5. Splat into the target camera. In training the rasteriser draws only the pixels that
+        # step 7 reads; it returns the means of segments, which step 6 needs
         h, w = tokens.shape[-2:]
         (rows, wy), (columns, wx) = bilinear_taps(H, h, device), bilinear_taps(W, w, device)
         blends = self.blend < 1 and bool(has_masks.any())
-        labels = number_segments(target["masks"]) if blends and self.training else None
+        labels = number_segments(target["masks"])[:, None] if blends and self.training else None
         rendered, alphas, *means = rasterize(
             *gaussians[:3], features, viewmats, target["Ks"][:, None], W, H, near_plane=NEAR_PLANE,
             precision="tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
-            at=(rows, columns) if self.training else None,
-            labels=None if labels is None else labels[:, None],
+            at=(rows, columns) if self.training else None, labels=labels,
         )  # fmt: skip
         rendered, alphas = rendered[:, 0].permute(0, 3, 1, 2), alphas[:, 0]
-        # 6. Blend each segment with its mean, in the scenes that have segments
+        # 6. Blend each pixel with its segment's mean, in the scenes that have segments
         keep = torch.where(has_masks, self.blend, 1.0).to(rendered.dtype).view(B, 1, 1, 1)
         if means:  # [B, 1, labels, C]
-            labels = labels[:, rows[:, None], columns]  # [B, 2h, 2w]
-            means = means[0][torch.arange(B, device=device)[:, None, None], 0, labels]
+            scene = torch.arange(B, device=device).view(B, 1, 1)
+            means = means[0][scene, 0, labels[:, 0, rows[:, None], columns]]  # [B, 2h, 2w, C]
             rendered = torch.lerp(means.permute(0, 3, 1, 2), rendered, keep)
         elif blends:
             rendered = blend_segments(rendered, target["masks"], keep)
@@ -178,91 +178,76 @@ class SplatAndDistill(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum):
         """10. teacher = momentum * teacher + (1 - momentum) * student, backbone and head."""
-        heads = self.student_head, self.teacher_head
-        for student, teacher in ((self.student, self.teacher), heads):
+        pairs = (self.student, self.teacher), (self.student_head, self.teacher_head)
+        for student, teacher in pairs:
             for s, t in zip(student.parameters(), teacher.parameters()):
                 if s.requires_grad:
                     t.lerp_(s, 1 - momentum)
 
     @torch.no_grad()
     def alignment(self, batch, drawn):
-        """Is the geometry right? Mean cosines, outside the holes, of the teacher's own features of
+        """Is the geometry right? Mean cosine, outside the holes, of the teacher's own features of
         the target view with the splatted ones, and with the first context view's, unwarped."""
-        own = patch_tokens(self.teacher, batch["target"]["images"])
+        own = patch_tokens(self.teacher, batch["target"]["images"])  # [B, C, h, w]
         unwarped = patch_tokens(self.teacher, batch["context"]["images"][:, 0])
-        splatted, unwarped = (
-            F.cosine_similarity(own, f, dim=1)[~drawn["holes"]].mean()
-            for f in (drawn["splatted"], unwarped)
-        )
-        return {"cosine_splatted": splatted, "cosine_unwarped": unwarped}
+        maps = {"cosine_splatted": drawn["splatted"], "cosine_unwarped": unwarped}
+        seen = ~drawn["holes"]
+        return {k: F.cosine_similarity(own, f, dim=1)[seen].mean() for k, f in maps.items()}
 
 
 def without_masked(gaussians, context):
-    """Gaussians of pixels outside the validity mask, "valid" [B, V, H, W], get opacity 0."""
+    """The Gaussians, with opacity 0 outside the validity mask "valid" [B, V, H, W], if any."""
     if "valid" not in context:
         return gaussians
     return gaussians._replace(opacities=gaussians.opacities * context["valid"].flatten(1))
 
 
 # ---------------------------------------------------------------------------- its parts
-
-
 def mean_of(total, count, together, none=0.0):
-    """The mean of `count` numbers here whose sum is `total`; `none` where there are none.
-
-    Under torchrun and `together`, the mean over all processes. Its gradient is then this process's
-    part times the number of processes, because DistributedDataParallel takes the mean of the
-    processes' gradients: that is the gradient of the whole.
+    """total / count, or `none` where the count is 0; if `together`, over all processes.
+    DistributedDataParallel averages their gradients: each is therefore multiplied by their number.
     """
-    whole, counts = total.detach().clone(), torch.as_tensor(count, device=total.device).float()
+    whole = total.detach().clone()
+    count = torch.as_tensor(count, device=total.device).float().clone()
     processes = dist.get_world_size() if together and dist.is_initialized() else 1
     if processes > 1:
         dist.all_reduce(whole)
-        counts = counts.clone()
-        dist.all_reduce(counts)
-    part = processes * total / counts.clamp(min=1)
-    mean = part + (whole / counts.clamp(min=1) - part).detach()
-    return torch.where(counts > 0, mean, none)
+        dist.all_reduce(count)
+    part = processes * total / count.clamp(min=1)
+    mean = part + (whole / count.clamp(min=1) - part).detach()  # whole's value, part's gradient
+    return torch.where(count > 0, mean, none)
 
 
-class RowsOfAll(torch.autograd.Function):
-    """Rows [M, C] of all processes, M different in each -> [sum of M, C], in the processes' order.
-    The gradient is the sum of what the losses of all processes say of this one's rows."""
+class SumOfProcesses(torch.autograd.Function):
+    """x summed over all processes, and in the backward pass the gradients of all their losses."""
 
     @staticmethod
-    def forward(ctx, x, counts):
-        padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))  # all_gather wants equal shapes
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        ctx.counts = counts
-        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    def forward(ctx, x):
+        dist.all_reduce(x := x.contiguous().clone())
+        return x
 
-    @staticmethod
-    def backward(ctx, grad):
-        dist.all_reduce(grad := grad.contiguous().clone())
-        return grad.split(ctx.counts)[dist.get_rank()], None
+    backward = forward
 
 
-def rows_of_all(x, together):
-    """`RowsOfAll` and where this process's rows begin, if `together` and under torchrun; else x."""
+def gather_rows(x, together):
+    """Rows [M, C], M different in each process -> if `together` those of all processes, and the
+    index of this one's first."""
     if not (together and dist.is_initialized()):
         return x, 0
-    here = torch.tensor([len(x)], device=x.device)
-    dist.all_gather(counts := [torch.zeros_like(here) for _ in range(dist.get_world_size())], here)
-    counts = [int(count) for count in counts]
-    return RowsOfAll.apply(x, counts), sum(counts[: dist.get_rank()])
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=x.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(x)], device=x.device))
+    before, total = int(counts[: dist.get_rank()].sum()), int(counts.sum())
+    return SumOfProcesses.apply(F.pad(x, (0, 0, before, total - before - len(x)))), before
 
 
 def distillation_loss(teacher_logits, student_logits, together=False):
-    """Cross-entropy of softmax(student) under softmax(teacher), and the teacher's entropy.
-
-    Logits [locations, prototypes], divided by their temperatures. Both are means over the
-    locations (`together`: of all processes), and 0 without any.
-    """
+    """Cross-entropy of softmax(student) under softmax(teacher), and the teacher's entropy: means
+    over the locations (`mean_of`) of logits [locations, prototypes] / temperature."""
     teacher_log, student_log = F.log_softmax(teacher_logits, -1), F.log_softmax(student_logits, -1)
     p, locations = teacher_log.exp(), len(teacher_log)
     cross_entropy = mean_of(-(p * student_log).sum(), locations, together)
-    return cross_entropy, mean_of(-(p * teacher_log).sum(), locations, together)
+    entropy = mean_of(-(p * teacher_log).sum(), locations, together)
+    return cross_entropy, entropy
 
 
 def contrastive_loss(queries, keys, temperature, together=False):
@@ -273,18 +258,18 @@ def contrastive_loss(queries, keys, temperature, together=False):
         s_ij = q_i . k_j / t        L = - mean_i log( exp s_ii / sum_j exp s_ij )
 
     Returns the mean of L and of L with i and j swapped, and the share of queries whose nearest
-    key is their own. Both are 0 without locations. `together`, i and j run over the locations of
-    all processes: each takes its own rows of both.
+    key is their own; 0 and 0 without locations. `together`, over those of all processes.
     """
     queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
-    (all_queries, first), (all_keys, _) = (rows_of_all(x, together) for x in (queries, keys))
+    all_queries, first = gather_rows(queries, together)
+    all_keys, _ = gather_rows(keys, together)
     own = first + torch.arange(len(queries), device=queries.device)
     scores = queries @ all_keys.T / temperature  # [locations, locations of all]
     swapped = keys @ all_queries.T / temperature
     both = sum(F.cross_entropy(s, own, reduction="sum") for s in (scores, swapped))
     nearest = scores.detach().argmax(1) if len(scores) else own
-    found = mean_of((nearest == own).sum(), len(own), together)
-    return mean_of(both / 2, len(own), together), found
+    matched = mean_of((nearest == own).sum(), len(own), together)
+    return mean_of(both / 2, len(own), together), matched
 
 
 class DINOHead(nn.Module):
@@ -303,8 +288,8 @@ class DINOHead(nn.Module):
             nn.init.zeros_(layer.bias)
         self.last_layer = nn.Module()  # DINO's names: last_layer.weight_g, last_layer.weight_v
         self.last_layer.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        # As nn.Linear starts, a norm of 0.58: the larger, the slower Adam turns it
         self.last_layer.weight_v = nn.Parameter(torch.empty(out_dim, bottleneck_dim))
+        # As nn.Linear's: Adam would turn longer vectors more slowly
         nn.init.kaiming_uniform_(self.last_layer.weight_v, a=math.sqrt(5))
 
     def forward(self, x):
@@ -313,7 +298,7 @@ class DINOHead(nn.Module):
 
 
 def positions(cells, pixels, centred, device):
-    """Where cells lie on an axis of pixels: their centres, or with the ends at its ends. [cells]"""
+    """Cells on an axis of pixels: at their centres, or from the first pixel to the last. [cells]"""
     if centred:
         return (torch.arange(cells, device=device) + 0.5) * pixels / cells - 0.5
     return torch.linspace(0, pixels - 1, cells, device=device)
@@ -328,10 +313,8 @@ def neighbours(at, cells):
 
 
 def bilinear_taps(pixels, cells, device=None):
-    """The pixels of an axis that bilinear downsampling reads (align_corners=False): two per cell.
-
-    Returns the pixels [2 * cells] and their weights [cells, 2].
-    """
+    """The pixels [2 * cells] of an axis that bilinear downsampling (align_corners=False) reads,
+    two per cell, and their weights [cells, 2]."""
     taps, weights = neighbours(positions(cells, pixels, True, device), pixels)
     return taps.flatten(), weights
 
@@ -339,10 +322,10 @@ def bilinear_taps(pixels, cells, device=None):
 def upsample_weights(masks, h, w, strict=False, centred=False):
     """The four cells of an h x w grid around each pixel, and their weights (paper, section 3).
 
-    Bilinear, but a cell counts only for pixels of the segment that the masks [B, H, W] show at
-    the cell; weights sum to 1. Where no cell counts, plain bilinear or, with strict=True, zero as
-    in the public code. Cells are at the centres of their patches if `centred`; else the corner
-    cells are at the corner pixels, as in the public code, which moves features outwards.
+    Bilinear weights, kept where cell and pixel are of one segment in the masks [B, H, W], and
+    scaled to sum to 1. Where none is kept: plain bilinear or, if `strict`, 0 as in the public
+    code. Cells are at the centres of their patches if `centred`; else the corner cells are at
+    the corner pixels, as in the public code, which moves features outwards.
 
     Returns indices [B, H, W, 4] into the B*h*w cells, and weights [B, H, W, 4] float32.
     """
@@ -352,20 +335,18 @@ def upsample_weights(masks, h, w, strict=False, centred=False):
     cells = (y[:, None, :, None] * w + x[None, :, None, :]).reshape(H, W, 4)
     plain = (wy[:, None, :, None] * wx[None, :, None, :]).reshape(H, W, 4)
     indices = cells + h * w * torch.arange(B, device=masks.device).view(B, 1, 1, 1)
-    rows, columns = (positions(n, m, *where).round().long() for n, m in ((h, H), (w, W)))
-    cell_ids = masks[:, rows][:, :, columns].reshape(-1)  # [B*h*w]
+    rows = positions(h, H, *where).round().long()
+    columns = positions(w, W, *where).round().long()
+    cell_ids = masks[:, rows[:, None], columns].flatten()  # [B*h*w]
     weights = plain * (cell_ids[indices] == masks[..., None])  # [B, H, W, 4]
     total = weights.sum(-1, keepdim=True)
-    otherwise = torch.zeros_like(plain) if strict else plain
-    found = total > 1e-6  # less is rounding
-    return indices, torch.where(found, weights / total.clamp(min=1e-6), otherwise)
+    fallback = torch.zeros_like(plain) if strict else plain
+    return indices, torch.where(total > 1e-6, weights / total.clamp(min=1e-6), fallback)
 
 
 def upsample_features(features, masks, strict=False, centred=False):
-    """Features [B, C, h, w] at the size of masks [B, H, W], without mixing segments: [B, C, H, W].
-
-    See `upsample_weights`. The result is a channels-last view, which is what lifting wants.
-    """
+    """Features [B, C, h, w] upsampled by `upsample_weights` to masks [B, H, W]: a channels-last
+    view [B, C, H, W]."""
     B, C, h, w = features.shape
     if masks.ndim != 3 or len(masks) != B:
         shapes = f"features {list(features.shape)}, not {list(masks.shape)}"
@@ -373,17 +354,15 @@ def upsample_features(features, masks, strict=False, centred=False):
     indices, weights = upsample_weights(masks, h, w, strict, centred)
     table = features.permute(0, 2, 3, 1).reshape(B * h * w, C)
     weights = weights.reshape(-1, 4).to(table.dtype)
-    # A weighted sum of four rows per pixel, without holding the four
+    # Weighted sums of four rows, without a copy [B*H*W, 4, C] of them
     out = F.embedding_bag(indices.view(-1, 4), table, per_sample_weights=weights, mode="sum")
     return out.view(*masks.shape, C).permute(0, 3, 1, 2)
 
 
 def lift_features(tokens, masks, V, factored, centred=False):
-    """The features of the Gaussians of V views per scene, for `rasterize`.
-
-    Tokens [B*V, C, h, w] are upsampled to masks [B*V, H, W]. Returns [B, N, C] or, factored, a
-    Mixture of the tokens: the same in far less memory, and without tensor cores more work.
-    """
+    """Tokens [B*V, C, h, w] upsampled to masks [B*V, H, W]: the features [B, N, C] of the scenes'
+    Gaussians or, if `factored`, the same as a Mixture, which takes far less memory but is slower
+    without tensor cores."""
     BV, C, h, w = tokens.shape
     B = BV // V
     if not factored:
@@ -404,11 +383,8 @@ def number_segments(masks):
 
 
 def blend_segments(features, masks, alpha):
-    """alpha * features + (1 - alpha) * the mean over each pixel's segment (paper, section 3).
-
-    features [B, C, H, W], masks [B, H, W] segment ids, alpha a number or a tensor that broadcasts
-    against [B, 1, 1, 1]. Returns [B, C, H, W].
-    """
+    """alpha * features + (1 - alpha) * the mean over each pixel's segment (paper, section 3):
+    [B, C, H, W]. masks [B, H, W] are segment ids, alpha a number or [B, 1, 1, 1]."""
     B, C, H, W = features.shape
     if masks.shape != (B, H, W):
         raise ValueError(f"masks must be {[B, H, W]} to go with features, not {list(masks.shape)}")
@@ -439,7 +415,7 @@ class LoRALinear(nn.Module):
 
 
 class LoRAConv(LoRALinear):
-    """The same around a convolution, as in peft: A is one of the same window, B one of 1 x 1."""
+    """LoRA of a convolution, as in peft: A has its kernel size, B is 1 x 1."""
 
     def forward(self, x):
         down = F.conv2d(self.dropout(x), self.A, stride=self.linear.stride)
@@ -447,8 +423,8 @@ class LoRAConv(LoRALinear):
 
 
 def add_lora(vit, rank=8, alpha=8, dropout=0.1):
-    """Freeze a ViT and put LoRA, in place, on what ends in "qkv" or "proj", as the paper's code
-    does: attention in every block, and patch_embed.proj. Returns the ViT."""
+    """Freeze a ViT and add LoRA, in place, to every qkv and proj, patch_embed.proj too, as the
+    paper's code does. Returns the ViT."""
     vit.requires_grad_(False)
     vit.patch_embed.proj = LoRAConv(vit.patch_embed.proj, rank, alpha, dropout)
     for block in vit.blocks:
@@ -459,7 +435,7 @@ def add_lora(vit, rank=8, alpha=8, dropout=0.1):
 
 @torch.no_grad()
 def merge_lora(vit):
-    """The state dict of a plain ViT (Meta's names, on the CPU) that computes what this one does."""
+    """The state dict (Meta's names, on the CPU) of a plain ViT that computes the same."""
     state = {k: v.cpu() for k, v in vit.state_dict().items()}  # products on a GPU may be TF32
     for name, module in vit.named_modules():
         if isinstance(module, LoRALinear):
@@ -474,9 +450,8 @@ class Pretraining(nn.Module):
     """One training step of a teacher: a spot has the same feature in two crops of its photo.
 
     All other spots of the batch are negatives (dense contrast as in VADeR, arXiv 2011.05499,
-    without a head). With a place_weight a linear layer also has to tell from each patch's feature
-    where in the photo it lies (mean squared error, in half photos): that takes an idea of the
-    whole. `fresh` replaces the weights of the ViT by random ones made for this.
+    without a head). With a place_weight a linear layer also predicts where in the photo a patch
+    lies (mean squared error, in half photos). `fresh` initialises the ViT anew.
     """
 
     def __init__(self, vit, temperature, place_weight, fresh):
@@ -492,8 +467,8 @@ class Pretraining(nn.Module):
             self.place = nn.Linear(vit.embed_dim, 2)
 
     def forward(self, batch):
-        """A batch of data.Crops: "crops" [B, 2, 3, S, S] and the maps "windows" [B, 2, 2, 3] and
-        "first_to_second" [B, 2, 3]. Returns the loss, metrics {name: scalar tensor} and {}."""
+        """A batch of data.Crops: "crops" [B, 2, 3, S, S] and the affine maps "windows" [B, 2, 2, 3]
+        and "first_to_second" [B, 2, 3]. Returns the loss, metrics {name: scalar tensor} and {}."""
         tokens = patch_tokens(self.vit, batch["crops"])  # [B, 2, C, h, w]
         queries, keys = tokens[:, 0].flatten(2).mT, tokens[:, 1]  # [B, h*w, C], [B, C, h, w]
         # Where the centres of the first crop's patches lie in the second crop, in -1..1
@@ -501,14 +476,14 @@ class Pretraining(nn.Module):
         y, x = ((torch.arange(n, device=keys.device) + 0.5) / n * 2 - 1 for n in (h, w))
         centres = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).view(h * w, 2)
         places = moved(centres, batch["first_to_second"])  # [B, h*w, 2]
-        inside = places.abs().amax(-1) < 1 - 1 / (2 * w)  # features start half a patch inside
+        inside = places.abs().amax(-1) < 1 - 1 / (2 * w)  # by half a patch
         keys = F.grid_sample(keys, places[:, None], align_corners=False)[:, :, 0].mT  # [B, h*w, C]
         queries, keys = queries[inside].float(), keys[inside].float()
         loss, matched = contrastive_loss(queries, keys, self.temperature, self.training)
         metrics = {"matched": matched}
         if self.place_weight:
             in_photo = moved(centres, batch["windows"])  # [B, 2, h*w, 2]
-            # A mirrored crop looks like one of a mirrored photo, and counts as that
+            # A mirrored crop cannot be told from one of a mirrored photo: mirror its target
             mirrored = torch.linalg.det(batch["windows"][..., :2]).sign()[..., None]  # [B, 2, 1]
             in_photo = torch.stack([in_photo[..., 0] * mirrored, in_photo[..., 1]], -1)
             error = (self.place(tokens.flatten(3).mT).float() - in_photo).square()
@@ -518,13 +493,12 @@ class Pretraining(nn.Module):
 
 
 def moved(points, affine):
-    """Points [P, 2] under affine maps [..., 2, 3]. [..., P, 2]"""
-    # Elementwise: under autocast a matmul would round positions to bfloat16
+    """Points [P, 2] under affine maps [..., 2, 3]: [..., P, 2]."""
+    # Elementwise, as autocast would round a matmul's positions to bfloat16
     return (points[..., None, :] * affine[..., None, :, :2]).sum(-1) + affine[..., None, :, 2]
 
 
 # ---------------------------------------------------------------------------- the transformer
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -536,8 +510,8 @@ def normalise(images):
 
 
 def patch_tokens(vit, images):
-    """Images [..., 3, H, W] in 0..1 -> normed patch tokens [..., C, h, w], h = H // patch_size, of
-    the images resized to h and w patches. ValueError: they are smaller than a patch."""
+    """Images [..., 3, H, W] in 0..1, resized to whole patches -> normed patch tokens
+    [..., C, h, w], h = H // patch_size. ValueError: they are smaller than a patch."""
     (H, W), patch = images.shape[-2:], vit.patch_size
     if H < patch or W < patch:
         raise ValueError(f"images of {H} x {W} pixels are smaller than a {patch} x {patch} patch")
@@ -566,16 +540,16 @@ class Rope(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Queries or keys [B, heads, tokens, head_dim] with the patches, which come last, turned:
-    channels i and i + head_dim / 2 are the coordinates in the plane of angle i."""
+    """RoPE of queries or keys [B, heads, tokens, head_dim], whose last tokens are the patches:
+    rotates channels i and i + head_dim / 2 by angle i."""
     others, patches = x.split([x.shape[-2] - len(cos), len(cos)], dim=-2)
     a, b = patches.chunk(2, dim=-1)  # [B, heads, h*w, head_dim / 2]
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    return torch.cat([others, turned.to(x.dtype)], -2)
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([others, rotated.to(x.dtype)], -2)
 
 
 class MaskedLinear(nn.Linear):
-    """DINOv3's qkv: a mask switches the keys' bias off."""
+    """DINOv3's qkv: a mask removes the keys' bias."""
 
     def __init__(self, inside, outside):
         super().__init__(inside, outside)
@@ -609,7 +583,7 @@ class Mlp(nn.Sequential):
 
 
 class SwiGLU(nn.Module):
-    """vitg14's MLP: gate and value from one matrix, 2/3 as wide, so that the size is the same."""
+    """vitg14's MLP: gate and value from one matrix, 2/3 as wide for the same parameter count."""
 
     def __init__(self, dim):
         super().__init__()
@@ -622,7 +596,7 @@ class SwiGLU(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """vits16plus's MLP: gate and value from a matrix each, at full width."""
+    """vits16plus's MLP: gate and value from separate matrices, at full width."""
 
     def __init__(self, dim):
         super().__init__()
@@ -656,11 +630,9 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """DINOv2's transformer with its parameter names (arXiv 2304.07193, registers 2309.16588).
-
-    With rope=True DINOv3's (arXiv 2508.10104): positions by rotation, a masked bias, a larger
-    epsilon. Images [B, 3, H, W] are ImageNet-normalised, H and W multiples of `patch_size`.
-    """
+    """DINOv2's ViT with its parameter names (arXiv 2304.07193, registers 2309.16588); with rope
+    DINOv3's (2508.10104): rotary positions, no bias of keys, a larger epsilon. Images [B, 3, H, W]
+    are ImageNet-normalised, H and W multiples of `patch_size`."""
 
     def __init__(self, dim, depth, heads, mlp=Mlp, registers=0, patch=14, rope=False):
         super().__init__()
@@ -679,13 +651,14 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def _positions(self, h, w):
-        """The position embedding for a grid of h x w. [1, 1 + h*w, dim]"""
+        """The position embedding [1, 1 + h*w, dim], interpolated to h x w patches."""
         if (h, w) == (37, 37):
             return self.pos_embed
         grid = self.pos_embed[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2).float()
-        # The plain models were trained with a scale factor, those with registers at the exact size
-        size = dict(scale_factor=((h + 0.1) / 37, (w + 0.1) / 37))
-        size = dict(size=(h, w), antialias=True) if self.registers else size
+        if self.registers:  # as these were trained
+            size = dict(size=(h, w), antialias=True)
+        else:
+            size = dict(scale_factor=((h + 0.1) / 37, (w + 0.1) / 37))
         grid = F.interpolate(grid, mode="bicubic", **size)
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT.to(self.pos_embed.dtype)], 1)
 
@@ -698,8 +671,9 @@ class ViT(nn.Module):
         h, w = H // patch, W // patch
         x = self.patch_embed(images).flatten(2).mT  # [B, h*w, dim]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        angles = None
         if self.rope_embed is None:
-            x, angles = x + self._positions(h, w), None
+            x = x + self._positions(h, w)
         else:
             angles = self.rope_embed(h, w)
         if self.registers:
@@ -708,40 +682,40 @@ class ViT(nn.Module):
         kept = []
         for i, block in enumerate(self.blocks):
             x = block(x, angles)
-            kept += [x] if i in wanted else []
+            if i in wanted:
+                kept.append(x)
         return kept
 
     def forward_features(self, images):
         """DINOv2's dict: after the final norm x_norm_clstoken [B, dim], x_norm_regtokens
         [B, registers, dim], x_norm_patchtokens [B, h*w, dim]; before it x_prenorm."""
         (x,) = self._blocks(images, [len(self.blocks) - 1])
-        normed, first = self.norm(x), 1 + self.registers
-        patches, registers = normed[:, first:], normed[:, 1:first]
-        return {"x_norm_clstoken": normed[:, 0], "x_norm_regtokens": registers,
-                "x_norm_patchtokens": patches, "x_prenorm": x}  # fmt: skip
+        normed, first = self.norm(x), 1 + self.registers  # the first patch
+        return {"x_norm_clstoken": normed[:, 0], "x_norm_regtokens": normed[:, 1:first],
+                "x_norm_patchtokens": normed[:, first:], "x_prenorm": x}  # fmt: skip
 
     def get_intermediate_layers(
         self, images, n=1, reshape=False, return_class_token=False, norm=True
     ):
-        """Patch tokens, a tuple of [B, h*w, dim] (reshape: [B, dim, h, w]), of the last n blocks
-        or of the blocks that n lists; with return_class_token pairs with cls tokens [B, dim]."""
-        depth = len(self.blocks)
+        """DINOv2's: patch tokens, a tuple of [B, h*w, dim] (reshape: [B, dim, h, w]), of the last n
+        blocks or those that n lists; return_class_token pairs them with cls tokens [B, dim]."""
+        depth, h = len(self.blocks), images.shape[-2] // self.patch_size
         wanted = range(depth - n, depth) if isinstance(n, int) else n
         if not all(0 <= i < depth for i in wanted):
             raise ValueError(f"n asks for blocks {list(wanted)}; there are {depth}, from 0")
-        layers = [self.norm(x) if norm else x for x in self._blocks(images, wanted)]
-        patches, classes = [x[:, 1 + self.registers :] for x in layers], [x[:, 0] for x in layers]
-        if reshape:
-            h = images.shape[-2] // self.patch_size
-            patches = [p.mT.unflatten(2, (h, -1)) for p in patches]
-        return tuple(zip(patches, classes)) if return_class_token else tuple(patches)
+        layers = []
+        for x in self._blocks(images, wanted):
+            x = self.norm(x) if norm else x
+            patches = x[:, 1 + self.registers :]
+            patches = patches.mT.unflatten(2, (h, -1)) if reshape else patches
+            layers.append((patches, x[:, 0]) if return_class_token else patches)
+        return tuple(layers)
 
     def forward(self, images):  # as torch hub's DINOv2: the normed cls token [B, dim]
         return self.forward_features(images)["x_norm_clstoken"]
 
 
 # ---------------------------------------------------------------------------- weights and names
-
 DINOV3 = dict(registers=4, patch=16, rope=True)
 ARCHITECTURES = {
     "dinov2_vits14": dict(dim=384, depth=12, heads=6),
@@ -755,8 +729,7 @@ ARCHITECTURES = {
     "vit_tiny14": dict(dim=192, depth=6, heads=3),  # ours: its weights ship in weights/
 }
 SHIPPED_TEACHER = Path(__file__).parent / "weights" / "teacher.safetensors"
-# Meta's names for the files end in the beginning of their hash
-DINOV3_HASHES = {
+DINOV3_HASHES = {  # in the names of Meta's files
     "dinov3_vits16": "08c60483", "dinov3_vits16plus": "4057cbaa",
     "dinov3_vitb16": "73cec8be", "dinov3_vitl16": "8aa4cbdd",
 }  # fmt: skip
@@ -764,35 +737,38 @@ DINOV3_FORM = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloa
 
 
 class WeightsNotFound(ValueError):
-    """DINOv2's weights are neither in torch hub's cache nor to be had from the network."""
+    """DINOv2's weights are neither in torch hub's cache nor downloadable."""
 
 
 def load_vit(name, weights=None, seed=0):
     """A DINOv2 or DINOv3 ViT in eval mode.
 
     Args:
-        name: one of ARCHITECTURES; dinov2's each also with `_reg`, the one with 4 registers.
+        name: one of ARCHITECTURES; dinov2's each also with `_reg`, for 4 registers.
         weights: a .pth or .safetensors file with Meta's names (the public files, the released
             Splat and Distill weights, our students), timm's (`vit_*_patch14_dinov2`,
             `vit_*_patch14_reg4_dinov2`, `vit_*_patch16_dinov3`) or, for DINOv3, transformers'
-            (`facebook/dinov3-*`); None for the public ones, from torch hub's cache, DINOv2's also
-            by download, or for vit_tiny14's in weights/; "random" for weights made of the seed.
+            (`facebook/dinov3-*`); "random"; or None for vit_tiny14's in weights/ and others'
+            public ones, from torch hub's cache or, DINOv2's, by download.
+        seed: of random weights.
 
     Raises ValueError: the name is unknown, or the file is missing, no weights file or does not
-    fit; WeightsNotFound (a ValueError): DINOv2's are neither cached nor to be downloaded.
+    fit; WeightsNotFound (a ValueError): DINOv2's are neither cached nor downloadable.
     """
     with torch.device("meta"):  # initialise nothing that the weights replace
         vit = ViT(**sizes_of(name))
     if weights is None:
         weights = SHIPPED_TEACHER if name == "vit_tiny14" else _public_weights(name)
-    random = weights == "random"
-    state = random_state(vit, seed) if random else with_metas_names(read_state(weights), vit)
+    if weights == "random":
+        state = random_state(vit, seed)
+    else:
+        state = with_metas_names(read_state(weights), vit)
     load_strictly(vit, state, weights)
     return vit.eval()
 
 
 def sizes_of(name):
-    """`ViT`'s arguments for a name, "patch" among them. ValueError: the name is unknown."""
+    """`ViT`'s arguments for a name, "patch" always among them. ValueError: it is unknown."""
     sizes, registers = ARCHITECTURES.get(name.removesuffix("_reg")), name.endswith("_reg")
     if sizes is None or registers and "registers" in sizes:
         known = ", ".join(ARCHITECTURES)
@@ -801,7 +777,7 @@ def sizes_of(name):
 
 
 def architecture_of(state, source):
-    """The name that `load_vit` knows a state dict's architecture by. ValueError: there is none."""
+    """The name in ARCHITECTURES that a state dict fits. ValueError: there is none."""
     token = state.get("cls_token", state.get("embeddings.cls_token"))
     dim = token.shape[-1] if token is not None and token.ndim else None
     names = " ".join(state)
@@ -832,8 +808,8 @@ def read_state(path):
 
 
 def load_strictly(module, state, source):
-    """Give a module, possibly on the meta device, all its tensors as float32. ValueError: they do
-    not fit or are not finite, and the module is of no use."""
+    """Load a state dict as float32 into a module, which may be on the meta device. ValueError: the
+    tensors do not fit or are not finite."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: NaN or infinite numbers in {name}")
@@ -845,15 +821,15 @@ def load_strictly(module, state, source):
 
 
 def _public_weights(name):
-    """The file of public weights in torch hub's cache, for DINOv2 by download if need be."""
-    base = name.removesuffix("_reg")
+    """The file of public weights in torch hub's cache; DINOv2's are downloaded if need be."""
+    base, dinov3 = name.removesuffix("_reg"), name in DINOV3_HASHES
     file = f"{base}{'_reg4' if name != base else ''}_pretrain.pth"
-    if name in DINOV3_HASHES:
+    if dinov3:
         file = f"{name}_pretrain_lvd1689m-{DINOV3_HASHES[name]}.pth"
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file
     if cached.is_file():
         return cached
-    if name in DINOV3_HASHES:
+    if dinov3:
         raise ValueError(
             f"{name}'s weights are behind a licence form: fill it in at {DINOV3_FORM}, fetch "
             f"{file} and put it in {cached.parent}, or pass the file itself as the weights"
@@ -876,8 +852,8 @@ def _public_weights(name):
 
 @torch.no_grad()
 def random_state(vit, seed):
-    """Random weights of lively features: unit variance through every layer, but small positions
-    and residuals, so that a token tells what it sees, not where it is or what all see."""
+    """Random weights whose features tell what a token sees: unit variance through every layer, but
+    small positions and residuals."""
     generator = torch.Generator().manual_seed(seed)
     state = dict(vit.named_buffers())
     for name, p in vit.named_parameters():
@@ -890,7 +866,7 @@ def random_state(vit, seed):
     return state
 
 
-# What in others' names is called what by Meta: patterns and replacements, one after another
+# Patterns in timm's and transformers' names and Meta's replacements, applied in order
 NAMES = (
     (r"^embeddings\.patch_embeddings", "patch_embed.proj"), (r"^embeddings\.register_", "storage_"),
     (r"^embeddings\.", ""), (r"^(model\.)?layer\.", "blocks."),
@@ -906,32 +882,32 @@ MLP_NAMES = {
 
 
 def with_metas_names(state, vit):
-    """Timm's or transformers' names and layout turned into Meta's, which are left alone."""
-    others = {"reg_token", "embeddings.cls_token"} & state.keys()
+    """A state dict with Meta's names and layout, from one with Meta's, timm's or transformers'."""
+    foreign = {"reg_token", "embeddings.cls_token"} & state.keys()  # timm's, transformers'
     names = (*NAMES, *MLP_NAMES[type(vit.blocks[0].mlp)], ("reg_token", vit.register_name))
-    ours = {}
+    metas = {}
     for name, tensor in state.items():
-        for theirs, metas in names:
-            name = re.sub(theirs, metas, name)
-        ours[name] = tensor
-    if others and vit.rope_embed is not None:
-        ours |= dict(vit.named_buffers())
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        metas[name] = tensor
+    if foreign and vit.rope_embed is not None:
+        metas |= dict(vit.named_buffers())
         for i in range(len(vit.blocks)):
-            join_qkv(ours, f"blocks.{i}.attn.", vit.embed_dim)
-    position = ours.get("pos_embed")
+            join_qkv(metas, f"blocks.{i}.attn.", vit.embed_dim)
+    position = metas.get("pos_embed")
     if position is not None and position.shape[1:2] == (37 * 37,):
-        ours["pos_embed"] = F.pad(position, (0, 0, 1, 0))  # timm adds cls's position to its token
-    mask = ours.get("mask_token", torch.zeros(vit.embed_dim))  # timm drops it
-    return ours | {"mask_token": mask.reshape(1, -1)}  # transformers' is [1, 1, dim]
+        metas["pos_embed"] = F.pad(position, (0, 0, 1, 0))  # timm adds cls's to its token
+    mask = metas.get("mask_token", torch.zeros(vit.embed_dim))  # timm drops it
+    return metas | {"mask_token": mask.reshape(1, -1)}  # transformers' is [1, 1, dim]
 
 
 def join_qkv(state, attention, dim):
-    """One matrix and one bias for queries, keys and values, in place. Keys have no bias, and
-    biases of 0 may be left out. What does not fit stays, for `load_strictly` to name."""
+    """Join the weights and biases of queries, keys and values, in place. What does not fit stays,
+    for `load_strictly` to name."""
+    no_bias = torch.zeros(dim)  # of keys ("-"), or left out as 0
     for kind, parts, shape in (("weight", "qkv", (dim, dim)), ("bias", "q-v", (dim,))):
         names = [f"{attention}{part}_proj.{kind}" for part in parts]
-        default = torch.zeros(dim if kind == "bias" else 0)
-        tensors = [state.get(name, default) for name in names]
+        tensors = [state.get(name, no_bias) for name in names]
         joined = f"{attention}qkv.{kind}"
         if joined not in state and all(t.shape == shape for t in tensors):
             state[joined] = torch.cat(tensors)

@@ -2,13 +2,12 @@
 or a network that turns photos into Gaussians: python train.py --stage reconstruct [...]
 or a small teacher, from single photos: python train.py --stage pretrain [...]
 
-By default on procedural rooms, sized for a CPU; with --data on photos, as the papers. It writes to
-runs/NAME/ student.safetensors (reconstructor.safetensors, teacher.safetensors), metrics.jsonl with
-one line a step, preview_*.png of views that training does not see, and checkpoint.pt, with which
-python train.py --resume runs/NAME goes on. Ctrl-C finishes the step, saves, and stops.
+The default trains on procedural rooms, sized for a CPU; --data trains on photos, as the papers do.
+runs/NAME/ gets student.safetensors (reconstructor.safetensors, teacher.safetensors), metrics.jsonl
+with a line per step, preview_*.png of views that training does not see, and checkpoint.pt, from
+which python train.py --resume runs/NAME goes on. Ctrl-C finishes the step, saves, and stops.
 
-On many GPUs: torchrun --nproc-per-node 8 train.py [...]. Then --batch-size is a process's, and n
-processes train as one with n times its batch.
+On many GPUs: torchrun --nproc-per-node 8 train.py [...]. --batch-size is per process.
 """
 
 import argparse
@@ -30,6 +29,7 @@ import zipfile
 import zlib
 from datetime import timedelta
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
@@ -55,25 +55,25 @@ from reconstruct import (
 
 
 class Setting(NamedTuple):
-    """A flag: its value in two presets (None: it has none), its help, and the values it takes."""
+    """A flag: its defaults in two presets (or None), its help, and the values it takes."""
 
     demo: bool | int | float | str | None
     paper: bool | int | float | str | None
     help: str
-    low: float = -1e9  # of a number, included, as high is
+    low: float = -1e9  # of a number, inclusive; so is high
     high: float = 1e9
     choices: tuple | None = None
 
 
 def changed(rows, **values):
-    """The rows with other values {name: (demo, paper)}."""
+    """The rows with other defaults {name: (demo, paper)}."""
     return rows | {k: rows[k]._replace(demo=d, paper=p) for k, (d, p) in values.items()}
 
 
-# demo: on procedural rooms, for two CPU cores. paper: on photos, as published for Splat and Distill
-# on ScanNet++ and for MVSplat on RealEstate10K; for pretrain ours.
-POSITIVE = 1e-12  # the low of a number that must be more than 0
-SIDE, WIDTH = 4096, 65_536  # the most of an image and of a layer, lest a slip take all memory
+# demo: procedural rooms on two CPU cores.
+# paper: photos, as published on ScanNet++ and, for MVSplat, on RealEstate10K; pretrain's are ours.
+POSITIVE = 1e-12  # low of a number that must be more than 0
+SIDE, WIDTH = 4096, 65_536  # high of an image's side and of a layer: a typo must not fill memory
 TEACHERS = "dinov2_vit{s,b,l,g}14[_reg], dinov3_vit{s16,s16plus,b16,l16}, vit_tiny14"
 TRAINING = {
     "data": Setting(None, None, "folder of photos (README); default: procedural rooms"),
@@ -129,7 +129,7 @@ RECONSTRUCT = changed(
     "precision": Setting("auto", "auto", "auto: a GPU's convolutions may be TF32",
                          choices=("auto", "float32")),
 }  # fmt: skip
-METHOD = {  # what SplatAndDistill takes
+METHOD = {  # SplatAndDistill's arguments
     "lora_rank": Setting(0, 8, "of the student's LoRA; 0: all weights, for few steps", 0, WIDTH),
     "lora_alpha": Setting(8.0, 8.0, "LoRA's scale is alpha / rank"),
     "lora_dropout": Setting(0.1, 0.1, "on LoRA's input", 0, 1),
@@ -161,8 +161,8 @@ DISTILL = METHOD | PRECISION | changed(
     "ema_every": Setting(1, 10, "steps between updates of the teacher", 1),
 }  # fmt: skip
 SETTINGS = {"distill": DISTILL, "reconstruct": RECONSTRUCT, "pretrain": PRETRAIN}
-# (a setting, its value, the settings that nothing reads then, why)
-UNREAD = (
+# (a setting, its value, the settings that are unused then, why)
+UNUSED = (
     ("geometry", "depth", {"near", "far"}, "it bounds the depth of photos"),
     ("loss", "contrastive", {"prototypes", "head_dim", "bottleneck_dim", "centring",
                              "teacher_temperature", "student_temperature"}, "there are no heads"),
@@ -170,16 +170,13 @@ UNREAD = (
     ("lora_rank", 0, {"lora_alpha", "lora_dropout"}, "without LoRA all weights are trained"),
     ("data", None, {"split"}, "it lists the scenes of a folder"),
 )  # fmt: skip
-OF_FOLDERS = ("geometry", "min_gap", "max_gap")  # with --data the paper's in both presets
+FOR_PHOTOS = ("geometry", "min_gap", "max_gap")  # with --data the paper's in both presets
 PATHS = {"data", "split", "teacher_weights", "geometry", "start"}
-WORDS = (None, "random", "shipped", "depth", "small", "published")  # values that are no path
-RANDOM = (
-    "RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, not what the method achieves"
-)
-SHIPPED = (
-    "Teacher: vit_tiny14, this repository's own, trained on procedural rooms "
-    "(weights/teacher.safetensors)"
-)
+WORDS = (None, "random", "shipped", "depth", "small", "published")  # values of those, not paths
+RANDOM = ("RANDOM TEACHER WEIGHTS: this run shows that the pipeline works, "
+          "not what the method achieves")  # fmt: skip
+SHIPPED = ("Teacher: vit_tiny14, this repository's own, trained on procedural rooms "
+           "(weights/teacher.safetensors)")  # fmt: skip
 
 
 def flag(name):
@@ -187,35 +184,36 @@ def flag(name):
 
 
 def add_settings(parser, rows, titles=("demo", "paper")):
-    """Add a flag for each row. One that is not given sets nothing: the preset decides later."""
+    """Add a flag for each row, without a default: the preset decides later."""
     for name, row in rows.items():
-        kind, help = {"type": type(row.paper), "choices": row.choices}, row.help
+        options, help = {"type": type(row.paper), "choices": row.choices}, row.help
         if row.paper is None:
-            kind["type"] = str
+            options["type"] = str
         else:
             help += f" ({titles[0]} {row.demo}, {titles[1]} {row.paper})"
         if isinstance(row.paper, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=help, **kind)
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, help=help, **options)
 
 
 def check_settings(rows, values):
-    """SystemExit with one sentence for the first value {name: value} out of its row's range."""
+    """SystemExit for the first of values {name: value} of a wrong type or out of range."""
     for name, row in rows.items():
-        value, kinds = values[name], {type(row.demo), type(row.paper)}
-        if type(value) not in (kinds if row.paper is not None else {str, type(None)}):
+        value = values[name]
+        types = [str, NoneType] if row.paper is None else [type(row.paper)]
+        if type(value) not in types:
             raise SystemExit(f"{flag(name)} cannot be {value!r}")
         if isinstance(value, (int, float)) and not row.low <= value <= row.high:  # or it is NaN
-            bound = f"at most {row.high}" if value > row.high else f"at least {row.low}"
-            bound = "more than 0" if bound == f"at least {POSITIVE}" else bound
+            least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
+            bound = f"at most {row.high}" if value > row.high else least
             raise SystemExit(f"{flag(name)} must be {bound}, not {value}")
 
 
 def parse_settings(arguments=None):
     """The command line as {setting: value}, or {"resume": folder} for that run's settings."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    about = dict(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
-    parser = argparse.ArgumentParser(**about)
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, add_help=False)
     add = parser.add_argument
     add("--stage", choices=list(SETTINGS), default="distill", help="what to train")
     add("--preset", choices=["demo", "paper"], help="default: paper with --data, demo without")
@@ -229,19 +227,20 @@ def parse_settings(arguments=None):
             raise SystemExit("--resume takes the run's own settings: no other flag goes with it")
         return {"resume": folder}
     preset = given["preset"] or ("paper" if given.get("data") else "demo")
-    paper = rows if preset == "paper" else OF_FOLDERS if given.get("data") else ()
-    settings = {name: row.paper if name in paper else row.demo for name, row in rows.items()}
+    settings = {k: row.paper if preset == "paper" else row.demo for k, row in rows.items()}
+    if given.get("data"):
+        settings |= {k: rows[k].paper for k in FOR_PHOTOS if k in rows}
     settings |= given | {"preset": preset}
     check(settings)
-    for name, value, unread, why in UNREAD:
-        if settings.get(name) == value and (wrong := sorted(unread & given.keys())):
+    for name, value, unused, why in UNUSED:
+        if settings.get(name) == value and (wrong := sorted(unused & given.keys())):
             case = f"with {flag(name)} {value}" if value is not None else f"without {flag(name)}"
             raise SystemExit(f"{flag(wrong[0])} is not read {case}: {why}")
     for name in settings.keys() & PATHS:  # absolute, to resume from any folder
         if settings[name] not in WORDS and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     if settings["data"] and "near" in rows and not {"near", "far"} & given.keys():
-        settings["points"] = True  # a capture's points may say near and far: see load_views
+        settings["points"] = True  # load_views may set near and far
     return settings
 
 
@@ -250,8 +249,8 @@ def check(settings):
     stage = settings["stage"]
     check_settings(SETTINGS[stage], settings)
     patch = sizes_of(settings["teacher"])["patch"] if "teacher" in settings else 16
-    unit = 1 if stage == "pretrain" or settings.get("geometry") == "depth" else 16
-    sizes = ("height", patch, unit), ("width", patch, unit), ("crop", 2 * patch, patch)
+    step = 1 if stage == "pretrain" or settings.get("geometry") == "depth" else 16
+    sizes = ("height", patch, step), ("width", patch, step), ("crop", 2 * patch, patch)
     for name, least, unit in sizes:
         value = settings.get(name, least)
         if value < least or value % unit:
@@ -266,20 +265,20 @@ def check(settings):
 
 
 def command(settings):
-    """What to type for these settings."""
-    about = ["--stage", settings["stage"], "--preset", settings["preset"]]
-    usual = parse_settings(about)
+    """The command line that gives these settings."""
+    preset = ["--stage", settings["stage"], "--preset", settings["preset"]]
+    defaults = parse_settings(preset)
     flags = [flag(name) if value is True else f"{flag(name)} {value}"
-             for name, value in settings.items() if value != usual[name]]  # fmt: skip
-    return " ".join(["python train.py", *about, *flags])
+             for name, value in settings.items() if value != defaults[name]]  # fmt: skip
+    return " ".join(["python train.py", *preset, *flags])
 
 
 # ------------------------------------------------------------------------------ what is trained
 def load_teacher(settings):
-    """The teacher's ViT, and a warning about its weights for all that is written, or None.
+    """The teacher's ViT, and a warning about its weights or None.
 
-    On rooms the shipped teacher stands in for public weights that are not to be had, and settings
-    name it from then on. With --data that is an error (SystemExit).
+    On rooms the shipped teacher replaces public weights that are missing, in the settings too.
+    With --data that is an error (SystemExit).
     """
     name, weights, seed = (settings[k] for k in ("teacher", "teacher_weights", "seed"))
     if weights == "random":
@@ -295,10 +294,9 @@ def load_teacher(settings):
 
 
 def load_views(settings, num_shown):
-    """Views to train on, and a batch to show in previews.
+    """Views to train on, and a batch for previews: of unseen rooms, or of the same captures.
 
-    The batch is of rooms that training does not see; of captures nothing is held out. Points of
-    captures set near and far, unless a flag does.
+    A capture's points set near and far, unless a flag does.
     """
     options = {k: settings[k] for k in ("height", "width", "min_gap", "max_gap", "target")}
     options["num_context"] = settings["context_views"]
@@ -307,7 +305,7 @@ def load_views(settings, num_shown):
     views = data.Views(scenes, **options, seed=seed, length=0)  # `Run.batches` sets the length
     from_points = settings.pop("points", False) and settings.get("geometry") != "depth"
     if from_points and (found := views.point_range()):
-        near, far = (float(f"{depth:.3g}") for depth in found)
+        near, far = (float(f"{depth:.3g}") for depth in found)  # three digits
         say(f"{path}: by its points, --near {near:g} --far {far:g}")
         settings.update(near=near, far=far)
     held_out = scenes if path else data.Rooms("val")
@@ -316,27 +314,25 @@ def load_views(settings, num_shown):
 
 
 def autocast(precision):
-    """The context in which a ViT runs. Scales of gradients that fp16 needs are Run's."""
+    """The autocast context in which a ViT runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if bf16 else "float32"
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}[precision]
-    return torch.autocast(device, kind, enabled=kind is not None)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}[precision]
+    return torch.autocast(device, dtype, enabled=dtype is not None)
 
 
 class Distill:
     """A student learns what its teacher sees from other views (Splat and Distill).
 
-    Every stage has: views to train on, a batch to show, a model, a warning about its weights or
-    None, notes for each line of metrics.jsonl, and the name of the file of weights.
+    Every stage has `views` to train on, a batch `shown` in previews, a `model`, a `warning` about
+    its weights or None, and `notes` for each line of metrics.jsonl.
     """
 
     filename = "student.safetensors"
-    summary = (
-        "Cosine with the teacher's own features of the target view: splatted {cosine_splatted}, "
-        "context left unwarped {cosine_unwarped}"
-    )
+    summary = ("Cosine with the teacher's own features of the target view: splatted "
+               "{cosine_splatted}, context left unwarped {cosine_unwarped}")  # fmt: skip
     then = "is it better at 3D than its teacher? python evaluate.py --task correspondence"
 
     def __init__(self, settings):
@@ -362,7 +358,8 @@ class Distill:
         self.model = SplatAndDistill(vit, reconstruct, **{k: settings[k] for k in METHOD})
 
     def step(self, model, batch, number, descend):
-        """A step of training, of self.model by way of `model`. Returns {metric: scalar tensor}."""
+        """Forward through `model` (self.model or its DistributedDataParallel), backward by
+        descend(loss). Returns {metric: scalar tensor}."""
         with autocast(self.settings["precision"]):
             loss, metrics, _ = model(batch)
         if descend(loss) and number % self.settings["ema_every"] == 0:
@@ -390,7 +387,7 @@ class Distill:
         return panels, self.model.alignment(batch, drawn)
 
     def export(self):
-        """Weights {name: tensor}, and what to say of them {key: string}."""
+        """Weights {name: tensor}, and their metadata {key: string}."""
         return merge_lora(self.model.student), {k: json.dumps(v) for k, v in self.notes.items()}
 
 
@@ -421,15 +418,14 @@ class Reconstruct:
         return metrics
 
     def draw(self, batch):
-        """Panels of the first scene, and mean errors of all, which are rendered one by one."""
+        """Panels of the first scene, and mean errors of all scenes, rendered one by one."""
         target, drawn = batch["target"], []
         for i in range(len(target["images"])):
-            context, view = ({k: v[i : i + 1] for k, v in batch[part].items()}
-                             for part in ("context", "target"))  # fmt: skip
-            drawn.append(self.model({"context": context, "target": view})[2])
-        photo, depth, alphas = (
-            torch.cat([d[k] for d in drawn]) for k in ("photo", "depth", "alphas")
-        )
+            scene = {part: {k: v[i : i + 1] for k, v in batch[part].items()}
+                     for part in ("context", "target")}  # fmt: skip
+            drawn.append(self.model(scene)[2])
+        photo, depth, alphas = (torch.cat([d[k] for d in drawn])
+                                for k in ("photo", "depth", "alphas"))  # fmt: skip
         valid = target.get("valid", torch.ones_like(alphas, dtype=torch.bool))  # [B, H, W]
         error = (photo - target["images"]).abs() * valid[:, None]  # [B, 3, H, W]
         panels = {
@@ -454,7 +450,7 @@ class Reconstruct:
 
 
 class Pretrain:
-    """A small teacher learns to know a spot again, from two crops of a photo."""
+    """A small teacher learns to recognise a spot in two crops of a photo."""
 
     filename = "teacher.safetensors"
     summary = "Spots in unseen photos that find themselves in the other crop: {shown_matched}"
@@ -484,7 +480,7 @@ class Pretrain:
         return metrics
 
     def draw(self, batch):
-        """Panels of photos and their features, and the share of spots that are found again."""
+        """Panels of photos and their features, and the share of spots that are matched."""
         photos = batch["photos"]
         features = patch_tokens(self.model.vit, photos)  # [B, C, h, w]
         samples = features.transpose(0, 1).flatten(1).T  # [B*h*w, C]
@@ -503,9 +499,9 @@ STAGES = {"distill": Distill, "reconstruct": Reconstruct, "pretrain": Pretrain}
 
 # ------------------------------------------------------------------------------ what is written
 @contextlib.contextmanager
-def children_later():
-    """Inside, nobody hears of a killed loader: torch's handler raises where it is called, and
-    the file that is being written would get the blame. It is called at the end."""
+def defer_sigchld():
+    """Call torch's handler of SIGCHLD at the end. It raises where a loader's process was killed,
+    and the file that is being written would get the blame."""
     handler, late = signal.getsignal(signal.SIGCHLD), []
     signal.signal(signal.SIGCHLD, lambda *call: late.append(call))
     try:
@@ -517,10 +513,10 @@ def children_later():
 
 
 def replace_file(path, write):
-    """Write a file beside its place, flush it to disk and rename it: there is always a whole one.
-    ValueError: it cannot be written."""
+    """Replace a file atomically: write(temporary path), fsync, rename. ValueError: it cannot be
+    written."""
     temporary = path.with_name(path.name + ".tmp")
-    with children_later(), data.naming(path, "cannot be written"):
+    with defer_sigchld(), data.naming(path, "cannot be written"):
         try:
             write(temporary)
             with open(temporary, "rb") as file:
@@ -530,24 +526,19 @@ def replace_file(path, write):
             temporary.unlink(missing_ok=True)
 
 
-def write_checkpoint(checkpoint, path):
-    with open(path, "wb") as file:  # given a path, torch does not say why it cannot write there
-        torch.save(checkpoint, file)
-
-
 def free_folder(parent, kind):
-    """parent/kind-1, or with the first number that is not taken."""
+    """The first of parent/kind-1, parent/kind-2, ... that does not exist."""
     folders = (parent / f"{kind}-{i}" for i in itertools.count(1))
     return next(folder for folder in folders if not folder.exists())
 
 
 def pca_pictures(samples, maps, size):
     """Feature maps [C, h, w] as images [H, W, 3] in 0..1 of size (H, W): red, green and blue are
-    the three principal axes of samples [M, C], each over the range that most samples have."""
+    the first principal components of samples [M, C], from their 2nd to their 98th percentile."""
     samples = samples.float()
     mean = samples.mean(0)
     axes = torch.linalg.svd(samples - mean, full_matrices=False).Vh[:3].T
-    axes = axes * torch.sign(axes.sum(0) + 1e-12)  # an SVD's signs are arbitrary: fix the colours
+    axes = axes * torch.sign(axes.sum(0) + 1e-12)  # an SVD's signs are arbitrary
     levels = torch.tensor([0.02, 0.98], device=samples.device)
     low, high = torch.quantile((samples - mean) @ axes, levels, dim=0)
     pictures = []
@@ -563,11 +554,12 @@ def depth_colours(depth, valid):
     """Depth [H, W] as an image [H, W, 3]: near yellow, far blue, black where not valid."""
     if not valid.any():
         return torch.zeros(*depth.shape, 3)
-    stops = [[0.98, 0.91, 0.30], [0.90, 0.42, 0.30], [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]]
-    samples = depth[valid][:: max(1, int(valid.sum()) // 100_000)]
+    stops = torch.tensor([[0.98, 0.91, 0.30], [0.90, 0.42, 0.30],
+                          [0.55, 0.20, 0.52], [0.11, 0.12, 0.39]])  # fmt: skip
+    samples = depth[valid][:: max(1, int(valid.sum()) // 100_000)]  # quantile's input is limited
     low, high = torch.quantile(samples, torch.tensor([0.02, 0.98]))
-    at = ((depth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 2.999
-    i, stops = at.long(), torch.tensor(stops)
+    at = ((depth - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 2.999  # below the last stop
+    i = at.long()
     return torch.lerp(stops[i], stops[i + 1], (at - i)[..., None]) * valid[..., None]
 
 
@@ -576,28 +568,28 @@ def write_sheet(path, panels, warning=None):
     H, W = next(iter(panels.values())).shape[:2]
     header, gap = 18 * (2 if warning else 1), 4
     sheet = Image.new("RGB", (len(panels) * (W + gap) - gap, H + header), "white")
-    write, text = ImageDraw.Draw(sheet), PngInfo()
+    pen, metadata = ImageDraw.Draw(sheet), PngInfo()
     for i, (title, panel) in enumerate(panels.items()):
         pixels = (panel.float().cpu().numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8)
         sheet.paste(Image.fromarray(pixels), (i * (W + gap), header))
-        write.text((i * (W + gap) + 2, header - 15), title, fill="black")
+        pen.text((i * (W + gap) + 2, header - 15), title, fill="black")
     if warning:
-        write.text((2, 2), warning, fill=(200, 0, 0))
-        text.add_text("warning", warning)
-    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=text))
+        pen.text((2, 2), warning, fill=(200, 0, 0))
+        metadata.add_text("warning", warning)
+    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=metadata))
 
 
 # ------------------------------------------------------------------------------ many processes
 @contextlib.contextmanager
 def many_processes():
-    """Under torchrun: join the others. The first one prints; an error is said once."""
+    """Under torchrun: a process group. Only rank 0 prints; an error is printed once."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, count = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it restarts processes: addresses of dead ones are in it
+    # After a restart torchrun's store still has the addresses of dead processes
     store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
@@ -609,29 +601,34 @@ def many_processes():
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if isinstance(error, RuntimeError) and "Connection" in str(error):
-            raise SystemExit(1) from None  # another process has ended, and says why
-        if rank:  # where all fail alike, torchrun ends this one before it says so too
+            raise SystemExit(1) from None  # another process failed, and says why
+        if rank:  # if all fail alike, torchrun ends this one before it prints the same
             time.sleep(5)
         raise
     dist.destroy_process_group()
 
 
-def left_by_restart(settings):
-    """The folder to go on in after torchrun has restarted its processes: the run of that name or
-    the newest of its kind, where it has a checkpoint; else None."""
+def rank_and_count():
+    """Under torchrun the rank and world size; else 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def folder_before_restart(settings):
+    """If torchrun has restarted its processes, the folder to resume: the run of that name, or the
+    newest of its kind, if it has a checkpoint; else None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return None
-    found = list(Path("runs").glob(f"{settings['name'] or kind(settings) + '-*'}/checkpoint.pt"))
+    name = settings["name"] or f"{kind_of(settings)}-*"
+    found = list(Path("runs").glob(f"{name}/checkpoint.pt"))
     return max(found, key=os.path.getmtime).parent if found else None
 
 
-def any_process(flag):
-    """Whether it is true in any process: they stop after the same step."""
+def any_process(value):
+    """Whether the value is true in any process."""
     if dist.is_initialized():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dist.all_reduce(said := torch.tensor(int(flag), device=device), dist.ReduceOp.MAX)
-        return bool(said)
-    return flag
+        value = torch.tensor(int(value), device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value)
 
 
 # ------------------------------------------------------------------------------ the run
@@ -650,13 +647,15 @@ def trained(model):
     return {name: state[name] for name in [*names, *emas, *{"centre"} & state.keys()]}
 
 
-def form(tensors):  # what tensors of another model differ in
+def signature(tensors):
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def checksum(tensors):  # the same on any device
-    whole = (tensor.cpu().contiguous().numpy() for tensor in tensors)
-    return functools.reduce(lambda sum, array: zlib.crc32(array, sum), whole, 0)
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.cpu().contiguous().numpy(), crc)
+    return crc
 
 
 def read_checkpoint(path):
@@ -684,73 +683,68 @@ def read_checkpoint(path):
 
 
 def compile_blocks(model, device):
-    """Compile, in place, the blocks that its networks repeat: those that are alike at once.
-    SystemExit: there is no compiler that works."""
+    """Compile, in place, the blocks of which its networks have many. SystemExit: torch.compile
+    does not work."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise SystemExit(f"--compile: torch.compile does not work here ({reason})") from None
-    torch._dynamo.config.recompile_limit = 64  # a block has many widths, in training and previews
+    torch._dynamo.config.recompile_limit = 64  # a block has many shapes, in training and previews
     for module in model.modules():
         if isinstance(module, (Block, ResidualBlock, AttentionLayer, UNetResidual)):
             module.compile(dynamic=False)
 
 
 def outlive_signals(done, _worker):
-    """Signals reach the loader's processes too, which have to live until the run is done."""
+    """Signals reach loaders too: they ignore SIGINT, and SIGTERM until the run is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: done.is_set() and os._exit(0))
 
 
-def kind(settings):  # names the run's folder
+def kind_of(settings):  # names the run's folder
     return settings["preset"] if settings["stage"] == "distill" else settings["stage"]
 
 
 class Run:
-    """A stage with its optimiser and schedule, how far it has come, and its folder.
-
-    step is the last finished one, after so many samples of all processes; measured is what the last
-    preview measured {name: number}; seconds were spent up to step `first`, where this process
-    began. Of many processes the first one alone writes.
-    """
+    """A stage with its optimiser, schedule, counters and folder. Only rank 0 writes."""
 
     def __init__(self, settings):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.settings, self.stage = settings, STAGES[settings["stage"]](settings)
         self.model = self.parallel = self.stage.model.to(self.device).train()
-        # A GPU's TF32 is for convolutions and splatted features: products of cameras do not bear it
+        # TF32 is for convolutions and splatted features: it would ruin products of cameras
         torch.backends.cudnn.allow_tf32 = settings["precision"] != "float32"
         torch.backends.cuda.matmul.allow_tf32 = False
         if settings["compile"]:
             compile_blocks(self.model, self.device)
-        self.rank, self.processes = 0, 1
-        if dist.is_initialized():
-            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-            # Cheap steps of a reconstructor use a part of it alone
+        self.rank, self.processes = rank_and_count()
+        if dist.is_initialized():  # a reconstructor's cheap steps use a part of it
             self.parallel = DistributedDataParallel(self.model, find_unused_parameters=True)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         changes = trained(self.model)
         self.frozen = checksum(t for k, t in self.model.state_dict().items() if k not in changes)
         lr, decay, total = settings["lr"], settings["weight_decay"], settings["steps"] + 1
-        # OneCycleLR divides by zero if the climb takes one step
+        # OneCycleLR divides by zero if the warm-up takes one step
         warmup = settings["warmup"] if settings["warmup"] * total > 1 else 0.0
         self.optimizer = torch.optim.AdamW(self.trainable, lr, weight_decay=decay)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, lr, total, pct_start=warmup, cycle_momentum=False
         )
-        fp16 = settings.get("precision") == "fp16"
+        fp16 = settings["precision"] == "fp16"
         self.scaler = torch.amp.GradScaler(self.device, enabled=fp16)
-        self.step, self.samples, self.first, self.seconds, self.measured = 0, 0, 0, 0.0, {}
-        self.added, self.saved = 0, None  # batches of this step; the step of checkpoint.pt
+        self.step = self.samples = 0  # done; the samples of all processes
+        self.start_step, self.seconds = 0, 0.0  # where this process began, the time before it
         self.started, self.asked_to_stop = time.monotonic(), False
+        self.measured = {}  # by the last preview
+        self.added, self.saved = 0, None  # batches of this step; step of checkpoint.pt
 
     @classmethod
     def new(cls, settings):
         """A run in a folder of its own. SystemExit: its name is taken."""
         run = cls(settings)
-        parent, name = Path("runs"), settings["name"]
-        folder = run.folder = parent / name if name else free_folder(parent, kind(settings))
+        runs, name = Path("runs"), settings["name"]
+        folder = run.folder = runs / name if name else free_folder(runs, kind_of(settings))
         if (folder / "checkpoint.pt").exists():
             raise SystemExit(f"{folder}: there is a run of that name; --resume goes on with it")
         if (folder / run.stage.filename).exists():
@@ -767,12 +761,14 @@ class Run:
     def load(cls, folder):
         """A run as its checkpoint has it. SystemExit: it does not fit, or nothing is left to do."""
         path = folder if folder.is_file() else folder / "checkpoint.pt"
-        folder = path.parent
         saved, lines = read_checkpoint(path)
-        settings, step, samples = (saved[k] for k in ("settings", "step", "samples"))
+        settings, step = saved["settings"], saved["step"]
         run = cls(settings)
+        run.folder, run.samples = path.parent, saved["samples"]
+        run.step = run.start_step = step
+        run.saved = step if path.name == "checkpoint.pt" else None
         with data.naming(path, "not of this version, or damaged"):
-            if form(saved["model"]) != form(trained(run.model)):
+            if signature(saved["model"]) != signature(trained(run.model)):
                 raise ValueError("its parameters are not those that its settings train")
             run.model.load_state_dict(saved["model"], strict=False)
             run.optimizer.load_state_dict(saved["optimizer"])
@@ -787,30 +783,25 @@ class Run:
             if saved["frozen"] != run.frozen:
                 raise ValueError("the weights that it does not train are not those it began with")
             run.seconds, run.measured = float(saved["seconds"]), dict(saved["measured"])
-            rng, cuda_rng = saved["rng"], saved["cuda_rng"][: torch.cuda.device_count()]
-            torch.set_rng_state(rng)
-        run.folder, run.step, run.first, run.samples = folder, step, step, samples
-        run.saved = step if path.name == "checkpoint.pt" else None
+            torch.set_rng_state(saved["rng"])
+            torch.cuda.set_rng_state_all(saved["cuda_rng"][: torch.cuda.device_count()])
         if run.rank == 0:
             run.lock()
         if step >= settings["steps"]:
-            if not (folder / run.stage.filename).exists():  # it was killed before it wrote them
+            if not (run.folder / run.stage.filename).exists():  # killed before it wrote them
                 run.save()
-            raise SystemExit(f"{folder}: has all its {step} steps already")
+            raise SystemExit(f"{run.folder}: has all its {step} steps already")
         if run.rank:  # dropout differs by process
             torch.manual_seed(settings["seed"] + run.rank + step)
-            return run
-        # Steps after the checkpoint are taken again
-        replace_file(folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
-        torch.set_rng_state(rng)
-        torch.cuda.set_rng_state_all(cuda_rng)
+        else:  # steps after the checkpoint are taken again
+            replace_file(run.folder / "metrics.jsonl", lambda path: path.write_bytes(lines))
         return run
 
     def lock(self):
-        """Keep others out of the folder while this process lives. SystemExit: one is in it."""
-        self.locked = open(self.folder / ".lock", "w")
+        """Lock the folder while this process lives. SystemExit: another has."""
+        self.lock_file = open(self.folder / ".lock", "w")
         try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"{self.folder}: another process is training there") from None
 
@@ -818,30 +809,28 @@ class Run:
         """Write the weights, and a checkpoint to go on from."""
         if self.rank:
             return
-        settings = self.settings
+        settings, (weights, metadata) = self.settings, self.stage.export()
         seconds = self.seconds + time.monotonic() - self.started
         checkpoint = dict(
             step=self.step, samples=self.samples, seconds=seconds, measured=self.measured,
-            settings=settings,
-            model=trained(self.model), frozen=self.frozen, **self.stage.notes,
+            settings=settings, model=trained(self.model), frozen=self.frozen, **self.stage.notes,
             optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
             scaler=self.scaler.state_dict(),
             rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all(),
             written=(self.folder / "metrics.jsonl").stat().st_size,
         )  # fmt: skip
         cpu = f"CPU, {torch.get_num_threads()} threads"
-        weights, about = self.stage.export()
-        about |= {
+        metadata |= {
             "command": command(settings), "settings": json.dumps(settings), "step": str(self.step),
-            "processes": str(self.processes),
-            "hours": f"{seconds / 3600:.2f}", "measured": json.dumps(self.measured),
+            "processes": str(self.processes), "hours": f"{seconds / 3600:.2f}",
+            "measured": json.dumps(self.measured),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         }  # fmt: skip
         if self.stage.warning:
-            about["warning"] = self.stage.warning
+            metadata["warning"] = self.stage.warning
         if str(settings.get("start")).endswith(".safetensors"):  # how those weights were made
             with safe_open(settings["start"], "pt") as file:
-                about["start"] = json.dumps(file.metadata() or {})
+                metadata["start"] = json.dumps(file.metadata() or {})
         weights = {k: v.cpu().contiguous() for k, v in weights.items()}
         newest, older = self.folder / "checkpoint.pt", settings["keep"] - 1
         if older and self.saved not in (None, self.step):
@@ -849,29 +838,34 @@ class Run:
             replace_file(kept, lambda path: shutil.copyfile(newest, path))
             for path in sorted(self.folder.glob("checkpoint_*.pt"), key=data.natural)[:-older]:
                 path.unlink()
-        replace_file(newest, functools.partial(write_checkpoint, checkpoint))
+
+        def write(path):
+            with open(path, "wb") as file:  # given a path, torch.save does not say why it failed
+                torch.save(checkpoint, file)
+
+        replace_file(newest, write)
         self.saved = self.step
         path = self.folder / self.stage.filename
-        replace_file(path, lambda path: path.write_bytes(save(weights, about)))
+        replace_file(path, lambda path: path.write_bytes(save(weights, metadata)))
 
     def batches(self):
-        """This process's batches that are left, in lists of --accumulate: of the samples of all
-        processes' batches it takes its share in a row. A photo that cannot be read ends the run,
-        after a save."""
+        """This process's remaining batches, a list of --accumulate per step: processes take
+        batches in turn. A photo that cannot be read ends the run, after a save."""
         views, size = self.stage.views, self.settings["batch_size"]
-        of_all, parts = size * self.processes, self.settings["accumulate"]
-        views.length = self.samples + (self.settings["steps"] - self.step) * of_all * parts
-        starts = range(self.samples + self.rank * size, views.length, of_all)
+        global_size, accumulate = size * self.processes, self.settings["accumulate"]
+        steps = self.settings["steps"] - self.step
+        views.length = self.samples + steps * accumulate * global_size
+        starts = range(self.samples + self.rank * size, views.length, global_size)
         loader = DataLoader(
             views, batch_sampler=[range(i, i + size) for i in starts],
             num_workers=self.settings["workers"],
             worker_init_fn=functools.partial(outlive_signals, done := multiprocessing.Event()),
-            generator=torch.Generator(),  # a draw from torch's own would shift a resumed dropout
+            generator=torch.Generator(),  # a draw from the global one would change dropout
         )  # fmt: skip
         try:
             batches = iter(loader)
-            while batch := list(itertools.islice(batches, parts)):
-                yield batch
+            while step := list(itertools.islice(batches, accumulate)):
+                yield step
         except ValueError:
             self.save()
             raise
@@ -879,10 +873,10 @@ class Run:
             done.set()
 
     def descend(self, loss):
-        """Add a batch's gradients; take the step after its last batch. Returns whether it was."""
-        parts, self.added = self.settings["accumulate"], self.added + 1
-        self.scaler.scale(loss / parts).backward()
-        if self.added < parts:
+        """Add a batch's gradients. After the step's last batch, take the step and return True."""
+        accumulate, self.added = self.settings["accumulate"], self.added + 1
+        self.scaler.scale(loss / accumulate).backward()
+        if self.added < accumulate:
             return False
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.trainable, self.settings["clip"])
@@ -894,16 +888,16 @@ class Run:
         return True
 
     def train_step(self, batches):
-        """The next step: {metric: mean of the batches}. SystemExit: a loss is not finite."""
-        take, number = self.stage.step, self.step + 1
-        rows = [take(self.parallel, move(b, self.device), number, self.descend) for b in batches]
-        self.step += 1
+        """The next step: {metric: mean of the batches}. SystemExit: the loss is not finite."""
+        number = self.step + 1
+        rows = [self.stage.step(self.parallel, move(batch, self.device), number, self.descend)
+                for batch in batches]  # fmt: skip
+        self.step = number
         self.samples += self.settings["batch_size"] * self.processes * len(rows)
         metrics = {k: sum(float(row[k]) for row in rows) / len(rows) for k in rows[0]}
-        metrics = {"step": self.step} | metrics
         if not math.isfinite(metrics["loss"]):
-            raise SystemExit(f"{self.folder}: the loss of step {self.step} is {metrics['loss']}")
-        return metrics | {"lr": self.schedule.get_last_lr()[0]}
+            raise SystemExit(f"{self.folder}: the loss of step {number} is {metrics['loss']}")
+        return {"step": number} | metrics | {"lr": self.schedule.get_last_lr()[0]}
 
     def log(self, metrics):
         """Append a step's line to metrics.jsonl. ValueError: it cannot be written."""
@@ -919,7 +913,7 @@ class Run:
         self.model.eval()
         panels, measured = self.stage.draw(move(self.stage.shown, self.device))
         self.model.train()
-        # JSON knows no NaN
+        # JSON has no NaN
         self.measured = {k: float(v) if v.isfinite() else None for k, v in measured.items()}
         titles = [f"step {self.step}: {t}" if i == 0 else t for i, t in enumerate(panels)]
         path = self.folder / f"preview_{self.step:06d}.png"
@@ -927,28 +921,27 @@ class Run:
         return self.measured
 
     def ask_to_stop(self, signum, _frame):
-        """Ctrl-C ends the run after the step; a second one at once."""
+        """The first Ctrl-C ends the run after the step, a second one at once."""
         self.asked_to_stop = True
         signal.signal(signum, signal.SIG_DFL)
 
 
 def train(settings):
     """Train until the last step or until Ctrl-C."""
-    folder = settings["resume"] if "resume" in settings else left_by_restart(settings)
+    folder = settings["resume"] if "resume" in settings else folder_before_restart(settings)
     run = Run.new(settings) if folder is None else Run.load(Path(folder))
     settings, recent = run.settings, []
     if run.stage.warning:
         banner(run.stage.warning)
     what = settings.get("teacher") or f"reconstructor, {settings['start']} to begin with,"
-    count = sum(p.numel() for p in run.trainable) / 1e6
-    how = f"{count:.1f} M trainable, {settings['steps']} steps"
-    say(f"{run.folder}: {what} on {run.device}, {how}")
+    size = f"{sum(p.numel() for p in run.trainable) / 1e6:.1f} M trainable"
+    say(f"{run.folder}: {what} on {run.device}, {size}, {settings['steps']} steps")
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, run.ask_to_stop)
     if run.step == 0:
         run.preview()
-    for batch in run.batches():
-        line = run.train_step(batch)
+    for batches in run.batches():
+        line = run.train_step(batches)
         recent.append(line)
         last = run.step == settings["steps"]
         if last or run.step % settings["preview_every"] == 0:
@@ -961,8 +954,8 @@ def train(settings):
         if last or stop or run.step % settings["checkpoint_every"] == 0:
             run.save()
         if stop and not last:
-            go_on = f"To go on: python train.py --resume {run.folder}"
-            return say(f"Stopped after step {run.step}. {go_on}")
+            resume = f"To go on: python train.py --resume {run.folder}"
+            return say(f"Stopped after step {run.step}. {resume}")
     if run.rank == 0:
         report(run)
 
@@ -975,7 +968,7 @@ TITLES = {
 
 
 def say(text):
-    """Print at once. A reader that has gone, as in `train.py | head -1`, does not end the run."""
+    """Print at once. A closed pipe, as in `train.py | head -1`, does not end the run."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -988,28 +981,29 @@ def banner(text):
 
 
 def progress(run, recent):
-    """Mean metrics of the recent steps, speed, and the time that is left."""
-    steps = run.settings["steps"]
-    rate = (run.step - run.first) / (time.monotonic() - run.started)
+    """Mean metrics of the recent steps, speed, and the time left."""
+    steps, parts = run.settings["steps"], []
+    for key, title in TITLES.items():
+        if values := [metrics[key] for metrics in recent if key in metrics]:
+            parts.append(f"{title} {sum(values) / len(values):.6f}   ")
+    rate = (run.step - run.start_step) / (time.monotonic() - run.started)
     left = timedelta(seconds=int((steps - run.step) / rate))
-    values = {title: [m[k] for m in recent if k in m] for k, title in TITLES.items()}
-    said = "   ".join(f"{title} {sum(v) / len(v):.6f}" for title, v in values.items() if v)
-    say(f"step {run.step}/{steps}   {said}   {rate:.2f} steps/s   {left} left")
+    say(f"step {run.step}/{steps}   {''.join(parts)}{rate:.2f} steps/s   {left} left")
 
 
 def report(run):
-    """What came of it, and what to do next."""
-    name = "above_entropy" if run.settings.get("loss") == "prototypes" else "loss"
-    title = "Loss" if name == "loss" else "Loss above the teacher's entropy"
+    """The result, and what to do next."""
+    key = "above_entropy" if run.settings.get("loss") == "prototypes" else "loss"
+    title = {"loss": "Loss", "above_entropy": "Loss above the teacher's entropy"}[key]
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    losses, tenth = [json.loads(line)[name] for line in lines], max(1, len(lines) // 10)
-    early, late = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    losses, tenth = [json.loads(line)[key] for line in lines], max(1, len(lines) // 10)
+    early, late = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     change = "nothing was ever splatted into a target view"
     if early > 0:
         change = f"{100 * (late / early - 1):+.0f} %"
     say(f"\n{title}: {early:.6f} in the first {tenth} steps, {late:.6f} in the last ({change})")
-    said = {k: "none" if v is None else f"{v:.4f}" for k, v in run.measured.items()}
-    say(run.stage.summary.format(**{"shown_abs_rel": "unknown"} | said))
+    measured = {k: "none" if v is None else f"{v:.4f}" for k, v in run.measured.items()}
+    say(run.stage.summary.format(**{"shown_abs_rel": "unknown"} | measured))
     weights = run.folder / run.stage.filename
     say(f"Written to {run.folder}/: {weights.name}, checkpoint.pt, metrics.jsonl, preview_*.png")
     if run.stage.warning:
@@ -1021,7 +1015,7 @@ def report(run):
 def plain_messages():
     """Bad input and Ctrl-C end the program with one sentence; warnings print as notes."""
     warnings.showwarning = lambda message, *_: say(f"Note: {message}")
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # costs DDP a copy, no more
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # DDP makes a copy
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
@@ -1031,9 +1025,9 @@ def plain_messages():
 
 
 def sentence(error):
-    """What to say of bad input, a file or a killed loader. Raises an error of any other kind."""
+    """A message for bad input, a file or a killed loader. Raises errors of other kinds."""
     signs = "is killed by signal", "exited unexpectedly", "shared memory"
-    if any(sign in str(error) for sign in signs):  # at any moment, so that it may be wrapped
+    if any(sign in str(error) for sign in signs):  # of a loader; maybe wrapped in another error
         killed = "a process that loads data was killed, as for want of memory or of /dev/shm"
         return f"{killed} (--workers); --resume goes on from the checkpoint"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -1047,7 +1047,7 @@ def test_without_a_run_the_teacher_alone(asked, capsys, monkeypatch):
 
 def test_the_final_norm_is_the_protocols_unless_told(monkeypatch):
     used = {}
-    monkeypatch.setattr(E, "measure", lambda task, settings, *_: used.update({task: settings.norm}))
+    monkeypatch.setattr(E, "run_task", lambda task, s, *_: used.update({task: s.norm}))
     evaluate(f"--task all {TEACHER}")
     assert used == {"correspondence": False, "depth": False, "normals": False, "segmentation": True}
     evaluate(f"--task segmentation --no-norm {TEACHER}")
@@ -1075,10 +1075,10 @@ def test_help_needs_no_task(capsys):
 def test_all_does_the_four(monkeypatch):
     done = []
 
-    def measure(task, settings, *_):
+    def run_task(task, settings, *_):
         done.append((task, vars(settings)))
 
-    monkeypatch.setattr(E, "measure", measure)
+    monkeypatch.setattr(E, "run_task", run_task)
     evaluate(f"--task all {TEACHER} --seeds 2")
     assert [task for task, _ in done] == ["correspondence", "depth", "normals", "segmentation"]
     assert all(s["seeds"] == 2 for _, s in done)
