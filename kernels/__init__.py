@@ -33,7 +33,7 @@ class Mixture(NamedTuple):
     weights: torch.Tensor  # [B, N, J] as means; data
 
 
-def _interpreted():
+def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -97,29 +97,28 @@ def _label_means(out, labels):
 
 
 def _rasterize_triton(scene, precision, tile=TILE):
-    from .blend import blend  # here, so that the torch backend works without triton
-    from .mixture import blend_mixture, check_mixture
+    from .launch import blend  # here, so that the torch backend works without triton
+    from .mixture import check_mixture
     from .projection import project
     from .tiles import NotFinite, list_tiles
 
     means, covars, opacities, features, viewmats, Ks, width, height, *limits = scene
-    tokens, *factors = features if isinstance(features, Mixture) else (features,)
+    tokens, indices, weights = features if isinstance(features, Mixture) else (features, None, None)
     (B, V), tokens = viewmats.shape[:2], tokens.contiguous()
     tensors = [t.contiguous() for t in (means, covars, opacities, viewmats, Ks)]
     splats, depths, radii, bad = project(*tensors, width, height, *map(float, limits))
     splats, depths, radii = (t.flatten(0, 1) for t in (splats, depths, radii))  # [I, N, ...]
     save = torch.is_grad_enabled() and (splats.requires_grad or tokens.requires_grad)
-    if factors:
-        factors = [factors[0].int().contiguous(), factors[1].contiguous()]
-        check_mixture(*factors, tokens, bad)
+    if indices is not None:
+        indices, weights = indices.int().contiguous(), weights.contiguous()
+        check_mixture(indices, weights, tokens, bad)
     try:
         lists = list_tiles(splats.detach(), depths, radii, bad, width, height, tile)
     except NotFinite:
         _check_values(scene)
         raise
-    rest = V, width, height, tile, precision, _interpreted(), save
-    blend_it = blend_mixture if factors else blend
-    out, alphas, _, _ = blend_it(splats, tokens, *factors, *lists, *rest)
+    inputs = splats, tokens, indices, weights, *lists
+    out, alphas, _, _ = blend(*inputs, V, width, height, tile, precision, save)
     return out.unflatten(0, (B, V)), alphas.unflatten(0, (B, V))
 
 
@@ -130,7 +129,7 @@ def _choose_backend(backend, means, features, precision):
         raise ValueError(f'backend is {backend!r}; it must be "triton", "torch" or None')
     if backend == "torch" or backend is None and not means.is_cuda:
         return "torch"
-    if not (means.is_cuda or _interpreted()):
+    if not (means.is_cuda or interpreted()):
         raise ValueError(
             'backend "triton" needs CUDA tensors (or TRITON_INTERPRET=1 in the environment before '
             f'the start); these are on {means.device}: use backend="torch" or None'

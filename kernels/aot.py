@@ -10,7 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import TILE, blend, mixture, projection, tiles
+from . import TILE, mixture, projection, tiles
+from .launch import KERNELS, launch_options
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Arguments that are neither float32 pointers nor int32 numbers
@@ -21,19 +22,18 @@ TYPES |= dict.fromkeys(("near_plane", "far_plane", "eps2d"), "fp32")
 FEATURES = "features_ptr", "tokens_ptr", "out_ptr", "v_out_ptr"
 # Triton compiles anew for numbers that are 1, as V in the paper, and for multiples of 16, as these
 # are there. What runs there has other registers than what takes any size.
-MULTIPLES = "N", "size", "C", "width", "height", "tiles", "count"
+MULTIPLES = "N", "size", "C", "width", "height", "count"
 
 
 def kernels():
     """(name, kernel, its constants, type of the features, numbers that are multiples of 16)"""
-    box = dict(TILE=TILE, BLOCK=tiles.BLOCK, FEW=tiles.FEW)
-    in_order = dict(RUN=tiles.RUN, range_ptr=None, number_ptr=None)
+    pairs = dict(TILE=TILE, BLOCK=tiles.BLOCK, FEW=tiles.FEW)
     for kernel, name, constants in (
         (projection.project_forward_kernel, "", dict(BLOCK=projection.BLOCK)),
         (projection.project_backward_kernel, "", dict(BLOCK=projection.BLOCK)),
-        (tiles.pair_kernel, " count", dict(box, PLACE=False, keys_ptr=None)),
-        (tiles.pair_kernel, " place", dict(box, PLACE=True)),
-        (tiles.sort_kernel, "", in_order),
+        (tiles.pair_kernel, " count", dict(pairs, PLACE=False, keys_ptr=None)),
+        (tiles.pair_kernel, " place", dict(pairs, PLACE=True)),
+        (tiles.sort_kernel, "", dict(RUN=tiles.RUN, range_ptr=None, number_ptr=None)),
         (tiles.merge_kernel, "", dict(RUN=tiles.RUN)),
         (mixture.check_kernel, "", dict(BLOCK=mixture.BLOCK)),
     ):
@@ -41,29 +41,28 @@ def kernels():
     types = {p: (torch.float32, "*fp32", p) for p in ("tf32", "tf32x3", "ieee")}
     types |= {"fp16": (torch.float16, "*fp16", "tf32"), "bf16": (torch.bfloat16, "*bf16", "tf32")}
     for word, (dtype, pointer, precision) in types.items():
-        for kernel, name, options, odd in blend_kernels(dtype, precision):
-            multiples = () if odd is None else [m for m in MULTIPLES if m not in odd]
-            yield f"{kernel.__name__} {word}{name}", kernel, options, pointer, multiples
+        for kernel, name, constants, multiples in blend_kernels(dtype, precision):
+            yield f"{kernel.__name__} {word}{name}", kernel, constants, pointer, multiples
 
 
 def blend_kernels(dtype, precision):
-    """(kernel, name, constants, numbers that are no multiples of 16; None: any size)"""
-    for C in (384, 3):
-        dense = blend.launch_options(C, dtype, TILE, precision, False) | dict(V=1)
-        back = blend.launch_options(C, dtype, TILE, precision, False, backward=True) | dict(V=1)
-        name, odd = ("", ()) if C == 384 else (", C = 3", ("C",))
-        yield blend.blend_forward_kernel, name, dense | dict(SAVE=False), odd
-        yield blend.blend_forward_kernel, name + ", saving", dense | dict(SAVE=True), odd
-        yield blend.blend_backward_kernel, name, back, odd
-    dense.pop("V"), back.pop("V")
-    yield blend.blend_forward_kernel, ", any size", dense | dict(SAVE=True), None
-    yield blend.blend_backward_kernel, ", any size", back, None
-    of_four = torch.empty(1, 1, 384, device="meta", dtype=dtype), torch.empty(1, 1, 4)
-    factored = mixture.mixture_options(*of_four, TILE, precision, False) | dict(V=1)
-    back = mixture.mixture_options(*of_four, TILE, precision, False, backward=True) | dict(V=1)
-    yield mixture.mixture_forward_kernel, "", factored | dict(SAVE=False), ()
-    yield mixture.mixture_forward_kernel, ", saving", factored | dict(SAVE=True), ()
-    yield mixture.mixture_backward_kernel, "", back, ()
+    """(kernel, name, constants, numbers that are multiples of 16)"""
+    odd_C = [m for m in MULTIPLES if m != "C"]
+    for C, J, name, known, multiples in (
+        (384, 0, "", dict(V=1), MULTIPLES),
+        (384, 4, "", dict(V=1), MULTIPLES),
+        (3, 0, ", C = 3", dict(V=1), odd_C),
+        (3, 0, ", any size", {}, ()),
+    ):
+        forward, backward = (
+            launch_options(C, dtype, J, TILE, precision, backward) | known
+            for backward in (False, True)
+        )
+        kernel = KERNELS[False, J > 0]
+        if known:
+            yield kernel, name, forward | dict(SAVE=False), multiples
+        yield kernel, name + ", saving" * (len(known)), forward | dict(SAVE=True), multiples
+        yield KERNELS[True, J > 0], name, backward, multiples
 
 
 def tool(name, cubin, *flags):

@@ -30,7 +30,7 @@ from torch.utils.benchmark import Timer
 
 import kernels
 
-from . import TILE, Mixture, _interpreted, rasterize, torch_backend
+from . import TILE, Mixture, interpreted, rasterize, torch_backend
 from .aot import compile_report
 from .tiles import sort_ranges
 
@@ -367,7 +367,7 @@ def main():
     add("--out", default="bench.json", type=Path, metavar="FILE", help="to write everything to")
     add("--compile", nargs="+", type=int, metavar="SM", help="only the compile report")
     given = parser.parse_args()
-    if _interpreted():
+    if interpreted():
         raise SystemExit("TRITON_INTERPRET is set: the interpreter's times say nothing; unset it")
     if given.compile:
         report = dict(triton=VERSIONS.get("triton"), date=str(date.today()))

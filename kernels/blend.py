@@ -24,10 +24,8 @@ R is a running product, not the exponential of a sum of logs: two Gaussians of a
 R = 1e-4 within 2e-6 of itself, and the stopping rule has to decide as the reference does.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import torch_backend
 from .projection import LN2, MAX_ALPHA, MIN_ALPHA
@@ -40,9 +38,11 @@ KO = tl.constexpr(4)  # with the 8 columns of a tile the 32 lanes of a warp
 
 
 @triton.jit
-def get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE: tl.constexpr):
+def get_tile(offsets_ptr, width, height, TILE: tl.constexpr):
     """The program's image, where its pairs begin, how many they are, and its pixels: columns
     [TILE], rows [TILE], index and existence [P]."""
+    tiles_x = tl.cdiv(width, TILE)
+    tiles = tiles_x * tl.cdiv(height, TILE)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     start = tl.load(offsets_ptr + tl.program_id(0))
@@ -211,14 +211,13 @@ def blend_forward_kernel(
     alphas_ptr,  # out [I, H, W]
     transmittance_ptr,  # out [I, H, W]: T; written if SAVE
     last_ptr,  # out [I, H, W] int32: one past the last pair that was blended; written if SAVE
-    N, C, V, width, height, tiles_x, tiles,
+    N, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TILE * TILE
     K: tl.constexpr = KI * KO
-    tile = get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE)
-    image, start, count, xy, pixel, inside = tile
+    image, start, count, xy, pixel, inside = get_tile(offsets_ptr, width, height, TILE)
     splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
     gaussians_ptr += start
     c = tl.program_id(1) * (BLOCK_C * BLOCKS) + tl.arange(0, BLOCK_C)
@@ -371,14 +370,13 @@ def blend_backward_kernel(
     v_out_ptr, v_alphas_ptr,  # [I, H, W, C] and [I, H, W]
     v_splats_ptr,  # out [I, N, 8], added to; None: not wanted
     v_features_ptr,  # out [B, N, C] float32, added to; None: not wanted
-    N, C, V, width, height, tiles_x, tiles,
+    N, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TILE * TILE
     K: tl.constexpr = KI * KO
-    tile = get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE)
-    image, start, count, xy, pixel, inside = tile
+    image, start, count, xy, pixel, inside = get_tile(offsets_ptr, width, height, TILE)
     splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
     gaussians_ptr += start
     c = tl.arange(0, BLOCK_C)
@@ -418,114 +416,3 @@ def load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE: tl.constexpr):
     last = tl.reshape(tl.load(last_ptr + pixel, inside, 0), [TILE, 1, TILE])
     shape: tl.constexpr = [TILE, KO, TILE]
     return tl.broadcast_to(T, shape), tl.broadcast_to(last, shape)
-
-
-# ------------------------------------------------------------------------------ launcher, autograd
-
-
-def launch_options(C, dtype, tile, precision, interpret, backward=False):
-    """Keyword arguments for a kernel of features with C channels of a type; precision is of float32
-    products ("tf32", "tf32x3" or "ieee").
-
-    Sizes are chosen by counting instructions for sm_90 (`python -m kernels.bench`), not by time
-    yet. Half-precision features meet weights rounded to the same type; sums are float32. In
-    Triton's interpreter all is float32, as it multiplies bfloat16 wrongly and float32 exactly.
-    """
-    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    single = dtype == torch.float32
-    exact = single and precision != "tf32"  # takes more registers
-    wide = C > 64 and not (exact or backward)
-    most = 128 if wide else 32 if exact else 64
-    block_c = min(most, max(16, triton.next_power_of_2(C)))  # tl.dot wants 16
-    blocks = triton.cdiv(C, block_c)
-    options = dict(TILE=tile, BLOCK_C=block_c, DTYPE=types[dtype], PRECISION=precision)
-    options |= dict(KI=8 if backward or exact or single and wide else 16, FAST=not interpret)
-    options |= dict(BLOCKS=blocks if backward else min(blocks, 3) if wide else 1)
-    options |= dict(num_warps=8 if wide else 4, num_stages=1, enable_fp_fusion=True)
-    if interpret:
-        options |= dict(DTYPE=tl.float32, PRECISION="ieee")
-    return options
-
-
-def launch(kernel, tensors, sizes, options, grid):
-    if grid[0]:
-        with torch.cuda.device_of(tensors[0]):  # triton launches on the current device
-            kernel[grid](*tensors, *sizes, **options)
-
-
-def tiles_of(width, height, tile):
-    """How many tiles lie side by side, and in all."""
-    tiles_x = triton.cdiv(width, tile)
-    return tiles_x, tiles_x * triton.cdiv(height, tile)
-
-
-def new_images(splats, features, width, height):
-    """Empty out, alphas, transmittance and last."""
-    image = splats.new_empty(len(splats), height, width)
-    out = features.new_empty(*image.shape, features.shape[-1])
-    return out, image, torch.empty_like(image), torch.empty_like(image, dtype=torch.int32)
-
-
-def gradients(splats, features, of_splats, of_features):
-    """Zeros to add both gradients to, float32; empty where not asked for."""
-    options = dict(dtype=torch.float32, device=splats.device)
-    both = (splats, of_splats), (features, of_features)
-    return tuple(torch.zeros(t.shape if asked else 0, **options) for t, asked in both)
-
-
-def as_asked(gradients, inputs, wanted):
-    """In the type of the inputs; None where not asked for."""
-    return [v.to(t.dtype) if asked else None for v, t, asked in zip(gradients, inputs, wanted)]
-
-
-@torch.library.custom_op("splat::blend", mutates_args=())
-def blend(
-    splats: Tensor, features: Tensor, gaussians: Tensor, offsets: Tensor,
-    V: int, width: int, height: int, tile: int, precision: str, interpret: bool, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Contiguous tensors, shaped as the kernel's -> features [I, H, W, C] in their type, alphas
-    [I, H, W] and, for a backward pass (if save), transmittance and last [I, H, W]."""
-    images, (_, N, C) = new_images(splats, features, width, height), features.shape
-    options = launch_options(C, features.dtype, tile, precision, interpret) | dict(SAVE=save)
-    tiles_x, tiles = tiles_of(width, height, tile)
-    grid = len(splats) * tiles, triton.cdiv(C, options["BLOCK_C"] * options["BLOCKS"])
-    tensors = splats, features, gaussians, offsets, *images
-    launch(blend_forward_kernel, tensors, (N, C, V, width, height, tiles_x, tiles), options, grid)
-    return images
-
-
-@torch.library.custom_op("splat::blend_backward", mutates_args=())
-def blend_backward(
-    splats: Tensor, features: Tensor, gaussians: Tensor, offsets: Tensor,
-    transmittance: Tensor, last: Tensor, v_out: Tensor, v_alphas: Tensor,
-    V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
-    of_splats: bool, of_features: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients by splats and by features, float32; empty where not asked for. (Half-precision
-    atomic additions are slow, and lose digits.)"""
-    v, (_, N, C) = gradients(splats, features, of_splats, of_features), features.shape
-    options = launch_options(C, features.dtype, tile, precision, interpret, backward=True)
-    tiles_x, tiles = tiles_of(width, height, tile)
-    tensors = splats, features, gaussians, offsets, transmittance, last
-    tensors += v_out.contiguous(), v_alphas.contiguous()
-    tensors += v[0] if of_splats else None, v[1] if of_features else None
-    sizes = N, C, V, width, height, tiles_x, tiles
-    grid = (len(splats) * tiles * (of_splats or of_features),)
-    launch(blend_backward_kernel, tensors, sizes, options, grid)
-    return v
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output[2:])
-    ctx.rest = inputs[4:-1]
-
-
-def _backward(ctx, v_out, v_alphas, _transmittance, _last):
-    wanted = ctx.needs_input_grad[:2]
-    v = blend_backward(*ctx.saved_tensors, v_out, v_alphas, *ctx.rest, *wanted)
-    return *as_asked(v, ctx.saved_tensors, wanted), *[None] * 9
-
-
-blend.register_fake(lambda *inputs: new_images(inputs[0], inputs[1], *inputs[5:7]))
-blend.register_autograd(_backward, setup_context=_save)
-blend_backward.register_fake(lambda splats, f, *rest: gradients(splats, f, *rest[-2:]))

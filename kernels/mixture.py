@@ -1,13 +1,13 @@
-"""Blending of mixtures: f_k = sum_j mix_kj token_(index_kj), with J rows of a table [M, C] each.
+"""Blending of mixtures: Gaussian k has the feature f_k = sum_j mix_kj token_(index_kj).
 
-A tile meets few tokens: 15 on average and 18 at most where patch tokens are upsampled to pixels.
-With m_kt the weight of token t in Gaussian k and w [P, K] the weights of blend.py,
+A tile meets few tokens: 15 on average and at most 18 where patch tokens are upsampled to pixels.
+With the weights w [P, K] of blend.py, and m_kt the weight of token t in Gaussian k,
 
     out_p = sum_k w_pk sum_t m_kt token_t = sum_t W_pt token_t,     W = sum over chunks of w @ m
 
-So a program blends W [P, SLOTS], and multiplies by the tokens once, at the end: what a Gaussian
-costs hardly depends on C. A tile that meets more than SLOTS tokens is walked again for the next
-SLOTS of them, in the order of their indices, and the products are added up.
+So a program accumulates W [P, SLOTS] and multiplies by the tokens once, at the end: the cost per
+Gaussian hardly depends on C. A tile with more than SLOTS tokens is walked again for the next SLOTS
+of them, in the order of their indices, and adds to its output.
 """
 
 import torch
@@ -16,14 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .blend import (
-    KO, MIN_TRANSMITTANCE, as_asked, as_matrix, chunk_backward, chunk_forward, geometry_backward,
-    get_tile, gradients, launch, launch_options, load_ahead, load_block, load_chunk, load_ends,
-    new_ends, new_images, operand, places, store_ends, tiles_of,
+    KO, MIN_TRANSMITTANCE, as_matrix, chunk_backward, chunk_forward, geometry_backward, get_tile,
+    load_ahead, load_block, load_chunk, load_ends, new_ends, operand, places, store_ends,
 )  # fmt: skip
 
 NONE = tl.constexpr(2**30)  # above every index of a token
 LISTED = tl.constexpr(32)  # Gaussians whose tokens are listed at a time
-SLOTS = 32  # tokens of a tile that one walk takes; exact products have registers for 16
 BLOCK = 1024  # indices that a program checks
 
 
@@ -87,15 +85,14 @@ def mixture_forward_kernel(
     mix_ptr,  # [B, N, J]
     gaussians_ptr, offsets_ptr,  # as blend_forward_kernel's, as are the outputs
     out_ptr, alphas_ptr, transmittance_ptr, last_ptr,
-    N, M, C, V, width, height, tiles_x, tiles,
+    N, M, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, J_UP: tl.constexpr,  # J_UP: the next power of 2
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TILE * TILE
     K: tl.constexpr = KI * KO
-    tile = get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE)
-    image, start, count, xy, pixel, inside = tile
+    image, start, count, xy, pixel, inside = get_tile(offsets_ptr, width, height, TILE)
     scene = image // V
     splats_ptr, tokens_ptr = splats_ptr + image * N * 8, tokens_ptr + scene * M * C
     indices_ptr, mix_ptr = indices_ptr + scene * N * J, mix_ptr + scene * N * J
@@ -173,15 +170,14 @@ def mixture_backward_kernel(
     v_out_ptr, v_alphas_ptr,  # [I, H, W, C] and [I, H, W]
     v_splats_ptr,  # out [I, N, 8], added to; None: not wanted
     v_tokens_ptr,  # out [B, M, C] float32, added to; None: not wanted
-    N, M, C, V, width, height, tiles_x, tiles,
+    N, M, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, J_UP: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TILE * TILE
     K: tl.constexpr = KI * KO
-    tile = get_tile(offsets_ptr, width, height, tiles_x, tiles, TILE)
-    image, start, count, xy, pixel, inside = tile
+    image, start, count, xy, pixel, inside = get_tile(offsets_ptr, width, height, TILE)
     scene = image // V
     splats_ptr, tokens_ptr = splats_ptr + image * N * 8, tokens_ptr + scene * M * C
     indices_ptr, mix_ptr = indices_ptr + scene * N * J, mix_ptr + scene * N * J
@@ -237,72 +233,3 @@ def check_mixture(indices: Tensor, mix: Tensor, tokens: Tensor, bad: Tensor) -> 
         with torch.cuda.device_of(mix):
             grid = (triton.cdiv(size, BLOCK),)
             check_kernel[grid](indices, mix, bad, size, tokens.shape[1], BLOCK=BLOCK)
-
-
-# ------------------------------------------------------------------------------ launcher, autograd
-
-
-def mixture_options(tokens, indices, tile, precision, interpret, backward=False):
-    """As `launch_options`."""
-    options = launch_options(tokens.shape[-1], tokens.dtype, tile, precision, interpret, backward)
-    del options["BLOCKS"]
-    single = tokens.dtype == torch.float32
-    J = indices.shape[-1]
-    slots, most = (16, 16) if single and precision != "tf32" else (SLOTS, 64)
-    options |= dict(J=J, J_UP=triton.next_power_of_2(J), SLOTS=slots)
-    options |= dict(BLOCK_C=min(most, options["BLOCK_C"]), KI=8 if backward or single else 16)
-    return options | dict(num_warps=4, num_stages=1 if backward else 2)
-
-
-@torch.library.custom_op("splat::blend_mixture", mutates_args=())
-def blend_mixture(
-    splats: Tensor, tokens: Tensor, indices: Tensor, mix: Tensor, gaussians: Tensor,
-    offsets: Tensor, V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `blend`, of tokens [B, M, C], indices [B, N, J] int32 and weights mix [B, N, J]."""
-    images = new_images(splats, tokens, width, height)
-    tensors = splats, tokens, indices, mix, gaussians, offsets, *images
-    (_, M, C), (tiles_x, tiles) = tokens.shape, tiles_of(width, height, tile)
-    sizes = splats.shape[1], M, C, V, width, height, tiles_x, tiles
-    options = mixture_options(tokens, indices, tile, precision, interpret) | dict(SAVE=save)
-    launch(mixture_forward_kernel, tensors, sizes, options, (len(splats) * tiles,))
-    return images
-
-
-@torch.library.custom_op("splat::blend_mixture_backward", mutates_args=())
-def blend_mixture_backward(
-    splats: Tensor, tokens: Tensor, indices: Tensor, mix: Tensor, gaussians: Tensor,
-    offsets: Tensor, transmittance: Tensor, last: Tensor, v_out: Tensor, v_alphas: Tensor,
-    V: int, width: int, height: int, tile: int, precision: str, interpret: bool,
-    of_splats: bool, of_tokens: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `blend_backward`: gradients by splats and by tokens."""
-    v = gradients(splats, tokens, of_splats, of_tokens)
-    tensors = splats, tokens, indices, mix, gaussians, offsets, transmittance, last
-    tensors += v_out.contiguous(), v_alphas.contiguous()
-    tensors += v[0] if of_splats else None, v[1] if of_tokens else None
-    (_, M, C), (tiles_x, tiles) = tokens.shape, tiles_of(width, height, tile)
-    sizes = splats.shape[1], M, C, V, width, height, tiles_x, tiles
-    options = mixture_options(tokens, indices, tile, precision, interpret, backward=True)
-    grid = (len(splats) * tiles * (of_splats or of_tokens),)
-    launch(mixture_backward_kernel, tensors, sizes, options, grid)
-    return v
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6], *output[2:])
-    ctx.rest = inputs[6:-1]
-
-
-def _backward(ctx, v_out, v_alphas, _transmittance, _last):
-    wanted = ctx.needs_input_grad[:2]
-    v = blend_mixture_backward(*ctx.saved_tensors, v_out, v_alphas, *ctx.rest, *wanted)
-    return *as_asked(v, ctx.saved_tensors, wanted), *[None] * 11
-
-
-blend_mixture.register_fake(lambda *inputs: new_images(inputs[0], inputs[1], *inputs[7:9]))
-blend_mixture.register_autograd(_backward, setup_context=_save)
-blend_mixture_backward.register_fake(
-    lambda splats, tokens, *rest: gradients(splats, tokens, *rest[-2:])
-)

@@ -546,8 +546,7 @@ def test_compiles_into_one_graph_without_a_break(mixed, compiler):
 @pytest.mark.parametrize("op", ["project", "list_tiles", "blend", "blend_mixture"])
 def test_operators_keep_torchs_rules(op):
     """torch.library.opcheck: schema, fake implementation and autograd registration of each."""
-    from kernels.blend import blend
-    from kernels.mixture import blend_mixture
+    from kernels.launch import blend
     from kernels.projection import project
     from kernels.tiles import list_tiles
 
@@ -561,11 +560,11 @@ def test_operators_keep_torchs_rules(op):
     lists = list_tiles(*listing)
     tokens, indices, mix = mixture_for(scene, M=5)
     splats, features, tokens = (t.clone().requires_grad_() for t in (splats, features, tokens))
-    rest = *lists, 2, width, height, 8, "ieee", not torch.cuda.is_available(), True
+    rest = *lists, 2, width, height, 8, "ieee", True
     calls = {
         "project": (project, arguments), "list_tiles": (list_tiles, listing),
-        "blend": (blend, (splats, features, *rest)),
-        "blend_mixture": (blend_mixture, (splats, tokens, indices.int(), mix, *rest)),
+        "blend": (blend, (splats, features, None, None, *rest)),
+        "blend_mixture": (blend, (splats, tokens, indices.int(), mix, *rest)),
     }  # fmt: skip
     torch.library.opcheck(*calls[op])
 

@@ -56,7 +56,7 @@ def test_clamp_slope():
 
 @triton.jit
 def _tile(offsets_ptr, out_ptr, TILE: tl.constexpr):
-    image, start, count, xy, pixel, inside = blend.get_tile(offsets_ptr, 11, 9, 3, 9, TILE)
+    image, start, count, xy, pixel, inside = blend.get_tile(offsets_ptr, 11, 9, TILE)
     out_ptr += tl.program_id(0) * (3 + TILE * TILE)
     tl.store(out_ptr, image)
     tl.store(out_ptr + 1, start)

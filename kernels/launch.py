@@ -1,0 +1,129 @@
+"""The blending kernels as one differentiable operator, of dense features or of a mixture."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import interpreted
+from .blend import blend_backward_kernel, blend_forward_kernel
+from .mixture import mixture_backward_kernel, mixture_forward_kernel
+
+KERNELS = {  # (backward, mixture)
+    (False, False): blend_forward_kernel,
+    (False, True): mixture_forward_kernel,
+    (True, False): blend_backward_kernel,
+    (True, True): mixture_backward_kernel,
+}
+
+
+def launch_options(C, dtype, J, tile, precision, backward=False):
+    """Keyword arguments of a kernel for C channels; J tokens per Gaussian, or 0 if dense.
+
+    Chosen by counting instructions for sm_90 (`python -m kernels.bench`); no GPU has timed them.
+    Weights are rounded to the features' dtype, sums are float32. Triton's interpreter multiplies
+    bfloat16 wrongly and float32 exactly, so there everything is float32.
+    """
+    types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    options = dict(TILE=tile, DTYPE=types[dtype], PRECISION=precision, FAST=True)
+    if interpreted():
+        options |= dict(DTYPE=tl.float32, PRECISION="ieee", FAST=False)
+    single = dtype == torch.float32
+    exact = single and precision != "tf32"  # takes more registers
+    padded = max(16, triton.next_power_of_2(C))  # tl.dot needs 16
+    if J:
+        options |= dict(J=J, J_UP=triton.next_power_of_2(J), SLOTS=16 if exact else 32)
+        options |= dict(BLOCK_C=min(padded, 16 if exact else 64))
+        options |= dict(KI=8 if backward or single else 16)
+        options |= dict(num_warps=4, num_stages=1 if backward else 2)
+    else:
+        wide = C > 64 and not (exact or backward)
+        block_c = min(padded, 128 if wide else 32 if exact else 64)
+        blocks = triton.cdiv(C, block_c)
+        options |= dict(BLOCK_C=block_c)
+        options |= dict(BLOCKS=blocks if backward else min(blocks, 3) if wide else 1)
+        options |= dict(KI=8 if backward or exact or (single and wide) else 16)
+        options |= dict(num_warps=8 if wide else 4, num_stages=1)
+    return options | dict(enable_fp_fusion=True)
+
+
+def launch(backward, inputs, others, V, width, height, tile, precision, **options):
+    """Run a kernel: one program per tile and, if dense, per BLOCK_C * BLOCKS channels."""
+    splats, tokens, indices, *_ = inputs
+    (I, N, _), (_, M, C) = splats.shape, tokens.shape
+    J = 0 if indices is None else indices.shape[-1]
+    options |= launch_options(C, tokens.dtype, J, tile, precision, backward)
+    parts = 1 if J else triton.cdiv(C, options["BLOCK_C"] * options["BLOCKS"])
+    grid = I * triton.cdiv(width, tile) * triton.cdiv(height, tile), parts
+    inputs = (t for t in inputs if t is not None)
+    sizes = (N, M, C) if J else (N, C)
+    if I:
+        with torch.cuda.device_of(splats):  # triton launches on the current device
+            kernel = KERNELS[backward, J > 0]
+            kernel[grid](*inputs, *others, *sizes, V, width, height, **options)
+
+
+def new_images(splats, tokens, width, height):
+    """Empty features, alphas, transmittance and last."""
+    image = splats.new_empty(len(splats), height, width)
+    features = tokens.new_empty(*image.shape, tokens.shape[-1])
+    return features, image, torch.empty_like(image), torch.empty_like(image, dtype=torch.int32)
+
+
+@torch.library.custom_op("splat::blend", mutates_args=())
+def blend(
+    splats: Tensor, tokens: Tensor, indices: Tensor | None, mix: Tensor | None,
+    gaussians: Tensor, offsets: Tensor,
+    V: int, width: int, height: int, tile: int, precision: str, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Contiguous tensors, shaped as the kernels'. Differentiable: splats and tokens.
+
+    tokens: features [B, N, C]; or, with indices and mix, the tokens [B, M, C] of a mixture.
+    Returns features [I, H, W, C] in their dtype, alphas [I, H, W] and, for a backward pass (if
+    save), transmittance and last [I, H, W].
+    """
+    inputs = splats, tokens, indices, mix, gaussians, offsets
+    images = new_images(splats, tokens, width, height)
+    launch(False, inputs, images, V, width, height, tile, precision, SAVE=save)
+    return images
+
+
+def new_gradients(splats, tokens, of_splats, of_tokens):
+    """Zeros to add to, float32: half-precision atomics are slow and lose digits. Empty where not
+    wanted."""
+    options = dict(dtype=torch.float32, device=splats.device)
+    both = (splats, of_splats), (tokens, of_tokens)
+    return tuple(torch.zeros(t.shape if wanted else 0, **options) for t, wanted in both)
+
+
+@torch.library.custom_op("splat::blend_backward", mutates_args=())
+def blend_backward(
+    splats: Tensor, tokens: Tensor, indices: Tensor | None, mix: Tensor | None,
+    gaussians: Tensor, offsets: Tensor, transmittance: Tensor, last: Tensor,
+    v_features: Tensor, v_alphas: Tensor,
+    V: int, width: int, height: int, tile: int, precision: str, of_splats: bool, of_tokens: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients with respect to splats and tokens, float32; empty where not wanted."""
+    v_splats, v_tokens = v = new_gradients(splats, tokens, of_splats, of_tokens)
+    inputs = splats, tokens, indices, mix, gaussians, offsets
+    others = transmittance, last, v_features.contiguous(), v_alphas.contiguous()
+    others += v_splats if of_splats else None, v_tokens if of_tokens else None
+    launch(True, inputs, others, V, width, height, tile, precision)
+    return v
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], *output[2:])
+    ctx.rest = inputs[6:-1]
+
+
+def _backward(ctx, v_features, v_alphas, _transmittance, _last):
+    wanted = ctx.needs_input_grad[:2]
+    v = blend_backward(*ctx.saved_tensors, v_features, v_alphas, *ctx.rest, *wanted)
+    v = [v.to(t.dtype) if w else None for v, t, w in zip(v, ctx.saved_tensors, wanted)]
+    return *v, *[None] * 10
+
+
+blend.register_fake(lambda *inputs: new_images(*inputs[:2], *inputs[7:9]))
+blend.register_autograd(_backward, setup_context=_save)
+blend_backward.register_fake(lambda *inputs: new_gradients(*inputs[:2], *inputs[-2:]))
