@@ -2,10 +2,9 @@
 
     from kernels import rasterize
 
-The Triton kernels, in the order in which they run: projection.py (3D to image), tiles.py (which
-Gaussians touch which tile, in order of depth), and blend.py or, for a Mixture, mixture.py (front to
-back into pixels).
-torch_backend.py does the same in plain PyTorch, without a GPU and as the oracle of the tests.
+The Triton kernels, in the order in which they run: projection.py (3D to image), tiles.py (each
+tile's Gaussians, sorted by depth), then blend.py or, for a Mixture, mixture.py, through launch.py.
+torch_backend.py does the same in plain PyTorch: on any device, and as a reference for the tests.
 """
 
 import math
@@ -18,14 +17,14 @@ from . import torch_backend
 
 __all__ = ["Mixture", "rasterize"]
 
-TILE = 8  # pixels; results do not depend on it. Pixel-sized Gaussians would waste a larger tile
+TILE = 8  # pixels, a side. Pixel-sized Gaussians leave most of a larger tile empty
 
 
 class Mixture(NamedTuple):
     """Features in factored form: Gaussian n has sum_j weights[n, j] * tokens[indices[n, j]].
 
-    In distillation a pixel's feature mixes at most four patch tokens. Splatting the mixture equals
-    splatting the features [B, N, C] that it stands for, which then never exist.
+    In distillation, a pixel's feature mixes at most four patch tokens. Splatting the mixture equals
+    splatting the features [B, N, C], without ever storing them.
     """
 
     tokens: torch.Tensor  # [B, M, C]; differentiable
@@ -34,6 +33,7 @@ class Mixture(NamedTuple):
 
 
 def interpreted():
+    """Do Triton's kernels run in its interpreter?"""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -44,25 +44,25 @@ def rasterize(
     """Splat B scenes of N Gaussians with C channels each into V cameras per scene.
 
     Cameras have OpenCV axes (x right, y down, z forward), pixel centres lie at +0.5, and the
-    background is 0. Semantics are gsplat's (>= 1.6); kernels/torch_backend.py states the maths.
+    background is 0. Semantics are those of gsplat >= 1.6; the maths is in torch_backend.py.
 
     Args:
         means: [B, N, 3] world, float32; the torch backend takes float64 too. Differentiable.
         covars: [B, N, 3, 3] world, symmetric, positive semi-definite. Differentiable.
         opacities: [B, N] 0..1. Differentiable.
         features: [B, N, C] float32, float16 or bfloat16 (torch backend: float64 too), or a Mixture.
-            Differentiable. Sums are float32.
+            Differentiable. Accumulated in float32.
         viewmats, Ks: [B, V, 4, 4] world to camera and [B, V, 3, 3] pixels; data. Skew is ignored.
         width, height: of the images, pixels.
         near_plane, far_plane: a Gaussian is seen where near_plane < z < far_plane.
         eps2d: variance in pixels^2 added to both axes of every image covariance.
         backend: "triton" (CUDA tensors, or CPU tensors under TRITON_INTERPRET=1), "torch" (any
             device), or None: triton for CUDA tensors, torch for others.
-        precision: of the triton backend's products of float32 features: "tf32" (10 bits of
-            mantissa, on tensor cores), "tf32x3" (three such products, nearly exact) or "ieee".
+        precision: of float32 products in the triton backend: "tf32" (10 bits of mantissa, on
+            tensor cores), "tf32x3" (three TF32 products, nearly exact) or "ieee".
         at: None, or (rows, columns), two increasing index tensors: features of those pixels only.
-        labels: None, or integers [B, V, height, width] from 0: also the mean over each label's
-            pixels. On a CPU neither needs the images: it sums weights before it reads features.
+        labels: None, or integers [B, V, height, width] from 0: also return the mean feature of
+            each label. With at or labels, the torch backend skips the work for whole images.
 
     Returns:
         features [B, V, height, width, C] in the features' dtype (with `at`: [B, V, rows, columns,
@@ -70,14 +70,14 @@ def rasterize(
 
     Raises:
         ValueError: an argument's shape, dtype or device does not fit, a value is NaN or infinite
-            (the triton backend does not look into features), a camera requires gradients, or the
+            (the triton backend does not check features), a camera requires gradients, or the
             backend does not run on these tensors.
     """
     scene = means, covars, opacities, features, viewmats, Ks
     scene = *scene, width, height, near_plane, far_plane, eps2d
     _check(scene, labels)
     if _choose_backend(backend, means, features, precision) == "torch":
-        if not torch.compiler.is_compiling():  # values are not known then
+        if not torch.compiler.is_compiling():  # which traces without values
             _check_values(scene)
         with torch.autocast(means.device.type, enabled=False):
             return torch_backend.rasterize(*scene, at, labels)
@@ -127,8 +127,9 @@ def _choose_backend(backend, means, features, precision):
         raise ValueError(f'precision is {precision!r}; it must be "tf32", "tf32x3" or "ieee"')
     if backend not in (None, "torch", "triton"):
         raise ValueError(f'backend is {backend!r}; it must be "triton", "torch" or None')
-    if backend == "torch" or backend is None and not means.is_cuda:
-        return "torch"
+    backend = backend or ("triton" if means.is_cuda else "torch")
+    if backend == "torch":
+        return backend
     if not (means.is_cuda or interpreted()):
         raise ValueError(
             'backend "triton" needs CUDA tensors (or TRITON_INTERPRET=1 in the environment before '
@@ -137,7 +138,7 @@ def _choose_backend(backend, means, features, precision):
     tokens = features.tokens if isinstance(features, Mixture) else features
     if means.dtype != torch.float32 or tokens.dtype == torch.float64:
         raise ValueError('backend "triton" takes float32 Gaussians; for float64 use "torch"')
-    return "triton"
+    return backend
 
 
 def _check(scene, labels):
@@ -154,7 +155,7 @@ def _check(scene, labels):
         )
     (B, N, _), (_, M, C), V, J = means.shape, tokens.shape, viewmats.shape[1], 1
     same, floats = (means.dtype,), (torch.float32, torch.float64)
-    table = {  # argument: (tensor, shape, types)
+    rules = {  # argument: (tensor, shape, dtypes)
         "means": (means, (B, N, 3), floats),
         "covars": (covars, (B, N, 3, 3), same),
         "opacities": (opacities, (B, N), same),
@@ -163,20 +164,25 @@ def _check(scene, labels):
         "Ks": (Ks, (B, V, 3, 3), same),
     }
     if factors:
-        J = factors[0].shape[-1] if factors[0].ndim == 3 else 1
-        table["indices"] = factors[0], (B, N, J), (torch.int32, torch.int64)
-        table["weights"] = factors[1], (B, N, J), same
+        indices, weights = factors
+        J = indices.shape[-1] if indices.ndim == 3 else 1
+        rules["indices"] = indices, (B, N, J), (torch.int32, torch.int64)
+        rules["weights"] = weights, (B, N, J), same
     if labels is not None:
-        table["labels"] = labels, (B, V, height, width), (labels.dtype,)
-    for name, (tensor, shape, types) in table.items():
+        rules["labels"] = labels, (B, V, height, width), (labels.dtype,)
+    for name, (tensor, shape, dtypes) in rules.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
         if tensor.device != means.device:
             raise ValueError(f"{name} is on {tensor.device}, means on {means.device}")
-        if tensor.dtype not in types:
-            raise ValueError(f"{name} must be {' or '.join(map(str, types))}, not {tensor.dtype}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
         if tensor.requires_grad and name in ("viewmats", "Ks", "weights"):
             raise ValueError(f"{name} requires gradients, but is data: pass {name}.detach()")
+    _check_numbers(C, J, B, V, width, height, *limits)
+
+
+def _check_numbers(C, J, B, V, width, height, near_plane, far_plane, eps2d):
     whole = isinstance(width, int) and isinstance(height, int) and width >= 1 and height >= 1
     if not (whole and C >= 1 and J >= 1):
         raise ValueError(
@@ -185,7 +191,6 @@ def _check(scene, labels):
         )
     if (pixels := B * V * width * height) >= 2**31:
         raise ValueError(f"{B} x {V} images of {width} x {height} have {pixels} pixels, over 2^31")
-    near_plane, far_plane, eps2d = limits
     if not 0 < near_plane < far_plane:
         raise ValueError(f"0 < near_plane < far_plane must hold, not {near_plane} and {far_plane}")
     if not 0 <= eps2d < math.inf:
@@ -193,19 +198,18 @@ def _check(scene, labels):
 
 
 def _check_values(scene):
-    """ValueError for what is NaN or infinite, and for indices without a token. Of large features it
-    looks at the first channel: what makes NaN makes it in all of them."""
-    features = scene[3]
-    if isinstance(features, Mixture):
-        low, high = features.indices.aminmax() if features.indices.numel() else (0, 0)
-        if low < 0 or high >= features.tokens.shape[1]:
-            last = features.tokens.shape[1] - 1
-            raise ValueError(f"indices must lie in 0..{last}, where the mixture's tokens are")
-    tokens = features.tokens if isinstance(features, Mixture) else features
+    """ValueError for NaN, infinity, or indices without a token. Of large features only the first
+    channel is checked: whatever makes NaN usually makes it in all of them."""
     tensors = dict(zip(("means", "covars", "opacities", "features", "viewmats", "Ks"), scene))
-    tensors["features"] = tokens[..., 0] if tokens.numel() > 2**20 else tokens
-    if isinstance(features, Mixture):
-        tensors["weights"] = features.weights
+    if isinstance(tensors["features"], Mixture):
+        tokens, indices, weights = tensors["features"]
+        tensors |= dict(features=tokens, weights=weights)
+        low, high = indices.aminmax() if indices.numel() else (0, 0)
+        if low < 0 or high >= tokens.shape[1]:
+            last = tokens.shape[1] - 1
+            raise ValueError(f"indices must lie in 0..{last}, where the mixture's tokens are")
+    if tensors["features"].numel() > 2**20:
+        tensors["features"] = tensors["features"][..., 0]
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are NaN or infinite")

@@ -11,22 +11,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import TILE, mixture, projection, tiles
+from .blend import KO
 from .launch import KERNELS, launch_options
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Arguments that are neither float32 pointers nor int32 numbers
-TYPES = dict.fromkeys(("gaussians_ptr", "last_ptr", "indices_ptr", "bad_ptr"), "*i32")
-TYPES |= dict.fromkeys(("offsets_ptr", "range_ptr", "number_ptr", "keys_ptr"), "*i64")
-TYPES |= dict.fromkeys(("sorted_ptr", "merged_ptr"), "*i32") | dict(next_ptr="*i64")
-TYPES |= dict.fromkeys(("near_plane", "far_plane", "eps2d"), "fp32")
+TYPES = {
+    "*i32": "gaussians_ptr last_ptr indices_ptr bad_ptr sorted_ptr merged_ptr",
+    "*i64": "offsets_ptr range_ptr number_ptr keys_ptr next_ptr",
+    "fp32": "near_plane far_plane eps2d",
+}
+TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
 FEATURES = "features_ptr", "tokens_ptr", "out_ptr", "v_out_ptr"
-# Triton compiles anew for numbers that are 1, as V in the paper, and for multiples of 16, as these
-# are there. What runs there has other registers than what takes any size.
+# Triton compiles other code for numbers that are 1, such as the paper's V, and for multiples of 16
 MULTIPLES = "N", "size", "C", "width", "height", "count"
+OPTIONS = dict(num_warps=4, num_stages=3, enable_fp_fusion=True)  # where a kernel sets no others
 
 
 def kernels():
-    """(name, kernel, its constants, type of the features, numbers that are multiples of 16)"""
+    """(name, kernel, constants, type of the features, numbers that are multiples of 16)"""
     pairs = dict(TILE=TILE, BLOCK=tiles.BLOCK, FEW=tiles.FEW)
     for kernel, name, constants in (
         (projection.project_forward_kernel, "", dict(BLOCK=projection.BLOCK)),
@@ -59,14 +62,16 @@ def blend_kernels(dtype, precision):
             for backward in (False, True)
         )
         kernel = KERNELS[False, J > 0]
-        if known:
+        if name == ", any size":
+            yield kernel, name, forward | dict(SAVE=True), multiples
+        else:
             yield kernel, name, forward | dict(SAVE=False), multiples
-        yield kernel, name + ", saving" * (len(known)), forward | dict(SAVE=True), multiples
+            yield kernel, name + ", saving", forward | dict(SAVE=True), multiples
         yield KERNELS[True, J > 0], name, backward, multiples
 
 
 def tool(name, cubin, *flags):
-    """What one of CUDA's tools, which come with Triton, prints of a compiled kernel."""
+    """What one of the CUDA tools in Triton prints about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -75,13 +80,13 @@ def tool(name, cubin, *flags):
 
 
 def resources(cubin):
-    """Registers, stack bytes (where spilled registers go) and shared memory, by the assembler."""
+    """Registers, stack (spilled registers) and shared memory in bytes, by the assembler."""
     usage = tool("cuobjdump", cubin, "--dump-resource-usage")
     return {key.lower(): int(n) for key, n in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
 
 
 def loops(cubin):
-    """(first, last) instruction of every loop, from the disassembly: a branch back to a label."""
+    """(first, last) instruction of every loop: a branch back to a label, in the disassembly."""
     number, labels, found = 0, {}, set()
     for line in tool("nvdisasm", cubin, "-c").splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
@@ -95,41 +100,45 @@ def loops(cubin):
 
 
 def issue_slots(cubin, constants):
-    """Instructions that a warp issues per pixel and Gaussian, times its 32 lanes, while a tile's
-    Gaussians are walked, K a turn. Dense: of the longest loop, with a loop over channels inside as
-    often as it turns. Mixtures: of the longest loop that holds no other, and of the loop before it
-    that lists tokens, with the loop inside that a new token takes."""
-    found = {loop: loop[1] - loop[0] + 1 for loop in loops(cubin)}
+    """Instructions that a warp issues per pixel and Gaussian, times its 32 lanes, in the walk over
+    a tile's Gaussians, K per turn.
+
+    Dense: the longest loop, its inner loop over channels counted BLOCKS times. Mixtures: the
+    longest innermost loop, and the nest before it that lists tokens, LISTED Gaussians per turn.
+    """
+    lengths = {loop: loop[1] - loop[0] + 1 for loop in loops(cubin)}
+
+    def holds(a, b):
+        return a != b and a[0] <= b[0] and b[1] <= a[1]
+
+    K = constants["KI"] * KO.value
     if "SLOTS" in constants:
-        holding = {a for a in found for b in found if a != b and a[0] <= b[0] and b[1] <= a[1]}
-        walk = max(found.keys() - holding, key=found.get)
-        listing = sum(found[a] for a in holding if a[1] < walk[0])
-        instructions = found[walk] + listing * constants["KI"] * 4 / mixture.LISTED.value
+        outer = {a for a in lengths if any(holds(a, b) for b in lengths)}
+        walk = max(lengths.keys() - outer, key=lengths.get)
+        listing = sum(lengths[a] for a in outer if a[1] < walk[0])
+        instructions = lengths[walk] + listing * K / mixture.LISTED.value
     else:
-        walk = max(found, key=found.get)
-        inner = [n for a, n in found.items() if a != walk and walk[0] <= a[0] and a[1] <= walk[1]]
-        instructions = found[walk] + (constants["BLOCKS"] - 1) * sum(inner)
-    pairs = constants["TILE"] ** 2 * constants["KI"] * 4
+        walk = max(lengths, key=lengths.get)
+        inner = sum(length for a, length in lengths.items() if holds(walk, a))
+        instructions = lengths[walk] + (constants["BLOCKS"] - 1) * inner
+    pairs = constants["TILE"] ** 2 * K
     return instructions * 32 * constants["num_warps"] / pairs
 
 
 def compile_report(targets):
-    """A row for every kernel and target: its resources, how many tensor-core instructions and, of
-    blending, `issue_slots`."""
+    """A row for every kernel and target: its resources, tensor-core instructions and, of blending,
+    `issue_slots`."""
     for target in targets:
         for name, kernel, constants, features, multiples in kernels():
-            options = dict(enable_fp_fusion=True, num_warps=constants.get("num_warps", 4))
-            options |= dict(num_stages=constants.get("num_stages", 3))
             values = {n: value for n, value in constants.items() if n in kernel.arg_names}
-            size = "i32" if "TILE" in values and "BLOCK" not in values else "fp32"
-            special = TYPES | dict.fromkeys(FEATURES, features) | dict(width=size, height=size)
-            special |= dict.fromkeys(values, "constexpr")
             types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
-            types = {n: special.get(n, usual) for n, usual in types.items()}
+            known = TYPES | dict.fromkeys(FEATURES, features) | dict.fromkeys(values, "constexpr")
+            types |= {n: kind for n, kind in known.items() if n in types}
             # torch aligns tensors to 16 bytes
-            known = [n for n, t in types.items() if t[0] == "*" or t == "i32" and n in multiples]
-            aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in known}
+            aligned = [n for n, kind in types.items() if kind[0] == "*" or n in multiples]
+            aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
             source = ASTSource(kernel, types, values, aligned)
+            options = {n: constants.get(n, usual) for n, usual in OPTIONS.items()}
             compiled = triton.compile(source, GPUTarget("cuda", target, 32), options)
             products = re.findall(r"wgmma\.mma_async|(?<!\.)\bmma\.sync", compiled.asm["ptx"])
             row = dict(kernel=name, target=target, tensor_core=len(products))

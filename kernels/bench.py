@@ -1,10 +1,10 @@
-"""How fast, against whom, and how far from what the hardware allows: python -m kernels.bench
+"""Speed, memory and error of the rasteriser and of its alternatives: python -m kernels.bench
 
 On a GPU, for every workload: forward and forward + backward (median and spread), peak memory beyond
-inputs and output, error, and the ratio to every peer at hand: gsplat (if installed), the same scene
-three channels at a time (as the paper's code does), the torch backend. Without a GPU: the torch
-backend on small sizes, what a GPU would need at least, and what the compiler makes of the kernels.
-Everything goes to bench.json, or to --out FILE, as it is measured, with device, versions and date.
+inputs and output, error, and ratios to gsplat (if installed), to three channels at a time (as the
+paper's code does) and to the torch backend. Without a GPU: the torch backend on small sizes, the
+least a GPU would need, and what the compiler makes of the kernels. Everything is written to
+bench.json, or --out FILE, as it is measured.
 
     paper   2 x 576 x 880 pixel-aligned Gaussians, C = 384 and 768, one target of 576 x 880
     demo    2 x 224 x 224, C = 384, one target of 224 x 224
@@ -34,26 +34,35 @@ from . import TILE, Mixture, interpreted, rasterize, torch_backend
 from .aot import compile_report
 from .tiles import sort_ranges
 
-# Bytes/s of memory and float operations/s of TF32 products, of which the floor is made
+# For `floor`: peak bytes/s of memory, peak float operations/s of TF32 products
 RATES = {"H100": (3.35e12, 495e12), "H200": (4.8e12, 495e12), "A100": (1.55e12, 156e12)}
-# Of which a time is predicted: warp instructions/s at 65 % of what four schedulers a multiprocessor
-# issue, bytes/s of L2 and of memory as seen in practice; and the compute capability
+# For `predicted`: warp instructions/s (65 % of four schedulers per multiprocessor), bytes/s of L2
+# and of memory as reached in practice; and the compute capability
 CARDS = {"H100": (0.65 * 132 * 4 * 1.755e9, 5.5e12, 3.0e12, 90),
          "H200": (0.65 * 132 * 4 * 1.755e9, 5.5e12, 4.3e12, 90),
          "A100": (0.65 * 108 * 4 * 1.41e9, 4.0e12, 1.3e12, 80)}  # fmt: skip
 # The paper's workload: Gaussians in view, their pairs with tiles, the share of a tile's list that
 # is walked before every pixel is opaque, and pixels
 IN_VIEW, PAIRS, WALKED, PIXELS = 0.993e6, 2.27e6, 0.93, 576 * 880
-SORT, LAUNCHES = 6300, 13  # warp instructions that a tile's sort issues; device operations a call
-SUMMARY = {"dense bf16": "blend_forward_kernel bf16", "dense tf32": "blend_forward_kernel tf32",
-           "mixture bf16": "mixture_forward_kernel bf16",
-           "C = 3": "blend_forward_kernel tf32, C = 3"}  # fmt: skip
+SORT, LAUNCHES = 6300, 13  # warp instructions to sort a tile; device operations of a call
+# What is predicted: {name: kernel}, and {name: (C, way)} of the rows of `run` that measure it
+SUMMARY = {
+    "dense bf16": "blend_forward_kernel bf16",
+    "dense tf32": "blend_forward_kernel tf32",
+    "mixture bf16": "mixture_forward_kernel bf16",
+    "C = 3": "blend_forward_kernel tf32, C = 3",
+}
+MEASURED = {
+    "dense tf32": (384, "ours"),
+    "mixture bf16": (384, "ours, factored, bf16"),
+    "C = 3": (3, "ours"),
+}
 VERSIONS = {package.name: package.version for package in distributions()}
 
 
 def pixel_aligned(B, height, width, views=2):
-    """Scenes as distillation splats them: a Gaussian half a pixel wide per pixel of `views` photos
-    of a bumpy wall 3 m ahead. Returns (means, covars, opacities, viewmats, Ks), width, height."""
+    """Scenes as in distillation: a Gaussian half a pixel wide for each pixel of `views` photos of
+    a bumpy wall 3 m ahead. Returns (means, covars, opacities, viewmats, Ks), width, height."""
     f = 0.8 * height
     x, y = (torch.arange(size) + 0.5 - size / 2 for size in (width, height))
     bumps = torch.rand(views * B, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -68,7 +77,7 @@ def pixel_aligned(B, height, width, views=2):
 
 
 def garden(path):
-    """As `pixel_aligned`: a capture's points as round Gaussians, or a disc seen from its rim."""
+    """As `pixel_aligned`: a capture's points as round Gaussians; without a path, a random disc."""
     if path:
         try:
             file = np.load(path, allow_pickle=False)
@@ -104,7 +113,7 @@ def mixture(B, views, C, height, width):
 
 
 def workloads(full, garden_scene):
-    """(name, C, scene, width, height); unless full only what takes a CPU seconds."""
+    """(name, C, scene, width, height); not full: only those that take a CPU seconds."""
     for C in (384, 768, 3) if full else ():
         yield "paper", C, *pixel_aligned(1, 576, 880)
     for C in (384, 3) if full else (3, 32, 384):
@@ -116,7 +125,7 @@ def workloads(full, garden_scene):
 
 
 def in_threes(means, covars, opacities, features, *rest):
-    """As rasterize, three channels a pass; only the first pass checks its arguments."""
+    """`rasterize`, three channels per pass; only the first pass checks its arguments."""
     tokens, *factors = features if isinstance(features, Mixture) else (features,)
     first, *others = (Mixture(t, *factors) if factors else t for t in tokens.split(3, -1))
     passes = [rasterize(means, covars, opacities, first, *rest)]
@@ -146,15 +155,15 @@ def ways(device, C):
 
 
 def clock(run):
-    """Median and interquartile range of the seconds that `run` takes, called for 5 s or once."""
+    """Median and interquartile range of seconds per call, over 5 s or one call."""
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     taken = timer.blocked_autorange(min_run_time=5)
     return taken.median, taken.iqr
 
 
 def measure(way, scene, features, *size):
-    """(median, spread) seconds of "forward" and "both" passes, bytes of "inputs" and "output", and
-    "memory": bytes at the peak of the forward pass beyond both, None without a GPU."""
+    """{"forward", "both": (median, spread) seconds without and with backward, "inputs", "output":
+    bytes, "memory": peak bytes of the forward pass beyond these, None without a GPU}."""
     tokens, *factors = features if isinstance(features, Mixture) else (features,)
 
     def forward(means, covars, opacities, tokens):
@@ -178,8 +187,8 @@ def measure(way, scene, features, *size):
 
 
 def demand(scene, C, width, height):
-    """Bytes and float operations that a forward pass needs: to read the Gaussians in view and write
-    the images once, and to multiply every tile with every Gaussian whose box reaches it."""
+    """Least bytes and float operations of a forward pass: Gaussians in view are read once, images
+    written once, and each tile multiplied with the Gaussians whose boxes reach it."""
     means, covars, opacities, viewmats, Ks = scene
     means2d, _, covars2d, _, visible = torch_backend.project(
         means, covars, viewmats, Ks, width, height, near_plane=0.01, far_plane=1e10, eps2d=0.3
@@ -195,21 +204,21 @@ def demand(scene, C, width, height):
 
 
 def floor(demanded, device_name):
-    """Seconds that a device needs for a demand: {"bytes", "products"}, or None if it is unknown."""
+    """Least seconds {"bytes", "products"} of a device for a `demand`; None: no RATES for it."""
     rates = next((rates for name, rates in RATES.items() if name in device_name), None)
     return rates and {k: n / rate for k, n, rate in zip(("bytes", "products"), demanded, rates)}
 
 
 def errors(out, single, exact):
-    """Largest difference from float64, relative to its largest value. Pixels count where float32 of
-    the same code is within 1e-4: elsewhere rounding has changed a decision (skip, stop, order)."""
+    """Largest difference from float64, relative to its largest value. Leaves out pixels where the
+    torch backend's float32 is off by 1e-4: rounding changed a decision (skip, stop, order)."""
     scale = exact.abs().max()
     agree = (single - exact).abs().amax(-1) < 1e-4 * scale
     return float((out - exact)[agree].abs().max() / scale)
 
 
 def run(device, garden_scene, device_name):
-    """All rows, as they are measured. A way that fails is a row too, and the others go on."""
+    """Yield a row for every workload and way. One that fails has "failed", the message."""
     for name, C, scene, *size in workloads(device == "cuda", garden_scene):
         scene = [t.to(device) for t in scene]
         B, N = scene[2].shape
@@ -244,7 +253,7 @@ def run(device, garden_scene, device_name):
 
 
 def sorting(device):
-    """Our sort of tile lists against torch.sort of the same keys with the tile above them."""
+    """Our sort of tile lists, and torch.sort of the same keys with the tile in the upper bits."""
     lists = (8000, 64), (8000, 500), (800, 5000), (8, 500_000)
     shapes = {f"{n} lists of {length}": [length] * n for n, length in lists}
     shapes["7999 lists of 200 and one of 1000000"] = [200] * 7999 + [1_000_000]
@@ -257,17 +266,13 @@ def sorting(device):
         library = clock(lambda: torch.sort((tile << 32) | keys))
         yield dict(workload=f"sort {what}", ours=ours, torch_sort=library)
 
-# What `run` measures of SUMMARY on the paper's workload: (C, way)
-MEASURED = {"dense tf32": (384, "ours"), "mixture bf16": (384, "ours, factored, bf16"),
-            "C = 3": (3, "ours")}  # fmt: skip
-
 
 def predicted(name, slots, card):
-    """Milliseconds of one of SUMMARY on the paper's workload, by a model that nothing was measured
-    for (+-40 %): {"blending": the largest of issuing, L2 and memory, "call": with all else}."""
+    """Milliseconds of one of SUMMARY on the paper's workload, by a model never checked on a GPU
+    (+-40 %): {"blending": the largest of issue, L2 and memory time, "call": everything}."""
     issue, L2, memory, _ = CARDS[card]
     C, size = 3 if name == "C = 3" else 384, 2 if "bf16" in name else 4
-    row = 32 + (32 if "mixture" in name else C * size)  # bytes that blending reads of a Gaussian
+    row = 32 + (32 if "mixture" in name else C * size)  # bytes that blending reads per Gaussian
     times = (
         WALKED * PAIRS * TILE * TILE * slots / 32 / issue, WALKED * PAIRS * row / L2,
         (IN_VIEW * row + PIXELS * (C * size + 4)) / memory,
@@ -279,7 +284,7 @@ def predicted(name, slots, card):
 
 
 def prediction(row, report, card):
-    """Of a report of this card, what was predicted for what a row measures, or None."""
+    """The milliseconds predicted for what a row measured on a card, as text, or None."""
     what = tuple(row.get(k) for k in ("workload", "C", "way"))
     for guess in report.get("predicted", ()):
         if guess["card"] == card and what == ("paper", *MEASURED.get(guess["predicted"], ())):
@@ -287,7 +292,7 @@ def prediction(row, report, card):
 
 
 def slots_report(rows):
-    """Lines about a compile report: predictions, marked as such, and last the slots on sm_90."""
+    """Predictions [{"predicted": name, "card", ...}] from a compile report, and its last line."""
     slots = {(row["kernel"], row["target"]): row.get("slots") for row in rows}
     lines = []
     for card, (*_, target) in CARDS.items():
@@ -301,7 +306,7 @@ def slots_report(rows):
 
 
 def row_text(row):
-    """A row of the report on one line: pairs are median and spread of times, lists are ratios."""
+    """A row on one line: tuples are median and spread of seconds, dicts seconds, lists ratios."""
 
     def word(value):
         if isinstance(value, tuple):
@@ -316,7 +321,7 @@ def row_text(row):
 
 
 def aims(rows):
-    """What the project aims at, as (what, aim, found); found is None where no row tells."""
+    """The project's aims: [(what, aim, found)]; found is None where nothing measured it."""
     row = {(r["workload"], r["C"], r["way"]): r for r in rows if "forward" in r}
 
     def get(what, way="ours", C=384, workload="paper"):
@@ -346,7 +351,7 @@ def aims(rows):
 
 
 def report_compiled(targets, report, show):
-    """Fill in "compiled", "predicted" and "slots"; show(row) shows a row as it is made."""
+    """Fill in "compiled", "predicted" and "slots"; show(row) prints a row as it is made."""
     report["compiled"] = []
     for row in compile_report(targets):
         report["compiled"].append(row)
@@ -373,7 +378,12 @@ def main():
         report = dict(triton=VERSIONS.get("triton"), date=str(date.today()))
         report_compiled(given.compile, report, lambda row: print(json.dumps(row), flush=True))
         given.out.write_text(json.dumps(report, indent=1))
-        return
+    else:
+        measure_all(given)
+
+
+def measure_all(given):
+    """Everything that this machine can run. given: the command line."""
     beside = Path(__file__).parents[2] / "shared/data/garden.npz"
     scene = garden(given.garden or (beside if beside.is_file() else None))
     on_gpu = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Blending: a tile's Gaussians, front to back, into its pixels. Features are a matrix product.
+"""Blend each tile's Gaussians into its pixels, front to back, as a matrix product.
 
 For pixel p and the Gaussians k = 1, 2, ... of its tile in order of depth, each a splat (m, o, cap,
 A, B, C) of projection.py:
@@ -7,21 +7,20 @@ A, B, C) of projection.py:
     q_k    = o + A x^2 + B x y + C y^2
     a_k    = min(2^q_k, cap_k),  0 where below 1/255
     R_k    = prod_{j<=k} (1 - a_j)                             transmittance after k
-    w_k    = a_k R_{k-1},  0 from where R_k <= 1e-4            blending has stopped before k
+    w_k    = a_k R_{k-1},  0 once R_k <= 1e-4                  blending stops before that k
     out_p  = sum_k w_k f_k,    alpha_p = sum_k w_k = 1 - T_p,  T_p = R at the last k blended
 
-A program owns a tile of P = TILE x TILE pixels and up to BLOCKS blocks of BLOCK_C channels, and
-takes its Gaussians in chunks of K. The weights w [P, K] of a chunk are made once for all channels.
-Then out [P, channels] += w @ f [K, channels] runs on tensor cores: one channel more
-is one column more of a matrix product.
+A program owns a tile of P = TILE x TILE pixels and up to BLOCKS blocks of BLOCK_C channels. It
+walks the tile's Gaussians in chunks of K, computes a chunk's weights w [P, K] once, and adds
+w @ f [K, channels] on tensor cores.
 
-R and w come of one scan of the pairs (1 - a, a) along k, by (l1, w1) then (l2, w2) -> (l1 l2,
-l1 w2). Weights are [KI, TILE, KO, TILE]: Gaussian ko KI + ki, pixel row and column. Triton's usual
-layout has KI in the registers of a thread, rows over the warps, KO = 4 and columns over the lanes.
-So most of the scan needs no word from another thread.
+R and w come from one associative scan of the pairs (1 - a, a) along k, with the operator
+(l1, w1), (l2, w2) -> (l1 l2, l1 w2). Arrays of weights are [KI, TILE, KO, TILE]: Gaussian
+ko * KI + ki, pixel row, pixel column. In Triton's default layout KI lies in a thread's registers,
+rows across warps, KO = 4 and columns across lanes: most of the scan stays within a thread.
 
-R is a running product, not the exponential of a sum of logs: two Gaussians of alpha 0.99 leave
-R = 1e-4 within 2e-6 of itself, and the stopping rule has to decide as the reference does.
+R is a running product. A sum of logarithms would be too inexact for the stopping rule: two
+Gaussians of alpha 0.99 leave R within 2e-6 (relative) of 1e-4.
 """
 
 import triton
@@ -31,16 +30,16 @@ from . import torch_backend
 from .projection import LN2, MAX_ALPHA, MIN_ALPHA
 
 MIN_TRANSMITTANCE = tl.constexpr(torch_backend.MIN_TRANSMITTANCE)
-KO = tl.constexpr(4)  # with the 8 columns of a tile the 32 lanes of a warp
+KO = tl.constexpr(4)  # times the 8 columns of a tile: the 32 lanes of a warp
 
 
-# ------------------------------------------------------------------------------ of all four kernels
+# ------------------------------------------------------------------------------ shared by all four
 
 
 @triton.jit
 def get_tile(offsets_ptr, width, height, TILE: tl.constexpr):
-    """The program's image, where its pairs begin, how many they are, and its pixels: columns
-    [TILE], rows [TILE], index and existence [P]."""
+    """The program's image, the start and length of its list, and its pixels: columns and rows
+    [TILE], index into [I, H, W] and whether inside the image [P]."""
     tiles_x = tl.cdiv(width, TILE)
     tiles = tiles_x * tl.cdiv(height, TILE)
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -56,27 +55,27 @@ def get_tile(offsets_ptr, width, height, TILE: tl.constexpr):
 
 @triton.jit
 def centres(xy):
-    """Pixel centres along the columns and rows of weights [KI, TILE, KO, TILE]."""
+    """Pixel centres x and y, to broadcast with weights [KI, TILE, KO, TILE]."""
     x, y = xy[0].to(tl.float32) + 0.5, xy[1].to(tl.float32) + 0.5
     return x[None, None, None, :], y[None, :, None, None]
 
 
 @triton.jit
 def places(KI: tl.constexpr):
-    """[KI, KO]: which Gaussian of a chunk is where in the weights."""
+    """Positions [KI, KO] within a chunk, in the order of the weights."""
     return tl.arange(0, KO)[None, :] * KI + tl.arange(0, KI)[:, None]
 
 
 @triton.jit
 def load_splats(splats_ptr, n, used):
-    """Rows [KI, KO, 8] of the Gaussians n. Where not used, cap is 0, and so is alpha."""
+    """Splats [KI, KO, 8] of the Gaussians n; 0 where not used, so that cap makes alpha 0."""
     at = n.to(tl.int64)[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     return tl.load(splats_ptr + at, used[:, :, None], 0.0)
 
 
 @triton.jit
 def load_ahead(splats_ptr, gaussians_ptr, n, chunk, place, count, K):
-    """Splats of a chunk, whose Gaussians are n [KI, KO], and the next one's Gaussians."""
+    """Splats of a chunk's Gaussians n [KI, KO], and the Gaussians of the next chunk."""
     splats = load_splats(splats_ptr, n, chunk + place < count)
     return splats, tl.load(gaussians_ptr + chunk + K + place, chunk + K + place < count, 0)
 
@@ -96,7 +95,7 @@ def columns(rows, KI: tl.constexpr):
 
 @triton.jit
 def exp2(x, FAST: tl.constexpr):
-    """One instruction. Not pure, or the compiler makes it again in the layout of the product."""
+    """2^x in one instruction. is_pure=False keeps the compiler from computing it twice."""
     if FAST:
         asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
         return tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=False, pack=1)
@@ -105,16 +104,16 @@ def exp2(x, FAST: tl.constexpr):
 
 @triton.jit
 def pair_alpha(splat, xy, FAST: tl.constexpr):
-    """Offsets x, y, and alpha, each [KI, TILE, KO, TILE]."""
+    """Alpha [KI, TILE, KO, TILE]."""
     mx, my, o, cap, A, B, C = splat
     x, y = mx - xy[0], my - xy[1]
     q = (B * x + C * y) * y + (A * x * x + o)
     alpha = tl.minimum(exp2(q, FAST), cap)
-    return x, y, tl.where(alpha >= MIN_ALPHA, alpha, 0.0)
+    return tl.where(alpha >= MIN_ALPHA, alpha, 0.0)
 
 
 @triton.jit
-def behind(l1, w1, l2, w2):
+def pass_through(l1, w1, l2, w2):
     return l1 * l2, l1 * w2
 
 
@@ -127,14 +126,16 @@ def last_of(x, KI: tl.constexpr):
 
 @triton.jit
 def scan(alpha, w, before, KI: tl.constexpr):
-    """Of values w [KI, TILE, KO, TILE] what passes all Gaussians in front: w_k R_{k-1}, and R_k.
-    before [TILE, KO, TILE]: R before the chunk, the same for all ko. Also returns R after it."""
-    R, w = tl.associative_scan((1 - alpha, w), 0, behind)  # within a thread
-    # Between the KO groups; the first carries what is before
+    """w_k R_{k-1} and R_k [KI, TILE, KO, TILE] of values w, and R after the chunk.
+
+    R before and after the chunk is [TILE, KO, TILE], the same for all ko.
+    """
+    R, w = tl.associative_scan((1 - alpha, w), 0, pass_through)  # within a thread
+    # Across the KO groups; the first carries `before`
     head = tl.arange(0, KO)[None, :, None] == 0
     group = last_of(R, KI) * tl.where(head, before, 1.0)
     ones = tl.full(group.shape, 1.0, tl.float32)
-    after, front = tl.associative_scan((group, ones), 1, behind)
+    after, front = tl.associative_scan((group, ones), 1, pass_through)
     front = tl.where(head, before, front)
     after = tl.broadcast_to(tl.min(after, 1, keep_dims=True), after.shape)
     return w * front[None], R * front[None], after
@@ -148,8 +149,8 @@ def as_matrix(w, P: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    """x for a product. Tensor cores cut float32 off to TF32's 10 bits: half a unit of the last of
-    them, added before, makes that rounding."""
+    """x as an operand of tl.dot. Tensor cores truncate float32 to TF32's 10 bits of mantissa;
+    adding half of the last bit first rounds it."""
     if FAST and DTYPE == tl.float32 and PRECISION == "tf32":
         return (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
@@ -160,8 +161,8 @@ def operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr)
 
 @triton.jit
 def new_ends(TILE: tl.constexpr):
-    """Of a walk so far, each [TILE, KO, TILE]: R, also past the stop and the same for all ko, and
-    of each ko's own Gaussians the sum of w, T and last."""
+    """State of a walk, each [TILE, KO, TILE]: R, not stopped and the same for all ko; and for each
+    ko's Gaussians alone the sum of w, T, and last."""
     one = tl.full([TILE, KO, TILE], 1.0, tl.float32)
     return one, tl.zeros([TILE, KO, TILE], tl.float32), one, tl.zeros([TILE, KO, TILE], tl.int32)
 
@@ -169,10 +170,10 @@ def new_ends(TILE: tl.constexpr):
 @triton.jit
 def chunk_forward(splats, xy, ends, number, KI: tl.constexpr, FAST: tl.constexpr,
                   SAVE: tl.constexpr):  # fmt: skip
-    """Weights [KI, TILE, KO, TILE] of a chunk, and the ends after it; number [KI, KO] is one past
-    each Gaussian's within the tile."""
+    """Weights [KI, TILE, KO, TILE] of a chunk, and the ends after it. number [KI, KO]: one past
+    each Gaussian's position in the tile's list."""
     R_after, alphas, T, last = ends
-    _, _, alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
+    alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
     w, R, R_after = scan(alpha, alpha, R_after, KI)
     w = tl.where(R > MIN_TRANSMITTANCE, w, 0.0)
     alphas += tl.sum(w, 0)
@@ -194,7 +195,7 @@ def store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAV
 
 @triton.jit
 def load_blocks(features_ptr, row, c, C, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr):
-    """Features of the rows [K], all of them: BLOCKS times [K, BLOCK_C]."""
+    """Features of rows [K] as a tuple of BLOCKS times [K, BLOCK_C]."""
     at, f = features_ptr + row.to(tl.int64)[:, None] * C + c[None, :], ()
     for i in tl.static_range(BLOCKS):
         f = f + (tl.load(at + i * BLOCK_C, (c + i * BLOCK_C < C)[None, :], 0.0),)
@@ -210,7 +211,7 @@ def blend_forward_kernel(
     out_ptr,  # out [I, H, W, C]
     alphas_ptr,  # out [I, H, W]
     transmittance_ptr,  # out [I, H, W]: T; written if SAVE
-    last_ptr,  # out [I, H, W] int32: one past the last pair that was blended; written if SAVE
+    last_ptr,  # out [I, H, W] int32: one past the last Gaussian blended; written if SAVE
     N, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, SAVE: tl.constexpr,
@@ -221,10 +222,10 @@ def blend_forward_kernel(
     splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
     gaussians_ptr += start
     c = tl.program_id(1) * (BLOCK_C * BLOCKS) + tl.arange(0, BLOCK_C)
-    acc, ends = (), new_ends(TILE)
+    out, ends = (), new_ends(TILE)
     for i in tl.static_range(BLOCKS):
-        acc = acc + (tl.zeros([P, BLOCK_C], tl.float32),)
-    # Loads run a chunk ahead. Past the end features are the last Gaussian's; their weight is 0
+        out = out + (tl.zeros([P, BLOCK_C], tl.float32),)
+    # Loads run one chunk ahead. Past the end, features repeat the last Gaussian's, with weight 0
     k, place = tl.arange(0, K), places(KI)
     row = tl.load(gaussians_ptr + tl.minimum(k, count - 1), tl.minimum(k, count - 1) >= 0, 0)
     n = tl.load(gaussians_ptr + place, place < count, 0)
@@ -241,45 +242,53 @@ def blend_forward_kernel(
         w, sums = as_matrix(operand(w, DTYPE, PRECISION, FAST), P, K), ()
         for i in tl.static_range(BLOCKS):
             f_i = operand(f[i], DTYPE, PRECISION, FAST)
-            sums = sums + (tl.dot(w, f_i, acc[i], input_precision=PRECISION),)
-        acc = sums
+            sums = sums + (tl.dot(w, f_i, out[i], input_precision=PRECISION),)
+        out = sums
         chunk += K
 
     at = out_ptr + pixel[:, None] * C + c[None, :]
     for i in tl.static_range(BLOCKS):
         inside_c = inside[:, None] & (c + i * BLOCK_C < C)[None, :]
-        tl.store(at + i * BLOCK_C, acc[i].to(out_ptr.dtype.element_ty), inside_c)
+        tl.store(at + i * BLOCK_C, out[i].to(out_ptr.dtype.element_ty), inside_c)
     if tl.program_id(1) == 0:
         store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAVE)
 
 
 # ------------------------------------------------------------------------------ backward
-# Given v_out [P, C] and v_alpha [P], per pixel:
+# v_t is the gradient of the loss with respect to t. From v_out [P, C] and v_alpha [P], per pixel:
 #
 #     v_f_k = sum_p w_k v_out_p                                 = w' @ v_out, a matrix product
-#     g_k   = v_out_p . f_k + v_alpha_p, the gradient by w_k    = v_out @ f', another
+#     g_k   = v_w_k = v_out_p . f_k + v_alpha_p                 = v_out @ f' + v_alpha
 #     S_k   = sum_{j>k} w_j g_j                                 what lies behind k
 #     v_a_k = R_{k-1} g_k - S_k / (1 - a_k)
-#     v_q_k = ln 2 a_k v_a_k where a was not cut off at 0.99
+#     v_q_k = ln 2 a_k v_a_k where a was not clamped to 0.99
 #
-# The gradients by a splat are sums over p of v_q times 1, x, y, x^2, xy, y^2. With (u, v) = p from
-# the tile's centre, and (r, s) the mean from there, x = r - u and y = s - v. So one more product
-# makes all six from the moments M = v_q' @ [1, u, v, u^2, uv, v^2], where (u, v) are the same for
-# all Gaussians, and exact in TF32:
+# The gradients of a splat are sums over p of v_q times 1, x, y, x^2, xy, y^2. Seen from the tile's
+# centre, let (u, v) be the pixel and (r, s) the mean: x = r - u and y = s - v. One product gives
+# the moments M = v_q' @ [1, u, v, u^2, uv, v^2]; these powers are exact in TF32. With them:
 #
 #     v_o = M_1,    X = r M_1 - M_u,    Y = s M_1 - M_v         sums of v_q x and v_q y
 #     v_A = r (X - M_u) + M_uu,    v_B = s X - r M_v + M_uv,    v_C = s (Y - M_v) + M_vv
 #     v_mx = 2 A X + B Y,    v_my = B X + 2 C Y
 #
-# Chunks are taken back to front. R before a chunk is R after it divided by the chunk's product,
-# starting from the stored T; S is carried along. Within a chunk, what lies behind k is the chunk's
-# total minus the sum up to k: what rounding loses is relative to the chunk, not to the whole ray.
+# Chunks are walked back to front and carry S. R before a chunk is R after it, first the stored T,
+# divided by the chunk's product. Within a chunk, S_k is the chunk's total minus the sum up to k, so
+# that rounding errors are relative to a chunk, not to the whole ray.
+
+
+@triton.jit
+def load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE: tl.constexpr):
+    """T and last of the pixels, [TILE, KO, TILE], the same for all ko."""
+    T = tl.reshape(tl.load(transmittance_ptr + pixel, inside, 1.0), [TILE, 1, TILE])
+    last = tl.reshape(tl.load(last_ptr + pixel, inside, 0), [TILE, 1, TILE])
+    shape: tl.constexpr = [TILE, KO, TILE]
+    return tl.broadcast_to(T, shape), tl.broadcast_to(last, shape)
 
 
 @triton.jit
 def load_chunk(splats_ptr, gaussians_ptr, first, count, KI: tl.constexpr):
-    """Of the Gaussians from number `first` of the tile on: index and existence [K], numbers
-    [KI, KO] and splats."""
+    """The chunk at position `first` of the list: Gaussians and whether used [K], positions
+    [KI, KO] and splats [KI, KO, 8]."""
     k, place = first + tl.arange(0, KI * KO), first + places(KI)
     row = tl.load(gaussians_ptr + k, k < count, 0).to(tl.int64)
     n = tl.load(gaussians_ptr + place, place < count, 0)
@@ -288,9 +297,9 @@ def load_chunk(splats_ptr, gaussians_ptr, first, count, KI: tl.constexpr):
 
 @triton.jit
 def chunk_backward(splats, xy, place, last, T, KI: tl.constexpr, FAST: tl.constexpr):
-    """Alpha and R before each [KI, TILE, KO, TILE], and R before the chunk [TILE, KO, TILE], of the
-    chunk whose Gaussians are number `place` of the tile, where T is R after it."""
-    _, _, alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
+    """Alpha and R_{k-1} [KI, TILE, KO, TILE] of the chunk at positions `place`, and R before it.
+    T [TILE, KO, TILE] is R after it."""
+    alpha = pair_alpha(columns(splats, KI), centres(xy), FAST)
     alpha = tl.where(place[:, None, :, None] < last[None], alpha, 0.0)
     ones = tl.full(T.shape, 1.0, tl.float32)
     R_before, _, product = scan(alpha, tl.full(alpha.shape, 1.0, tl.float32), ones, KI)
@@ -300,18 +309,23 @@ def chunk_backward(splats, xy, place, last, T, KI: tl.constexpr, FAST: tl.conste
 
 @triton.jit
 def alpha_backward(alpha, R_before, g, S):
-    """v_q [KI, TILE, KO, TILE], and S [TILE, KO, TILE] with the chunk behind it, from S behind."""
+    """v_q [KI, TILE, KO, TILE], and S [TILE, KO, TILE] with this chunk added."""
     wg = alpha * R_before * g
-    group = tl.sum(wg, 0)  # of a thread's Gaussians
+    group = tl.sum(wg, 0)  # over a thread's Gaussians
     total = tl.broadcast_to(tl.sum(group, 1, keep_dims=True), group.shape)
-    rest = S + total - (tl.cumsum(group, 1) - group)  # behind the start of a thread's Gaussians
+    rest = S + total - (tl.cumsum(group, 1) - group)  # from a thread's first Gaussian on
     v_a = R_before * g - (rest[None] - tl.cumsum(wg, 0)) / (1 - alpha)
     return tl.where(alpha < MAX_ALPHA, alpha * v_a * LN2, 0.0), S + total
 
 
 @triton.jit
+def column_of(M, i: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, M.shape[1])[None, :] == i, M, 0.0), 1)
+
+
+@triton.jit
 def splats_backward(v_splats_ptr, splats_ptr, n, used, xy, v_q, FAST: tl.constexpr):
-    """Add what v_q [P, K] says to the gradients by the splats n [K]."""
+    """Add to the gradients of the splats n [K], given v_q [P, K]."""
     TILE: tl.constexpr = xy[0].shape[0]
     p, column = tl.arange(0, TILE * TILE)[:, None], tl.arange(0, 16)[None, :]
     centre: tl.constexpr = 0.5 * (TILE - 1)
@@ -341,7 +355,7 @@ def splats_backward(v_splats_ptr, splats_ptr, n, used, xy, v_q, FAST: tl.constex
 @triton.jit
 def geometry_backward(v_splats_ptr, splats_ptr, n, used, xy, alpha, R_before, g, S,
                       KI: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Add the gradients by the splats n [K] of a chunk, by g [P, K]. Returns S with the chunk."""
+    """Add to the gradients of a chunk's splats n [K], given g [P, K]. Returns S with the chunk."""
     TILE: tl.constexpr = xy[0].shape[0]
     g = tl.permute(tl.reshape(g, [TILE, TILE, KO, KI]), (3, 0, 2, 1))
     v_q, S = alpha_backward(alpha, R_before, g, S)
@@ -351,14 +365,9 @@ def geometry_backward(v_splats_ptr, splats_ptr, n, used, xy, alpha, R_before, g,
 
 
 @triton.jit
-def column_of(M, i: tl.constexpr):
-    return tl.sum(tl.where(tl.arange(0, M.shape[1])[None, :] == i, M, 0.0), 1)
-
-
-@triton.jit
 def load_block(ptr, at, inside, c, C, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                FAST: tl.constexpr):  # fmt: skip
-    """Rows `at` [R] of a matrix of C columns, columns c [BLOCK_C], for a product."""
+    """Rows `at` [R] and columns c [BLOCK_C] of a matrix [..., C], as an operand of tl.dot."""
     block = tl.load(ptr + at[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0)
     return operand(block, DTYPE, PRECISION, FAST)
 
@@ -368,8 +377,8 @@ def blend_backward_kernel(
     splats_ptr, features_ptr, gaussians_ptr, offsets_ptr,  # as forward
     transmittance_ptr, last_ptr,  # as forward
     v_out_ptr, v_alphas_ptr,  # [I, H, W, C] and [I, H, W]
-    v_splats_ptr,  # out [I, N, 8], added to; None: not wanted
-    v_features_ptr,  # out [B, N, C] float32, added to; None: not wanted
+    v_splats_ptr,  # out [I, N, 8], accumulated; None: not wanted
+    v_features_ptr,  # out [B, N, C] float32, accumulated; None: not wanted
     N, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
@@ -393,7 +402,7 @@ def blend_backward_kernel(
         g = tl.zeros([P, K], tl.float32) + v_alpha[:, None]
         for i in range(BLOCKS):
             c_i = c + i * BLOCK_C
-            if BLOCKS > 1:  # else it is held
+            if BLOCKS > 1:  # otherwise loaded once, above
                 v_out = load_block(v_out_ptr, pixel, inside, c_i, C, DTYPE, PRECISION, FAST)
             if v_splats_ptr is not None:
                 f = load_block(features_ptr, row, used, c_i, C, DTYPE, PRECISION, FAST)
@@ -407,12 +416,3 @@ def blend_backward_kernel(
         if v_splats_ptr is not None:
             S = geometry_backward(v_splats_ptr + image * N * 8, splats_ptr, row, used, xy, alpha,
                                   R_before, g, S, KI, FAST)  # fmt: skip
-
-
-@triton.jit
-def load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE: tl.constexpr):
-    """T and last of the pixels [P], both [TILE, KO, TILE]: the same for all ko."""
-    T = tl.reshape(tl.load(transmittance_ptr + pixel, inside, 1.0), [TILE, 1, TILE])
-    last = tl.reshape(tl.load(last_ptr + pixel, inside, 0), [TILE, 1, TILE])
-    shape: tl.constexpr = [TILE, KO, TILE]
-    return tl.broadcast_to(T, shape), tl.broadcast_to(last, shape)

@@ -28,8 +28,8 @@ BLOCK = 1024  # indices that a program checks
 @triton.jit
 def next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS: tl.constexpr, J: tl.constexpr,
                 J_UP: tl.constexpr):  # fmt: skip
-    """The SLOTS smallest indices above `low`, [SLOTS], of the tokens that the tile's Gaussians mix,
-    in any order; NONE and more where there are fewer."""
+    """The SLOTS smallest token indices above `low` among the tile's Gaussians: [SLOTS], unordered,
+    at least NONE in slots that stay empty."""
     tokens = NONE + tl.arange(0, SLOTS)
     K: tl.constexpr = LISTED
     e, j = tl.arange(0, K * J_UP) // J_UP, tl.arange(0, K * J_UP) % J_UP
@@ -49,7 +49,7 @@ def next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS: tl.constexpr, J: 
 
 @triton.jit
 def mixed(indices_ptr, mix_ptr, n, used, tokens, J: tl.constexpr):
-    """m [K, SLOTS]: how much of which token the Gaussians n [K] have; 0 where not used."""
+    """m [K, SLOTS]: the weight of each token in each of the Gaussians n [K]; 0 where not used."""
     m = tl.zeros([n.shape[0], tokens.shape[0]], tl.float32)
     for j in tl.static_range(J):
         index = tl.load(indices_ptr + n.to(tl.int64) * J + j, used, -1)
@@ -62,9 +62,9 @@ def mixed(indices_ptr, mix_ptr, n, used, tokens, J: tl.constexpr):
 def store_mixture(out_ptr, tokens_ptr, W, tokens, pixel, inside, C, first_walk,
                   BLOCK_C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                   FAST: tl.constexpr):  # fmt: skip
-    """out = W @ tokens, or what it adds in a later walk."""
+    """out = W @ tokens; out += W @ tokens after the first walk."""
     if not first_walk:
-        tl.debug_barrier()  # other threads may have stored what this one loads
+        tl.debug_barrier()  # wait for other threads' stores to the pixels loaded below
     W, token, real = operand(W, DTYPE, PRECISION, FAST), tokens.to(tl.int64), tokens < NONE
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
@@ -99,10 +99,10 @@ def mixture_forward_kernel(
     gaussians_ptr += start
     k, place = tl.arange(0, K), places(KI)
     low, more = -1, True
-    while more:  # once, as a rule
+    while more:  # usually once
         tokens = next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS, J, J_UP)
         W, ends = tl.zeros([P, SLOTS], tl.float32), new_ends(TILE)
-        # The walk, as in blend_forward_kernel
+        # As in blend_forward_kernel, with weights m of tokens in place of features
         row = tl.load(gaussians_ptr + k, k < count, 0)
         n = tl.load(gaussians_ptr + place, place < count, 0)
         ahead, n = load_ahead(splats_ptr, gaussians_ptr, n, 0, place, count, K)
@@ -123,19 +123,20 @@ def mixture_forward_kernel(
                       PRECISION, FAST)  # fmt: skip
         store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAVE)
         low = tl.max(tokens)
-        more = low < NONE  # all slots are taken: there may be more tokens
+        more = low < NONE  # all slots are full: there may be more tokens
 
 
-# Backward. What blend.py derives holds, with
+# Backward. As in blend.py, with
 #
-#     g_k       = sum_t G_t m_kt + v_alpha,    G = v_out @ tokens', once a tile     = G @ m'
-#     v_token_t = sum_p W_pt v_out_p,          W as in the forward pass             = W' @ v_out
+#     g         = G @ m' + v_alpha,    G = v_out @ tokens', once a tile
+#     v_token   = W' @ v_out,          W as in the forward pass
 #
-# Gradients by splats are linear in g. So where a tile is walked again for more tokens, every walk
-# adds what its own tokens say, and the first what v_alpha says.
+# The gradients of splats are linear in g. So each walk over a tile adds the part of its own tokens,
+# and the first walk the part of v_alpha.
 @triton.jit
-def by_weights(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
-               DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def token_products(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
+                   DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+                   FAST: tl.constexpr):  # fmt: skip
     """G = v_out @ tokens' [P, SLOTS]"""
     G = tl.zeros([pixel.shape[0], tokens.shape[0]], tl.float32)
     for first in range(0, C, BLOCK_C):
@@ -152,7 +153,7 @@ def by_weights(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C: tl.cons
 @triton.jit
 def add_tokens(v_tokens_ptr, v_out_ptr, W, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
                DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Add W' @ v_out to the gradients by tokens."""
+    """v_tokens += W' @ v_out"""
     W = operand(W, DTYPE, PRECISION, FAST)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
@@ -168,8 +169,8 @@ def mixture_backward_kernel(
     splats_ptr, tokens_ptr, indices_ptr, mix_ptr, gaussians_ptr, offsets_ptr,  # as forward
     transmittance_ptr, last_ptr,  # as forward
     v_out_ptr, v_alphas_ptr,  # [I, H, W, C] and [I, H, W]
-    v_splats_ptr,  # out [I, N, 8], added to; None: not wanted
-    v_tokens_ptr,  # out [B, M, C] float32, added to; None: not wanted
+    v_splats_ptr,  # out [I, N, 8], accumulated; None: not wanted
+    v_tokens_ptr,  # out [B, M, C] float32, accumulated; None: not wanted
     N, M, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, J_UP: tl.constexpr,
@@ -185,11 +186,11 @@ def mixture_backward_kernel(
     T_end, last = load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE)
     v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
     low, more = -1, True
-    while more:  # once, as a rule
+    while more:  # usually once
         tokens = next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS, J, J_UP)
         if v_splats_ptr is not None:
-            G = by_weights(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C, DTYPE,
-                           PRECISION, FAST)  # fmt: skip
+            G = token_products(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C, DTYPE,
+                               PRECISION, FAST)  # fmt: skip
         W, S, T = tl.zeros([P, SLOTS], tl.float32), tl.zeros([TILE, KO, TILE], tl.float32), T_end
         chunks = tl.cdiv(tl.max(last), K)
         for chunk in range(chunks):

@@ -1,20 +1,11 @@
-"""Gaussians to the image plane: one thread per (camera, Gaussian), forward and backward.
+"""Project Gaussians into cameras, forward and backward: one thread per Gaussian.
 
-Forward, with camera rotation R, translation t, focal lengths f and centre c:
-
-    (x, y, z) = R mean + t,      m = (f_x x / z + c_x, f_y y / z + c_y)
-    u = clamp(x / z),  w = clamp(y / z)       to the image border plus 0.3 of the half field of view
-    J = [[f_x / z, 0, -f_x u / z],
-         [0, f_y / z, -f_y w / z]],           M = J R
-    S2 = M covar M' + eps2d I = [[a, b], [b, d]],      conic = inv(S2) = [d, -b, a] / det
-
-The determinant is expanded into det(M covar M') + eps2d (a' + d') + eps2d^2: for a long thin
-Gaussian float32 rounding loses the first term, and the expansion keeps the other two.
-
-Blending reads one row of 8 numbers a Gaussian, a splat:
+The maths is torch_backend.py's, with u_x, u_y called u, w here, M = J R, and the covariance on the
+image S2 = M covar M' + eps2d I = [[a, b], [b, d]]. Blending reads one row of 8 numbers per
+Gaussian, a splat:
 
     (m_x, m_y, o, cap, A, B, C, 0)     o = log2 opacity, cap = min(opacity, 0.99),
-                                       (A, B, C) = -log2(e) (d / 2, -b, a / 2) / det
+                                       (A, B, C) = -log2(e) (d / 2, -b, a / 2) / det S2
 
 At an offset (x, y) from m the Gaussian has alpha = min(2^(o + A x^2 + B x y + C y^2), cap).
 """
@@ -31,10 +22,10 @@ from . import torch_backend
 MAX_ALPHA = tl.constexpr(torch_backend.MAX_ALPHA)
 MIN_ALPHA = tl.constexpr(torch_backend.MIN_ALPHA)
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
-BLOCK = 128  # Gaussians per program; memory-bound, and not sensitive to it
+BLOCK = 128  # Gaussians per program
 
 
-# Vectors are tuples of three, matrices are tuples of their rows.
+# Vectors are tuples of three numbers, matrices tuples of three rows.
 @triton.jit
 def load_vector(ptr, valid=True):
     return tl.load(ptr, valid, 0.0), tl.load(ptr + 1, valid, 0.0), tl.load(ptr + 2, valid, 0.0)
@@ -84,7 +75,7 @@ def load_camera(viewmat_ptr, K_ptr):
 
 @triton.jit
 def load_covar(ptr, valid):
-    """A symmetric 3x3, the mean of the two halves that are stored."""
+    """A 3 x 3 matrix, made symmetric."""
     x, y, z = load_vector(ptr, valid), load_vector(ptr + 3, valid), load_vector(ptr + 6, valid)
     xy, xz, yz = 0.5 * (x[1] + y[0]), 0.5 * (x[2] + z[0]), 0.5 * (y[2] + z[1])
     return (x[0], xy, xz), (xy, y[1], yz), (xz, yz, z[2])
@@ -92,7 +83,7 @@ def load_covar(ptr, valid):
 
 @triton.jit
 def clamp_slope(slope, f, c, size):
-    """x / z within the image border plus 0.3 of the half field of view, and whether it was."""
+    """x / z clamped to the border plus 0.3 of the half field of view, and whether it lay within."""
     margin = 0.15 * size / f
     low, high = -c / f - margin, (size - c) / f + margin
     return tl.minimum(tl.maximum(slope, low), high), (slope >= low) & (slope <= high)
@@ -100,13 +91,13 @@ def clamp_slope(slope, f, c, size):
 
 @triton.jit
 def row_of_M(f, z, u, r, r_z):
-    """f / z (r - u r_z), with R's row r of the axis and row r_z of the depth."""
+    """f / z (r - u r_z), with the row r of R for this axis and its row r_z for depth."""
     return f / z * (r[0] - u * r_z[0]), f / z * (r[1] - u * r_z[1]), f / z * (r[2] - u * r_z[2])
 
 
 @triton.jit
 def report_bad(bad_ptr, total, covar, valid):
-    """Set bad if a sum of all arguments is NaN or infinite, as it is if one of them is."""
+    """Set bad if the sum of all arguments is NaN or infinite, as it is if any of them is."""
     for i in tl.static_range(3):
         total += covar[i][0] + covar[i][1] + covar[i][2]
     bad = valid & ((total - total) != 0)
@@ -142,7 +133,7 @@ def project_forward_kernel(
 
     report_bad(bad_ptr, x + y + depth + opacity + f[0] + f[1] + c[0] + c[1], covar, valid)
 
-    # Image covariance [[a, b], [b, d]]
+    # S2. Its determinant is expanded, so that the eps2d terms survive where a d - b^2 is rounded
     u, _ = clamp_slope(slope_x, f[0], c[0], width)
     w, _ = clamp_slope(slope_y, f[1], c[1], height)
     M0, M1 = row_of_M(f[0], z, u, R[0], R[2]), row_of_M(f[1], z, w, R[1], R[2])
@@ -167,16 +158,16 @@ def project_forward_kernel(
     store_vector(splats_ptr + out * 8, splat, valid)
 
 
-# Backward. v_t is the gradient of the loss by t. A splat's (A, B, C) hold inv(S2) = Q:
+# Backward. v_t is the gradient of the loss with respect to t. With Q = inv(S2) and G = v_Q:
 #
-#     Q = -ln 2 [[2 A, B], [B, 2 C]],    G = -log2(e) / 2 [[v_A, v_B], [v_B, v_C]], gradient by Q
+#     Q = -ln 2 [[2 A, B], [B, 2 C]],    G = -log2(e) / 2 [[v_A, v_B], [v_B, v_C]]
 #     v_opacity = log2(e) v_o / opacity
 #     v_S2    = -Q G Q = [[v_a, v_b], [v_b, v_d]]
 #     v_covar = M' v_S2 M
 #     v_J     = 2 v_S2 J (R covar R') = 2 v_S2 (M covar) R'
 #
-# Four entries of J change with the mean: J_00 = f_x / z, J_02 = -f_x u / z, J_11 = f_y / z and
-# J_12 = -f_y w / z. Where u is not clamped, u = x / z changes too (s_u = 1, else 0):
+# Four entries of J depend on the mean: J_00 = f_x / z, J_02 = -f_x u / z, J_11 = f_y / z and
+# J_12 = -f_y w / z. s_u is 1 where u = x / z, and 0 where u is clamped; likewise s_w:
 #
 #     v_u = -f_x / z v_J02
 #     v_x = f_x / z v_m.x + s_u v_u / z                            and likewise v_w, v_y
@@ -184,10 +175,10 @@ def project_forward_kernel(
 #           + (f_x u v_J02 + f_y w v_J12) / z^2 - (s_u v_u u + s_w v_w w) / z
 #     v_mean = R' (v_x, v_y, v_z)
 #
-# A program walks over the views of its Gaussians, so that the sums need no atomics.
+# A program sums over the views of its Gaussians, so no atomics are needed.
 @triton.jit
 def conic_backward(conic, v_conic):
-    """v_S2 = [[v_a, v_b], [v_b, v_d]] by a splat's (A, B, C) and their gradient."""
+    """v_S2 as (v_a, v_b, v_d), from a splat's (A, B, C) and their gradients."""
     A, B, C = conic[0] * (-2 * LN2), conic[1] * -LN2, conic[2] * (-2 * LN2)  # Q
     scale = -0.5 * LOG2E
     v_A, v_B, v_C = v_conic[0] * scale, v_conic[1] * scale, v_conic[2] * scale  # G
@@ -224,7 +215,7 @@ def jacobian_backward(v_S2, M0, M1, R, covar):
 @triton.jit
 def project_backward_kernel(
     means_ptr, covars_ptr, opacities_ptr, viewmats_ptr, Ks_ptr, splats_ptr, radii_ptr,  # as forward
-    v_splats_ptr,  # [B, V, N, 8]; by cap and the last number it is not read
+    v_splats_ptr,  # [B, V, N, 8]; columns 3 (cap) and 7 are not read
     v_means_ptr,  # out [B, N, 3]
     v_covars_ptr,  # out [B, N, 3, 3]
     v_opacities_ptr,  # out [B, N]
@@ -240,7 +231,7 @@ def project_backward_kernel(
     zero = tl.zeros([BLOCK], tl.float32)
     v_mean, v_covar, v_o = (zero, zero, zero), (zero, zero, zero, zero, zero, zero), zero
     for v in range(V):
-        # What the forward pass computed
+        # Recompute the forward pass
         image = scene * V + v
         at = image * N + i
         visible = valid & (tl.load(radii_ptr + at * 2, valid, -1.0) >= 0)
@@ -251,7 +242,7 @@ def project_backward_kernel(
         w, s_w = clamp_slope(y / z, f[1], c[1], height)
         M0, M1 = row_of_M(f[0], z, u, R[0], R[2]), row_of_M(f[1], z, w, R[1], R[2])
 
-        # All gradients are linear in these three, so what is not visible adds nothing
+        # Zeros where not visible: all gradients are linear in v_splats
         v_mx, v_my, v_o_here = load_vector(v_splats_ptr + at * 8, visible)
         v_o += v_o_here
         v_conic = load_vector(v_splats_ptr + at * 8 + 4, visible)
@@ -285,15 +276,15 @@ def project(
     means: Tensor, covars: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor,
     width: int, height: int, near_plane: float, far_plane: float, eps2d: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Contiguous float32 tensors, shaped as the kernel's -> splats, depths, radii, bad.
-    Differentiable: means, covars and opacities by splats."""
+    """Contiguous float32 tensors, shaped as the kernel's -> splats, depths, radii, bad. Splats are
+    differentiable with respect to means, covars and opacities."""
     outputs = _project_outputs(means, viewmats)
     (B, N), V = opacities.shape, viewmats.shape[1]
     if B * V * N:
         with torch.cuda.device_of(means):  # triton launches on the current device
             project_forward_kernel[(triton.cdiv(N, BLOCK), B * V)](
                 means, covars, opacities, viewmats, Ks, *outputs,
-                N, V, float(width), float(height), near_plane, far_plane, eps2d,
+                N, V, width, height, near_plane, far_plane, eps2d,
                 BLOCK=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
     return outputs
@@ -304,17 +295,16 @@ def project_backward(
     means: Tensor, covars: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor,
     splats: Tensor, radii: Tensor, v_splats: Tensor, width: int, height: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients by means, covars and opacities."""
+    """Gradients with respect to means, covars and opacities."""
     inputs = means, covars, opacities, viewmats, Ks, splats, radii, v_splats.contiguous()
     (B, N), V = opacities.shape, viewmats.shape[1]
-    if B * V * N:
-        v = tuple(map(torch.empty_like, inputs[:3]))
+    v = tuple(map(torch.empty_like, inputs[:3]))
+    if B * N:
         with torch.cuda.device_of(means):
             project_backward_kernel[(triton.cdiv(N, BLOCK), B)](
-                *inputs, *v, N, V, float(width), float(height), BLOCK=BLOCK, enable_fp_fusion=True
+                *inputs, *v, N, V, width, height, BLOCK=BLOCK, enable_fp_fusion=True
             )
-        return v
-    return tuple(map(torch.zeros_like, inputs[:3]))
+    return v
 
 
 def _save(ctx, inputs, output):

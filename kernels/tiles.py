@@ -1,17 +1,17 @@
 """Which Gaussians touch which tile, front to back.
 
-A Gaussian's box (mean -+ radius) covers a rectangle of tiles, and makes one pair with each of them:
+A Gaussian's box (mean -+ radius) covers a rectangle of tiles and makes one pair with each:
 
-    count   how many pairs each tile has; an exclusive sum gives each tile its range of the list
-    place   each pair somewhere in its tile's range, as one key: depth bits << 32 | Gaussian
-    sort    runs of RUN keys within each range, a program each
-    merge   neighbouring runs, twice as long every pass, until the longest tile has one run; a key's
-            place is its place in its own run and how many keys of the other run are smaller. Tiles
-            of at most RUN pairs, which is all of them as a rule, need no pass
+    count   the pairs of each tile; their cumulative sum gives each tile its range of the list
+    place   each pair anywhere in its tile's range, as a key: depth bits << 32 | Gaussian
+    sort    runs of RUN keys within each range, one program per run
+    merge   neighbouring runs, twice as long in each pass, until every range is one run. A key moves
+            to its rank: its place in its own run plus the number of smaller keys in the other.
+            Tiles of at most RUN pairs, usually all, need no merging
 
-Depths are positive, and the bits of positive floats sort as the floats do. Where a pair is placed
-depends on timing, but no two keys of a tile are equal. So the sorted list is the same on every run,
-bit for bit, and ties in depth go by index. Nothing here is differentiable.
+The bits of positive floats sort as the floats do. Where a pair is placed depends on timing, but a
+tile's keys are distinct: the sorted list is always the same, and ties in depth go by index.
+Nothing here is differentiable.
 """
 
 import torch
@@ -20,16 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128  # Gaussians per program
-FEW = 8  # tiles that a lane goes through alone; more of one Gaussian are shared by all lanes
-RUN = 512  # keys that a program sorts, at most; a tile of the paper's workload has 286, at most 437
+FEW = 8  # tiles of its Gaussian that a lane lists alone; all lanes share the others
+RUN = 512  # keys that a program sorts; tiles of the paper's workload have 286, at most 437
 NEVER = tl.constexpr(2**63 - 1)  # sorts behind every key
 
 
 @triton.jit
 def pixel_span(mean, radius, size):
-    """Pixels [first, past) of 0..size - 1 whose centres lie within mean -+ radius along one axis,
-    wider by a hundredth of a pixel: rounding may list a tile too many, never one too few."""
-    # Clamped while still float: a mean far outside the image overflows an int
+    """Pixels [first, past) of one axis whose centres lie within mean -+ radius, plus 0.01 pixels:
+    rounding may add a tile, never lose one."""
+    # Clamped before the conversion: a mean far outside the image overflows an int
     first = tl.ceil(tl.minimum(tl.maximum(mean - radius - 0.51, 0.0), size))
     last = tl.floor(tl.minimum(tl.maximum(mean + radius - 0.49, -1.0), size - 1))
     return first.to(tl.int32), last.to(tl.int32) + 1
@@ -37,7 +37,7 @@ def pixel_span(mean, radius, size):
 
 @triton.jit
 def add_pair(next_ptr, keys_ptr, tile, key, todo, PLACE: tl.constexpr):
-    """Count a pair of a Gaussian and a tile or, with PLACE, put its key where the tile has room."""
+    """Count a pair or, with PLACE, store its key at the end of what is free of its tile's range."""
     if PLACE:
         left = tl.atomic_add(next_ptr + tile, -1, todo, sem="relaxed")
         tl.store(keys_ptr + left - 1, key, todo)
@@ -47,7 +47,7 @@ def add_pair(next_ptr, keys_ptr, tile, key, todo, PLACE: tl.constexpr):
 
 @triton.jit
 def of_lane(x, lane):
-    """x [BLOCK] of one lane, as a scalar."""
+    """The lane's number of x [BLOCK], as a scalar."""
     return tl.sum(tl.where(tl.arange(0, x.shape[0]) == lane, x, 0), 0)
 
 
@@ -56,13 +56,13 @@ def pair_kernel(
     splats_ptr,  # [I, N, 8]: means in the first two
     radii_ptr,  # [I, N, 2]; -1: not visible
     depths_ptr,  # [I, N]; read if PLACE
-    next_ptr,  # [I * tiles] int64: how many pairs each tile has; with PLACE, where its range ends
+    next_ptr,  # [I * tiles] int64: the pairs of each tile; with PLACE, where its range ends
     keys_ptr,  # out [P] int64: depth bits << 32 | index in 0..N-1; written if PLACE
     size,  # I * N
     N, width, height, tiles_x, tiles_y,
     TILE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Count the pairs of every tile or, with PLACE, write them, every range from its end."""
+    """Count the pairs of every tile or, with PLACE, store them, filling ranges from the end."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < size
     rx = tl.load(radii_ptr + at * 2, valid, -1.0)
@@ -80,11 +80,11 @@ def pair_kernel(
         depth = tl.load(depths_ptr + at, valid, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
         key = (depth << 32) | key
 
-    # Every lane goes through the first tiles of its Gaussian
+    # Each lane lists the first tiles of its own Gaussian
     for i in range(tl.minimum(tl.max(count, 0), FEW)):
         tile = first + i // across * tiles_x + i % across
         add_pair(next_ptr, keys_ptr, tile, key, i < count, PLACE)
-    # All lanes share the other tiles of one large Gaussian after another
+    # All lanes together list the other tiles, of one large Gaussian after another
     lane = tl.arange(0, BLOCK)
     large = tl.min(tl.where(count > FEW, lane, BLOCK), 0)
     while large < BLOCK:
@@ -99,8 +99,8 @@ def pair_kernel(
 
 @triton.jit
 def load_run(offsets_ptr, range_ptr, number_ptr, count, RUN: tl.constexpr):
-    """A program's range and where in the keys its run begins; 0, 0 and 0 without a run."""
-    if range_ptr is None:  # one run a range
+    """Start and end of the program's range, and the start of its run; zeros if it has none."""
+    if range_ptr is None:  # one run per range
         start = tl.load(offsets_ptr + tl.program_id(0))
         end = tl.load(offsets_ptr + tl.program_id(0) + 1)
         first = start
@@ -115,10 +115,10 @@ def load_run(offsets_ptr, range_ptr, number_ptr, count, RUN: tl.constexpr):
 @triton.jit
 def sort_kernel(
     keys_ptr,  # [P] int64
-    sorted_ptr,  # out [P] int64: in each range runs of RUN keys, sorted; int32: their lower halves
+    sorted_ptr,  # out [P]: sorted runs of RUN keys per range, int64 or their lower halves, int32
     offsets_ptr,  # [R + 1] int64: where each range begins, and the last ends
-    range_ptr,  # [programs] int64: which range a program's run lies in; R for none; None: in order
-    number_ptr,  # [programs] int64: which run of that range it is; None: the only one
+    range_ptr,  # [programs] int64: the range of a program's run; R: no run. None: program r has r
+    number_ptr,  # [programs] int64: the run's number within its range. None: 0
     count,  # R
     RUN: tl.constexpr,
 ):
@@ -131,8 +131,8 @@ def sort_kernel(
 
 @triton.jit
 def merge_kernel(
-    keys_ptr,  # [P] int64: in each range runs of `length` keys, sorted
-    merged_ptr,  # out [P] int64: runs of 2 * length; int32: their lower halves
+    keys_ptr,  # [P] int64: sorted runs of `length` keys per range
+    merged_ptr,  # out [P]: sorted runs of 2 * length, int64 or their lower halves, int32
     offsets_ptr, range_ptr, number_ptr, count,  # as sort_kernel's; a program merges RUN keys
     length,
     steps,  # of the binary search: bits of length
@@ -143,7 +143,7 @@ def merge_kernel(
     valid = start + i < end
     key = tl.load(keys_ptr + start + i, valid, 0)
     run = i // length
-    other = start + (run ^ 1) * length  # the pair's other run, which may be cut short or missing
+    other = start + (run ^ 1) * length  # the run to merge with; it may be short or missing
     low, high = other, tl.minimum(other + length, end)
     for _ in range(steps):
         middle = (low + high) // 2
@@ -155,30 +155,30 @@ def merge_kernel(
     tl.store(merged_ptr + place, key.to(merged_ptr.dtype.element_ty), valid)
 
 
-# A CUDA graph cannot hold it: the host reads how long the lists are
+# Not for CUDA graphs: the host reads the length of the lists
 @torch.library.custom_op("splat::list_tiles", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def list_tiles(
     splats: Tensor, depths: Tensor, radii: Tensor, bad: Tensor, width: int, height: int, tile: int
 ) -> tuple[Tensor, Tensor]:
-    """Splats [I, N, 8], depths [I, N] and radii [I, N, 2] (-1: not visible) of I images,
-    contiguous float32, all but depths in pixels; bad [1] int32; tiles are `tile` pixels wide.
+    """Splats [I, N, 8], depths [I, N], radii [I, N, 2] pixels (-1: not visible), contiguous
+    float32; bad [1] int32; `tile` pixels wide tiles.
 
-    Returns gaussians [P] int32, every tile's Gaussians (0..N-1) front to back, and offsets
-    [I * tiles_y * tiles_x + 1] int64, where each tile's begin and the last's end, row by row.
-    Waits for the device once, for P, the longest list and bad. NotFinite: bad is not 0.
+    Returns gaussians [P] int32, each tile's (0..N-1) front to back, and offsets [I * tiles + 1]
+    int64: where each tile's list begins, row by row, and the last ends. Waits for the device once.
+    Raises NotFinite if bad is not 0.
     """
     I, N = depths.shape
     tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
     R = I * tiles_y * tiles_x
-    # counts[r + 1] is for range r; summed up, offsets[r + 1] is where it ends
+    # counts[r + 1] is that of tile r; so offsets[r + 1], their sum, is where its range ends
     counts = torch.zeros(R + 1, dtype=torch.int64, device=depths.device)
     if I * N == 0:
         return counts.new_empty(0, dtype=torch.int32), counts
 
     def pairs(next_place, keys, PLACE):
         pair_kernel[(triton.cdiv(I * N, BLOCK),)](
-            splats, radii, depths, next_place, keys, I * N, N, float(width), float(height),
-            tiles_x, tiles_y, TILE=tile, BLOCK=BLOCK, FEW=FEW, PLACE=PLACE,
+            splats, radii, depths, next_place, keys, I * N, N, width, height, tiles_x, tiles_y,
+            TILE=tile, BLOCK=BLOCK, FEW=FEW, PLACE=PLACE,
         )  # fmt: skip
 
     with torch.cuda.device_of(depths):  # triton launches on the current device
@@ -208,8 +208,9 @@ def _(splats, depths, radii, bad, width, height, tile):
 
 
 def sort_ranges(keys, offsets, longest):
-    """Keys [P] int64 sorted within every range of offsets [R + 1], the longest of which has
-    `longest`. No two keys of a range are equal. Returns their lower halves [P] int32, which are the
+    """Sort keys [P] int64, distinct in each range, within the ranges of offsets [R + 1].
+
+    longest: the length of the longest range. Returns the keys' lower halves [P] int32, the
     Gaussians; overwrites the keys.
     """
     R, result = len(offsets) - 1, torch.empty_like(keys, dtype=torch.int32)
@@ -219,17 +220,16 @@ def sort_ranges(keys, offsets, longest):
         return result
     runs = (offsets.diff() + run - 1) // run
     ends = runs.cumsum(0)
-    # There are at most P / RUN + R runs. Only the device knows which, and is not waited for
+    # At most P / run + R runs. Their number is known only to the device, which is not waited for
     program = torch.arange(len(keys) // run + R, device=keys.device)
     owner = torch.searchsorted(ends, program, right=True)
     number = program - (ends - runs)[owner.clamp(max=R - 1)]
-    of_program = offsets, owner, number, R
-    done = torch.empty_like(keys)
-    sort_kernel[(len(program),)](keys, done, *of_program, RUN=run)
-    length = run
+    runs_of = offsets, owner, number, R
+    done, length = torch.empty_like(keys), run
+    sort_kernel[(len(program),)](keys, done, *runs_of, RUN=run)
     while length < longest:
         keys, done = done, result if 2 * length >= longest else keys
         steps = length.bit_length()
-        merge_kernel[(len(program),)](keys, done, *of_program, length, steps, RUN=run)
+        merge_kernel[(len(program),)](keys, done, *runs_of, length, steps, RUN=run)
         length *= 2
     return result

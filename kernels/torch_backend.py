@@ -1,9 +1,9 @@
-"""Rasterisation in plain PyTorch: any device, any float type, and the oracle of the Triton kernels.
+"""Rasterisation in plain PyTorch: any device, any float type, and the tests' reference.
 
-Written without tiles, so that it shares no structure with the kernels. The unit of work is a pair
-(Gaussian, pixel):
+It has no tiles, and so shares no structure with the kernels. Its unit of work is a pair (Gaussian,
+pixel):
 
-    project every Gaussian -> sort by depth -> list the pairs whose alpha counts, grouped by pixel
+    project all Gaussians -> sort by depth -> list the pairs with alpha >= 1/255, grouped by pixel
     -> transmittance by a segmented cumulative sum -> one sparse product, weights @ features [N, C]
 
 The maths, for one Gaussian (mean x, covariance S) in one camera (R, t, focal lengths f, centre c):
@@ -32,8 +32,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-# The float32 neighbours of 0.99 and 1e-4. Two Gaussians of alpha 0.99 leave almost exactly 1e-4,
-# where blending stops: only the same constants in every backend and dtype decide it alike.
+# 0.99 and 1e-4 as float32. Two Gaussians of alpha 0.99 leave almost exactly 1e-4, where blending
+# stops: all backends and dtypes need the same constants to agree.
 MAX_ALPHA = 0.9900000095367432
 MIN_ALPHA = 1.0 / 255.0
 MIN_TRANSMITTANCE = 9.999999747378752e-05
@@ -44,17 +44,18 @@ def project(means, covars, viewmats, Ks, width, height, near_plane, far_plane, e
 
     Returns means2d [2, B, V, N] pixels, conics [3, B, V, N] (xx, xy, yy of the inverse covariance),
     covars2d [2, B, V, N] (the variances along x and y), depths [B, V, N] and visible [B, V, N]:
-    near < z < far, and the covariance has an inverse. What is not visible is finite, but arbitrary.
+    near < z < far, and the covariance has an inverse. Where not visible, values are arbitrary but
+    finite.
     """
     R, t = viewmats[..., :3, :3], viewmats[..., :3, 3:]
     x, y, depths = (R @ means.mT[:, None] + t).unbind(2)  # (B, V, N) each, as all below
     visible = (depths > near_plane) & (depths < far_plane)
     z = torch.where(visible, depths, 1.0)
-    # R S R': all nine entries are one product with those of S
+    # R S R' as one product of the nine entries of S with kron(R, R)
     kron = torch.einsum("bvij,bvkl->bvikjl", R, R).reshape(*R.shape[:2], 9, 9)
     S = (kron @ covars.flatten(2).mT[:, None]).unflatten(2, (3, 3))
 
-    def axis(k, coordinate, size):  # one axis of the image: mean, J's entries and variance
+    def axis(k, coordinate, size):  # of the image: mean, J's two entries and variance
         f, c = Ks[..., k, k, None], Ks[..., k, 2, None]
         slope = torch.where(visible, coordinate, 0.0) / z
         margin = 0.3 * 0.5 * size / f
@@ -66,7 +67,7 @@ def project(means, covars, viewmats, Ks, width, height, near_plane, far_plane, e
     half = S + S.transpose(2, 3)
     b = x0 * (y1 * half[:, :, 0, 1] + y2 * half[:, :, 0, 2])
     b = 0.5 * (b + x2 * (y1 * half[:, :, 1, 2] + y2 * half[:, :, 2, 2]))
-    # det(S2 + eps I), expanded so that the eps terms survive where a d - b^2 is lost to rounding
+    # det S2, expanded so that the eps2d terms survive where a d - b^2 is lost to rounding
     det = a * d - b * b + eps2d * (a + d) + eps2d * eps2d
     a, d = a + eps2d, d + eps2d
     visible = visible & (det > 0) & (a > 0)
@@ -76,9 +77,9 @@ def project(means, covars, viewmats, Ks, width, height, near_plane, far_plane, e
 
 
 def image_radii(covars2d, opacities, visible):
-    """Half width and half height [2, B, V, N] of the box outside which alpha < 1/255; -1: none.
+    """Half width and half height [2, B, V, N] of the box outside which alpha < 1/255; -1: no box.
 
-    alpha >= 1/255 is q <= ln(255 opacity): an ellipse, half as wide as sqrt(2 q variance).
+    alpha >= 1/255 where q <= ln(255 opacity): an ellipse, sqrt(2 q variance) to each side.
     """
     reach = 2 * torch.log(opacities.clamp(min=1e-12) / MIN_ALPHA)[:, None]  # (B, 1, N)
     visible = visible & (reach >= 0)
@@ -86,7 +87,7 @@ def image_radii(covars2d, opacities, visible):
 
 
 def _spread(first, past):
-    """Owner i and value, int32, of all integers in the ranges first[i]..past[i] - 1."""
+    """All integers of the ranges first[i]..past[i] - 1, in order: their i and themselves, int32."""
     counts = (past - first).clamp(min=0)
     owner = torch.repeat_interleave(counts)
     shift = first - (torch.cumsum(counts, 0, dtype=counts.dtype) - counts)
@@ -95,24 +96,23 @@ def _spread(first, past):
 
 
 def pick(values, index):
-    """values[index] of one dimension: for long indices several times as fast as the brackets."""
+    """values[index] of one dimension: several times as fast for long indices."""
     return values.index_select(0, index)
 
 
 def list_pairs(image_gaussians, radii, depths, width, height):
-    """All pairs that may count, sorted by image and pixel, then by depth, then by index.
+    """All pairs with alpha >= 1/255, sorted by image and pixel, then by depth, then by index.
 
     Takes image_gaussians [6, I*N] (mean, conic, opacity), radii [2, I, N] and depths [I, N].
-    Returns owner [P], an index into I*N, pixel [P], one into I*H*W (both int32), and alpha [P], 0
-    where it is below 1/255. A Gaussian spreads into rows of pixels, and a row into the pixels
-    within the ellipse.
+    Returns owner [P] int32, an index into I*N, pixel [P] int32, one into I*H*W, and alpha [P]: 0
+    where rounding listed a pair too many. Gaussians are spread into rows, then rows into pixels.
     """
     I, N = depths.shape
     order = torch.sort(depths, dim=1, stable=True).indices  # stable: ties go by index
     order = (order + N * torch.arange(I, device=order.device)[:, None]).reshape(-1)
     radii = radii.flatten(1)
     order = order[pick(radii[1], order) >= 0].int()
-    slack = 0.01  # pixels; rounding may list a pixel too many, whose alpha decides, not one too few
+    slack = 0.01  # pixels, so that rounding loses none
 
     my, ry = pick(image_gaussians[1], order), pick(radii[1], order) + slack
     top = torch.ceil((my - ry - 0.5).clamp(0, height))  # pixel centres lie at +0.5
@@ -120,7 +120,7 @@ def list_pairs(image_gaussians, radii, depths, width, height):
     row, y = _spread(top.int(), bottom.int())
     owner = pick(order, row)
 
-    # In a row q = (a/2 dx + b dy) dx + d/2 dy^2 <= reach: an interval around the centre line
+    # In a row, q = (a/2 dx + b dy) dx + d/2 dy^2 <= reach is an interval of x
     mx, my, a, b, d, opacity = (pick(column, owner) for column in image_gaussians)
     dy = my - (y + 0.5)
     reach = torch.log(opacity / MIN_ALPHA)
@@ -140,20 +140,20 @@ def list_pairs(image_gaussians, radii, depths, width, height):
     return pick(owner, pick(row, by_pixel)), pixel, pick(alpha, by_pixel)
 
 
-# Backward. Given v_w, the gradient by the weights, and with S_k what lies behind k in its pixel:
+# Backward. v_t is the gradient of the loss with respect to t, S_k what lies behind k in its pixel:
 #
 #     S_k = sum_{j>k} w_j v_w_j
-#     v_a = T_k v_w_k - S_k / (1 - a_k),      v_q = -a v_a where alpha was not cut off at 0.99
+#     v_a = T_k v_w_k - S_k / (1 - a_k),      v_q = -a v_a where alpha was not clamped to 0.99
 #     v_m = sum (A d_x + B d_y, B d_x + C d_y) v_q,    v_opacity = -sum v_q / opacity
 #     v_A = sum 1/2 d_x^2 v_q,    v_B = sum d_x d_y v_q,    v_C = sum 1/2 d_y^2 v_q
 class PairWeights(torch.autograd.Function):
-    """What Gaussians add to pixels: weights [P], owner [P] and pixel [P], as `list_pairs`."""
+    """Weights alpha T [P] of the pairs that are blended, and their owner and pixel (int32)."""
 
     @staticmethod
     def forward(ctx, image_gaussians, radii, depths, width, height):
         owner, pixel, alpha = list_pairs(image_gaussians, radii, depths, width, height)
         first = starts(pixel, len(depths) * height * width)
-        # The log of R sums logs since the pixel's first pair. One sum runs over all pixels, in
+        # log R sums since the pixel's first pair. One cumulative sum runs over all pixels, in
         # float64: it grows to millions, and differences of 1e-6 decide where blending stops.
         logs = torch.log1p(-alpha)
         summed = logs.new_zeros(len(logs) + 1, dtype=torch.float64)
@@ -189,13 +189,13 @@ class PairWeights(torch.autograd.Function):
 
 
 def starts(index, count):
-    """Where each of 0..count-1 starts in a sorted index, and its end: [count + 1] int32."""
+    """Where each of 0..count-1 starts in a sorted index, and the end: [count + 1] int32."""
     each = torch.arange(count + 1, dtype=index.dtype, device=index.device)
     return torch.searchsorted(index, each, out_int32=True)
 
 
 class SparseProduct(torch.autograd.Function):
-    """out [rows, C]: the sum of weights [P] * table[column] over the pairs of each row (sorted)."""
+    """out [rows, C]: weights [P] * table[column], summed over each row's pairs; row is sorted."""
 
     @staticmethod
     def forward(ctx, weights, table, row, column, rows):
@@ -217,20 +217,20 @@ class SparseProduct(torch.autograd.Function):
 
 
 def sparse_product(weights, table, row, column, rows):
-    """As one "bag" of the table's rows for each row of the product."""
+    """`SparseProduct`'s forward: each row of the product is one "bag" of the table's rows."""
     options = dict(mode="sum", per_sample_weights=weights, include_last_offset=True)
     return F.embedding_bag(column, table, starts(row, rows), **options)
 
 
 def _expand(weights, row, column, indices, mix):
-    """Pairs with Gaussians as pairs with tokens, J for each. indices and mix: [Gaussians, J]."""
+    """Pairs with Gaussians -> J times as many with tokens. indices and mix: [Gaussians, J]."""
     weights = torch.stack([weights * pick(m, column) for m in mix.T], -1).flatten()
     column = torch.stack([pick(i, column) for i in indices.T], -1).flatten()
     return weights, row.repeat_interleave(indices.shape[1]), column
 
 
 def _images(weights, pixel, column, table, factors, size, at):
-    """Features [B, V, H, W, C] of size (B, V, H, W), or only at some rows and columns of pixels."""
+    """Features [B, V, H, W, C], size (B, V, H, W), or of the rows and columns `at` alone."""
     B, V, H, W = size
     if at is not None:
         size = B, V, len(at[0]), len(at[1])
@@ -249,7 +249,7 @@ def _images(weights, pixel, column, table, factors, size, at):
 def _means(weights, pixel, column, table, factors, labels):
     """Mean features [B, V, L, C] over the pixels of each label.
 
-    A Gaussian's weights in a label are summed first, then a token's: channels hardly matter.
+    Weights are summed per label and Gaussian, then token; channels come in only at the end.
     """
     B, V, L = *labels.shape[:2], int(labels.max()) + 1
     image = torch.arange(B * V, device=labels.device).view(B, V, 1, 1)
@@ -287,7 +287,7 @@ def rasterize(
     weights, owner, pixel = pair_weights(means, covars, opacities, *camera)
     alphas = weights.new_zeros(B * V * height * width).index_add(0, pixel, weights)
 
-    # Rows of all scenes' Gaussians, and of all scenes' tokens
+    # column indexes the Gaussians [B*N], table has the features or tokens of all scenes
     column = owner if V == 1 else owner // (V * N) * N + owner % N
     tokens, *factors = features if isinstance(features, tuple) else (features,)
     table = tokens.flatten(0, 1).to(weights.dtype)

@@ -85,7 +85,7 @@ def _weights(splats_ptr, before_ptr, out_ptr, KI: tl.constexpr, TILE: tl.constex
     place = blend.places(KI)
     rows = blend.load_splats(splats_ptr, place, place < K)
     xy = blend.centres((tl.arange(0, TILE), tl.arange(0, TILE)))
-    _, _, alpha = blend.pair_alpha(blend.columns(rows, KI), xy, False)
+    alpha = blend.pair_alpha(blend.columns(rows, KI), xy, False)
     i = tl.arange(0, TILE)
     before = tl.load(before_ptr + i[:, None, None] * TILE + i[None, None, :])
     before = tl.broadcast_to(before, (TILE, 4, TILE))
