@@ -1,10 +1,9 @@
 """Photos to 3D Gaussians: MVSplat (ECCV 2024, arXiv 2403.14627).
 
-python reconstruct.py FOLDER makes a capture a field of a teacher's features: see README.
-
-`load_reconstructor` and `FeedForward` use it, `Reconstruction` trains it and `reconstruction`
-measures it. `render` draws Gaussians; `save_ply` writes them for viewers. `reconstruct` merges the
-views of a capture into a `Field`: Gaussians that carry a teacher's features.
+`load_reconstructor` and `FeedForward` apply it, `Reconstruction` trains it, `reconstruction`
+measures it. `render` draws Gaussians, `save_ply` writes them for viewers. `reconstruct` merges the
+views of a capture into a `Field`, Gaussians with a teacher's features; so does the command
+python reconstruct.py FOLDER (see README).
 
 Shapes and cameras as in model.py: B scenes, V views, H x W pixels, h x w a quarter of them,
 N = V * H * W Gaussians; extrinsics camera-to-world, Ks in pixels, intrinsics normalised by width
@@ -43,6 +42,7 @@ from model import (
 
 SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
 SHIPPED = Path(__file__).parent / "weights" / "reconstructor.safetensors"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Gaussians(NamedTuple):
@@ -51,10 +51,10 @@ class Gaussians(NamedTuple):
     means: torch.Tensor  # [B, N, 3] world
     covars: torch.Tensor  # [B, N, 3, 3] world
     opacities: torch.Tensor  # [B, N] 0..1
-    harmonics: torch.Tensor  # [B, N, 3, (degree + 1)^2] colours as spherical harmonics: `render`
+    harmonics: torch.Tensor  # [B, N, 3, (degree + 1)^2] colours as spherical harmonics
 
     def scaled(self, unit):
-        """The same scenes with lengths times unit [B, 1]."""
+        """All lengths multiplied by unit [B, 1]."""
         covars = self.covars * unit[..., None, None] ** 2
         return self._replace(means=self.means * unit[..., None], covars=covars)
 
@@ -62,24 +62,24 @@ class Gaussians(NamedTuple):
 def render(gaussians, extrinsics, Ks, width, height):
     """Photo [B, 3, H, W], depth [B, H, W] and alpha [B, H, W] of one camera per scene.
 
-    Extrinsics [B, 4, 4], Ks [B, 3, 3]. Colour is 0.5 + harmonics * basis(direction from the
-    camera), at least 0, on black; as in other viewers, degree 4 is left out. Depth is along z,
-    the mean over what is seen, and 0 where nothing is.
+    Extrinsics [B, 4, 4], Ks [B, 3, 3]. Colours are on black. Depth is along z: the mean over the
+    Gaussians seen, 0 where there are none.
     """
     means, covars, opacities, _ = gaussians
     viewmats = torch.linalg.inv(extrinsics)
     z = (means * viewmats[:, None, 2, :3]).sum(-1, keepdim=True) + viewmats[:, 2, 3, None, None]
+    channels = torch.cat([colours(gaussians, extrinsics), z], -1)  # [B, N, 4]
     out, alphas = rasterize(
-        means, covars, opacities, torch.cat([colours(gaussians, extrinsics), z], -1),
-        viewmats[:, None],
-        Ks[:, None], width, height, near_plane=NEAR_PLANE, precision="ieee",
+        means, covars, opacities, channels, viewmats[:, None], Ks[:, None], width, height,
+        near_plane=NEAR_PLANE, precision="ieee",
     )  # fmt: skip
     photo, depth = out[:, 0].permute(0, 3, 1, 2).split([3, 1], 1)
     return photo, depth[:, 0] / alphas[:, 0].clamp(min=1e-6), alphas[:, 0]
 
 
 def colours(gaussians, extrinsics):
-    """Colours [B, N, 3] of Gaussians as cameras [B, 4, 4] see them: see `render`."""
+    """Colours [B, N, 3] as cameras [B, 4, 4] see them: 0.5 + harmonics * basis(viewing direction),
+    at least 0. As in other viewers, degree 4 is ignored."""
     directions = F.normalize(gaussians.means - extrinsics[:, None, :3, 3], dim=-1)
     degree = min(3, math.isqrt(gaussians.harmonics.shape[-1]) - 1)
     basis = sh_basis(degree, directions)[:, :, None]  # [B, N, 1, (degree + 1)^2]
@@ -89,13 +89,13 @@ def colours(gaussians, extrinsics):
 def real_harmonics(degree, directions):
     """Real spherical harmonics of one degree at unit directions [..., 3]: [..., 2 * degree + 1].
 
-    Up to a factor that the degree shares; e3nn's (x, y, z) are the textbook's (y, z, x).
+    Up to one factor per degree, in e3nn's axes: its (x, y, z) are the textbook's (y, z, x).
     """
     y, z, x = directions.unbind(-1)
     cosine, sine = torch.ones_like(x), torch.zeros_like(x)  # r^m cos(m phi), r^m sin(m phi)
     out = [None] * (2 * degree + 1)
     for m in range(degree + 1):
-        # The associated Legendre function of order m over r^m, by its recurrence in n
+        # The associated Legendre function of order m, divided by r^m, by recurrence in n
         p, before = torch.full_like(z, math.prod(range(1, 2 * m, 2))), torch.zeros_like(z)
         for n in range(m + 1, degree + 1):
             p, before = ((2 * n - 1) * z * p - (n + m - 1) * before) / (n - m), p
@@ -106,8 +106,8 @@ def real_harmonics(degree, directions):
 
 
 def sh_basis(degree, directions):
-    """3D Gaussian Splatting's harmonics [..., (degree + 1)^2] at unit directions [..., 3]: the
-    above, normalised, in the textbook's axes and signs."""
+    """3D Gaussian Splatting's harmonics [..., (degree + 1)^2] at unit directions [..., 3]:
+    `real_harmonics`, normalised, in the textbook's axes and signs."""
     bases = []
     for n in range(degree + 1):
         signs = (-1.0) ** torch.arange(-n, n + 1, device=directions.device).abs()
@@ -117,8 +117,8 @@ def sh_basis(degree, directions):
 
 
 def rotate_harmonics(harmonics, R):
-    """Coefficients [B, ..., (degree + 1)^2] of functions on the sphere, turned by R [B, 3, 3]. A
-    degree's matrix (Wigner's D) takes its harmonics at r to those at R r, for any 64 r."""
+    """Rotate functions on the sphere, coefficients [B, ..., (degree + 1)^2], by R [B, 3, 3]. Each
+    degree's Wigner D matrix is fitted to its harmonics at 64 directions r and at R r."""
     r = torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     r, R, out = F.normalize(r, dim=-1), R.double(), []
     for degree in range(math.isqrt(harmonics.shape[-1])):
@@ -132,13 +132,13 @@ def rotate_harmonics(harmonics, R):
 def quaternions(R):
     """Rotations [N, 3, 3] as unit quaternions w, x, y, z [N, 4]."""
     (a, b, c), (d, e, f), (g, h, i) = R.permute(1, 2, 0)
-    products = torch.stack([  # 4 q q^T: row k is q times 4 q_k
+    products = torch.stack([  # 4 q q^T: row k is 4 q_k q
         1 + a + e + i, h - f, c - g, d - b,
         h - f, 1 + a - e - i, b + d, c + g,
         c - g, b + d, 1 - a + e - i, f + h,
         d - b, c + g, f + h, 1 - a - e + i,
     ], -1).view(-1, 4, 4)  # fmt: skip
-    longest = products.diagonal(dim1=1, dim2=2).argmax(-1)  # the least hurt by rounding
+    longest = products.diagonal(dim1=1, dim2=2).argmax(-1)  # least affected by rounding
     return F.normalize(products[torch.arange(len(R)), longest], dim=-1)
 
 
@@ -146,10 +146,10 @@ def quaternions(R):
 def save_ply(path, gaussians):
     """Write the Gaussians of one scene (B = 1) as the .ply of 3D Gaussian Splatting.
 
-    Per Gaussian, float32: x y z, a normal of zeros, f_dc and f_rest (harmonics of degree 0, and of
-    1 to 3 with the colour outermost), opacity before its sigmoid, the logarithms of the standard
-    deviations along the covariance's axes, and those axes as a quaternion w x y z. Opacities below
-    1/255 are left out. ValueError: there is not one scene, or a number is not finite.
+    Per Gaussian, float32: x y z, a zero normal, f_dc and f_rest (harmonics of degree 0, and of 1 to
+    3, colour by colour), the logit of opacity, log standard deviations along the covariance's axes,
+    and those axes as a quaternion w x y z. Gaussians of opacity below 1/255 are left out.
+    ValueError: not exactly one scene, or a number is not finite.
     """
     if gaussians.means.ndim != 3 or len(gaussians.means) != 1:
         shape = list(gaussians.means.shape)
@@ -158,7 +158,7 @@ def save_ply(path, gaussians):
         raise ValueError(f"{path}: the Gaussians are NaN or infinite")
     seen = (gaussians.opacities[0] >= 1 / 255).nonzero()[:, 0]
     with open(path, "wb") as file:
-        blocks = seen.split(2**17) if len(seen) else [seen]  # a row takes 248 bytes
+        blocks = seen.split(2**17) if len(seen) else [seen]  # bounds memory: 248 bytes a row
         for i, block in enumerate(blocks):
             columns = ply_columns(*(t[0][block].cpu().float() for t in gaussians))
             header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(seen)}"]
@@ -168,9 +168,9 @@ def save_ply(path, gaussians):
 
 
 def ply_columns(means, covars, opacities, harmonics):
-    """The .ply's columns of N Gaussians, {names: [N, how many]}."""
+    """The .ply's columns of N Gaussians: {"name name ...": [N, number of names]}."""
     variances, axes = torch.linalg.eigh(covars)
-    axes = axes * torch.linalg.det(axes).sign()[:, None, None]  # a rotation, no reflection
+    axes = axes * torch.linalg.det(axes).sign()[:, None, None]  # reflections to rotations
     harmonics = F.pad(harmonics, (0, max(0, 16 - harmonics.shape[-1])))[..., :16]
     return {
         "x y z": means,
@@ -190,13 +190,13 @@ def unproject(depths, Ks, extrinsics):
     rays = (x - cx) / fx, (y[:, None] - cy) / fy, torch.ones_like(depths)
     points = torch.stack(torch.broadcast_tensors(*rays), -1) * depths[..., None]
     R, t = extrinsics[..., None, None, :3, :3], extrinsics[..., None, None, :3, 3]
-    # A GPU's matmul may be TF32 or bfloat16, and a thousandth of a position is a pixel
+    # Not a matmul: on a GPU it may be TF32 or bfloat16, off by a pixel
     return (R * points[..., None, :]).sum(-1) + t
 
 
 class SensorDepth:
-    """One Gaussian per pixel: round, of the pixel's colour, opaque; transparent where depth is 0
-    (unknown). Its standard deviation is half a pixel, that is half of depth / focal length.
+    """One Gaussian per pixel: round, of the pixel's colour, half a pixel wide (standard deviation),
+    opaque, or transparent where depth is 0 (unknown).
 
     Takes context views {"images" [B, V, 3, H, W], "depths" [B, V, H, W], "Ks" [B, V, 3, 3],
     "extrinsics" [B, V, 4, 4]}. ValueError: there are no depths.
@@ -224,20 +224,20 @@ class ReconstructorConfig:
     """Sizes and conventions of an MVSplat; the defaults are the published re10k model's."""
 
     stem: tuple = (64, 96, 128)  # channels of the CNN's three stages
-    dim: int = 128  # of the features that are matched
+    dim: int = 128  # of the matched features
     blocks: int = 6  # of the transformer
-    candidates: int = 128  # depths that the cost volume tries
+    candidates: int = 128  # depths in the cost volume
     cost_dim: int = 128  # of the cost volume's U-Net
-    cost_levels: int = 3  # attention at the last
+    cost_levels: int = 3  # with attention at the last
     refine_dim: int = 32  # of the full-resolution U-Net
-    refine_levels: int = 5  # attention at the last
+    refine_levels: int = 5  # with attention at the last
     sh_degree: int = 4  # of the colours
     cosine: bool = False  # match by the cosine of centred features, not by their product
     ray_depth: bool = True  # a Gaussian's depth is along its ray; False: along z, as candidates
-    unit_near: bool = False  # scale scenes to near = 1 and back: the capture's unit is lost
+    unit_near: bool = False  # scale scenes to near = 1 and back: the unit does not matter
 
 
-# The one in weights/, sized for a CPU: 0.5 s a scene at 224 x 224
+# The model in weights/, sized for a CPU: 0.5 s a scene at 224 x 224
 SMALL = ReconstructorConfig(
     stem=(16, 24, 32), dim=32, blocks=2, candidates=48, cost_dim=32, cost_levels=3,
     refine_dim=16, refine_levels=4, sh_degree=0, cosine=True, ray_depth=False, unit_near=True,
@@ -259,8 +259,8 @@ class MVSplat(nn.Module):
         """Images [B, V, 3, H, W] in 0..1, extrinsics [B, V, 4, 4], intrinsics [B, V, 3, 3], near
         and far [B, V] in the cameras' unit -> Gaussians with (sh_degree + 1)^2 harmonics.
 
-        With coarse=True it stops where views are matched: depths [B, V, h, w]. ValueError: V < 2,
-        H or W no multiple of 16, not 0 < near < far, a camera that is not rigid, or NaN.
+        coarse=True: only the depths [B, V, h, w] from matching. ValueError: V < 2, H or W no
+        multiple of 16, not 0 < near < far, a camera that is not rigid, or NaN.
         """
         check_views(images, extrinsics, intrinsics, near, far)
         B, V, predictor = *images.shape[:2], self.depth_predictor
@@ -279,7 +279,7 @@ class MVSplat(nn.Module):
 
 
 def check_views(images, extrinsics, intrinsics, near, far):
-    """ValueError for the first requirement of MVSplat that its inputs do not meet."""
+    """Raise ValueError for inputs that `MVSplat.forward` does not take."""
     V, _, H, W = images.shape[1:]
     for name, tensor in dict(images=images, extrinsics=extrinsics, intrinsics=intrinsics).items():
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
@@ -303,20 +303,20 @@ def check_views(images, extrinsics, intrinsics, near, far):
 # ---------------------------------------------------------------------------- its parts
 
 
-def conv(inside, outside, size=3, stride=1, bias=True):
-    return nn.Conv2d(inside, outside, size, stride, size // 2, bias=bias)
+def conv(c_in, c_out, size=3, stride=1, bias=True):
+    return nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=bias)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a skip, instance-normalised."""
+    """Two convolutions and a skip connection, instance-normalised."""
 
-    def __init__(self, inside, outside, stride=1):
+    def __init__(self, c_in, c_out, stride=1):
         super().__init__()
-        self.conv1 = conv(inside, outside, stride=stride, bias=False)
-        self.conv2 = conv(outside, outside, bias=False)
+        self.conv1 = conv(c_in, c_out, stride=stride, bias=False)
+        self.conv2 = conv(c_out, c_out, bias=False)
         self.downsample = None
-        if stride != 1 or inside != outside:
-            self.downsample = nn.Sequential(conv(inside, outside, 1, stride))
+        if stride != 1 or c_in != c_out:
+            self.downsample = nn.Sequential(conv(c_in, c_out, 1, stride))
 
     def forward(self, x):
         y = F.relu(F.instance_norm(self.conv1(x)))
@@ -337,8 +337,8 @@ def stem(config):
 
 
 def to_windows(x, shifted=False):
-    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]; windows that are
-    shifted start a quarter of the size further on, and wrap around."""
+    """Features [..., h, w, D] as 2 x 2 windows of tokens [..., 4, h/2 * w/2, D]. Shifted windows
+    are moved by a quarter of the size and wrap around."""
     if shifted:
         x = torch.roll(x, (-(x.shape[-3] // 4), -(x.shape[-2] // 4)), (-3, -2))
     x = x.unflatten(-2, (2, -1)).unflatten(-4, (2, -1))  # [..., 2, h/2, 2, w/2, D]
@@ -365,21 +365,21 @@ def sine_positions(h, w, dim, device=None):
 
 @functools.lru_cache(maxsize=1)  # 0.93 GiB at 576 x 880
 def shift_mask(h, w, device=None):
-    """Added to the attention of shifted windows [4, tokens, tokens]: -100 between tokens that only
-    the roll made neighbours. Made once per size."""
+    """Attention bias [4, tokens, tokens] of shifted windows: -100 between tokens that are
+    neighbours only because of the roll. Cached for one size."""
 
-    def regions(size):  # the last half window came from the other side
+    def regions(size):  # the last half window wrapped around
         i = torch.arange(size, device=device)
         return (i >= size // 2).to(torch.uint8) + (i >= size - size // 4)
 
-    with torch.inference_mode(False):  # a mask made there could not be trained with
+    with torch.inference_mode(False):  # an inference tensor could not be trained with later
         region = to_windows((3 * regions(h)[:, None] + regions(w))[..., None])[..., 0]
         mask = torch.zeros(4, h * w // 4, h * w // 4, device=device)
         return mask.masked_fill_(region[:, :, None] != region[:, None, :], -100.0)
 
 
 class AttentionLayer(nn.Module):
-    """Single-head attention within windows; with `mlp`, to other views and followed by an MLP."""
+    """Single-head attention within windows, with `mlp` followed by an MLP."""
 
     def __init__(self, dim, mlp):
         super().__init__()
@@ -391,14 +391,14 @@ class AttentionLayer(nn.Module):
             self.mlp, self.norm2 = nn.Sequential(up, nn.GELU(), down), nn.LayerNorm(dim)
 
     def forward(self, x, keys, mask):
-        """x [B, V, h, w, D], keys [B, V, S, h, w, D] of the S views that each sees, and the mask
-        of shifted windows or None."""
+        """x [B, V, h, w, D] attends to S views, keys [B, V, S, h, w, D]. mask: `shift_mask` for
+        shifted windows, or None."""
         (h, w), S, shifted = x.shape[2:4], keys.shape[2], mask is not None
         q = to_windows(self.q_proj(x), shifted)  # [B, V, 4, tokens, D]
         k, v = (to_windows(proj(keys), shifted) for proj in (self.k_proj, self.v_proj))
         k, v = (t.transpose(2, 3).flatten(3, 4) for t in (k, v))  # [B, V, 4, S * tokens, D]
-        # Windows in the place of heads, and a mask of 4 dimensions too: otherwise PyTorch takes an
-        # attention that holds tokens x tokens
+        # Windows as heads, and a 4-dimensional mask: other shapes fall back to an attention that
+        # stores tokens x tokens
         q4, k4, v4 = (t.flatten(0, 1) for t in (q, k, v))
         # [1, 4, tokens, S * tokens]; a copy only where S > 1
         bias = mask[None, :, :, None].expand(-1, -1, -1, S, -1).flatten(3) if shifted else None
@@ -410,7 +410,7 @@ class AttentionLayer(nn.Module):
 
 
 class MatchingTransformer(nn.Module):
-    """Features of each view that know of the others. Windows shift in every second block (Swin)."""
+    """Self- and cross-view attention. Windows shift in every second block (Swin)."""
 
     def __init__(self, config):
         super().__init__()
@@ -426,14 +426,14 @@ class MatchingTransformer(nn.Module):
         mask = shift_mask(h, w, x.device).to(x)
         for i, block in enumerate(self.layers):
             shifted = mask if i % 2 else None
-            seen = x[:, others]  # [B, V, V - 1, h, w, D], as they were before the block
+            seen = x[:, others]  # [B, V, V - 1, h, w, D], before this block
             x = block["self_attn"](x, x[:, :, None], shifted)
             x = block["cross_attn_ffn"](x, seen, shifted)
         return x.permute(0, 1, 4, 2, 3)
 
 
 class Chain(nn.Sequential):
-    """A Sequential that tells the parts that mix views how many views a scene has."""
+    """A Sequential that passes the number of views to the parts that need it."""
 
     def forward(self, x, views):  # [B*V, C, h, w]
         for part in self:
@@ -446,13 +446,13 @@ def group_norm(channels):
 
 
 class UNetResidual(nn.Module):
-    """Latent diffusion's residual block, each norm after its convolution."""
+    """Latent diffusion's residual block, but with each norm after its convolution."""
 
-    def __init__(self, inside, outside):
+    def __init__(self, c_in, c_out):
         super().__init__()
-        self.in_layers = nn.Sequential(conv(inside, outside), group_norm(outside), nn.SiLU())
-        self.out_layers = nn.Sequential(conv(outside, outside), group_norm(outside), nn.SiLU())
-        self.skip_connection = conv(inside, outside, 1) if inside != outside else nn.Identity()
+        self.in_layers = nn.Sequential(conv(c_in, c_out), group_norm(c_out), nn.SiLU())
+        self.out_layers = nn.Sequential(conv(c_out, c_out), group_norm(c_out), nn.SiLU())
+        self.skip_connection = conv(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         return self.skip_connection(x) + self.out_layers(self.in_layers(x))
@@ -477,7 +477,7 @@ class UNetAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Latent diffusion's U-Net without time, of one width; attention at the last level."""
+    """Latent diffusion's U-Net without time, of c channels, with attention at the last level."""
 
     def __init__(self, c, levels):
         super().__init__()
@@ -490,7 +490,7 @@ class UNet(nn.Module):
         self.middle_block = Chain(UNetResidual(c, c), nn.Identity(), UNetResidual(c, c))
         for level in reversed(range(levels)):
             for second in (False, True):
-                # Parts that do not join are made too: the random draws of a seed depend on it
+                # Unused parts are made too: a seed's random draws depend on it
                 parts = [UNetResidual(2 * c, c)] + [UNetAttention(c)] * (level == last)
                 larger = OrderedDict(up=nn.Upsample(scale_factor=2), conv=conv(c, c))
                 parts += [nn.Sequential(larger)] * (second and level > 0)
@@ -510,7 +510,7 @@ class UNet(nn.Module):
 
 
 class DepthPredictor(nn.Module):
-    """Matched features to depth, opacity and the raw numbers of a Gaussian per pixel."""
+    """From matched features to depth, opacity and raw Gaussian parameters per pixel."""
 
     def __init__(self, config):
         super().__init__()
@@ -532,8 +532,8 @@ class DepthPredictor(nn.Module):
         self.to_disparity = nn.Sequential(conv(r, 2 * r), nn.GELU(), conv(2 * r, 2))
 
     def coarse(self, matched, intrinsics, extrinsics, near, far, others):
-        """The refined matching cost as a distribution over depth candidates: the mean of the
-        inverse depth and the largest probability, both [B*V, 1, h, w]."""
+        """Expected inverse depth over the candidates, and the largest probability (confidence),
+        both [B*V, 1, h, w]."""
         V, n = matched.shape[1], self.regressor_residual.out_channels
         low, high = 1 / far[..., None], 1 / near[..., None]  # [B, V, 1]
         inverse = low + torch.linspace(0, 1, n, device=near.device) * (high - low)  # [B, V, n]
@@ -549,8 +549,8 @@ class DepthPredictor(nn.Module):
         return mean, pdf.amax(1, keepdim=True)
 
     def fine(self, images, matched, cnn, coarse, confidence, near, far):
-        """Depth corrected at full resolution, and what else makes a Gaussian: depths and
-        opacities [B, V, H, W], raw numbers [B, V, raw, H, W]."""
+        """At full resolution: refined depths and opacities [B, V, H, W], raw Gaussian parameters
+        [B, V, raw, H, W]."""
         B, V, _, H, W = images.shape
         coarse = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True)
         confidence = F.interpolate(confidence, (H, W), mode="nearest")
@@ -566,15 +566,15 @@ class DepthPredictor(nn.Module):
 
 
 def cost_volume(features, intrinsics, extrinsics, depths, others):
-    """How well depth candidates [B, V, n], along z, explain the other views [V, V - 1]: the mean
-    scaled dot product of features [B, V, D, h, w] with those seen there. [B, V, n, h, w]"""
+    """Matching scores [B, V, n, h, w] of depth candidates [B, V, n] along z: scaled dot products of
+    features [B, V, D, h, w] with those of the other views [V, V - 1] seen there, averaged."""
     B, V, D, h, w = features.shape
     K = intrinsics * features.new_tensor([w, h, 1])[:, None]
     y, x = torch.meshgrid(*(torch.arange(s, device=K.device) for s in (h, w)), indexing="ij")
-    pixels = torch.stack([x, y, torch.ones_like(x)]).flatten(1).to(features)  # no half pixel here
+    pixels = torch.stack([x, y, torch.ones_like(x)]).flatten(1).to(features)  # MVSplat: no + 0.5
     rays = torch.linalg.inv(K) @ pixels  # [B, V, 3, h*w]
     costs = []
-    for candidates in depths.split(32, -1):  # at the paper's size all at once are 4 GB
+    for candidates in depths.split(32, -1):  # all at once take 4 GB at the paper's size
         cost, n = 0, candidates.shape[-1]
         for other in others.T:
             to_other = torch.linalg.inv(extrinsics[:, other]) @ extrinsics  # [B, V, 4, 4]
@@ -592,12 +592,12 @@ def cost_volume(features, intrinsics, extrinsics, depths, others):
 
 
 def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True):
-    """Depths and opacities [B, V, H, W], raw numbers [B, V, raw, H, W] and cameras -> Gaussians.
-    The raw numbers are 2 of an offset, 3 of a scale, a quaternion x, y, z, w and harmonics."""
+    """Depths and opacities [B, V, H, W], raw parameters [B, V, raw, H, W] and cameras -> Gaussians.
+    Raw are 2 for the pixel offset, 3 for scale, a quaternion x, y, z, w, and harmonics."""
     B, V, H, W = depths.shape
     raw = raw.permute(0, 1, 3, 4, 2)
     offset, scale, quaternion, harmonics = raw.split([2, 3, 4, raw.shape[-1] - 9], -1)
-    # Mean: at the depth on the ray through the pixel's centre, moved by half a pixel at most
+    # Mean: on the ray through the pixel's centre, offset by at most half a pixel
     size = raw.new_tensor([1 / W, 1 / H])
     y, x = torch.meshgrid(*(torch.arange(s).to(raw) + 0.5 for s in (H, W)), indexing="ij")
     xy = torch.stack([x, y], -1) * size + (offset.sigmoid() - 0.5) * size
@@ -618,7 +618,7 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
     ], -1).unflatten(-1, (3, 3))  # fmt: skip
     L = R @ rotation * sigmas[..., None, :]
     covars = L @ L.mT
-    # Colour: harmonics, small beyond degree 0, turned from the camera's axes to the world's
+    # Colour: harmonics, damped beyond degree 0, rotated from camera to world axes
     harmonics = harmonics.unflatten(-1, (3, -1))  # [B, V, H, W, 3, (degree + 1)^2]
     degrees = torch.arange(harmonics.shape[-1], device=raw.device).sqrt().floor()
     harmonics = harmonics * torch.where(degrees > 0, 0.1 * 0.25**degrees, 1.0).to(raw)
@@ -632,8 +632,8 @@ def to_gaussians(depths, opacities, raw, intrinsics, extrinsics, ray_depth=True)
 
 
 def pass_on(first, second, inputs, hidden, outputs, kernel, gain=1.0):
-    """Add to two convolutions, with a GELU between, what passes channels on through two hidden ones
-    each, filtered by the kernel twice: gelu(x) - gelu(-x) = x."""
+    """Make conv, GELU, conv pass `inputs` on to `outputs`, filtered by the kernel twice. Each
+    channel takes two hidden ones: gelu(x) - gelu(-x) = x."""
     for sign, channels in zip((1, -1), hidden):
         first.weight[channels, inputs] += sign * kernel
         second.weight[outputs, channels] += sign * gain * kernel
@@ -641,21 +641,20 @@ def pass_on(first, second, inputs, hidden, outputs, kernel, gain=1.0):
 
 @torch.no_grad()
 def new_reconstructor(config=SMALL):
-    """An MVSplat to train, random but for what is known without learning: plain stereo.
+    """An MVSplat to train: random weights, set up to be plain stereo before any training.
 
-    The CNN's features match views, depth is where 5 x 5 of them match best, and a Gaussian is
-    opaque, half a pixel wide and of its pixel's colour. (The public code starts from a trained
-    matching network.)
+    Depth is where 5 x 5 of the CNN's features match best; Gaussians are opaque, half a pixel wide
+    and of their pixel's colour. (The public code starts from a trained matching network.)
     """
     reconstructor = MVSplat(config)
     predictor, n = reconstructor.depth_predictor, config.candidates
     features = reconstructor.backbone.backbone.conv2
-    features.weight.mul_(4.0)  # matching must not drown in the position embedding
+    features.weight.mul_(4.0)  # features must outweigh the position embedding
     features.bias.zero_()
     for block in reconstructor.backbone.transformer.layers:  # residual branches start at 0
         block["self_attn"].norm1.weight.zero_()
         block["cross_attn_ffn"].norm2.weight.zero_()
-    # The matching cost goes on to the softmax, averaged over 3 x 3 pixels twice
+    # The matching cost reaches the softmax, averaged over 3 x 3 pixels twice
     residual, (first, _, second) = predictor.regressor_residual, predictor.depth_head_lowres
     for layer in (residual, first, second, predictor.corr_refine_net[-1]):
         layer.weight.mul_(0.1)
@@ -666,7 +665,7 @@ def new_reconstructor(config=SMALL):
     pass_on(first, second, candidates, hidden, candidates, torch.full((3, 3), 1 / 9))
     density = predictor.to_disparity[-1]
     density.weight.zero_()
-    density.bias.copy_(torch.tensor([0.0, 2.0]))  # depth stays; opacity is 0.88
+    density.bias.copy_(torch.tensor([0.0, 2.0]))  # depth unchanged; opacity 0.88
     # Colours of degree 0 are (photo - 0.5) / SH_C0
     first, _, second = predictor.to_gaussians
     second.weight.mul_(0.1)
@@ -682,9 +681,9 @@ def new_reconstructor(config=SMALL):
 
 
 def load_reconstructor(path=None):
-    """An MVSplat in eval mode, frozen: the one in weights/, the published `re10k.ckpt`, or a
-    safetensors file whose metadata has a "config", JSON of `ReconstructorConfig`'s fields.
-    ValueError: the file is missing, is no such file or does not fit."""
+    """An MVSplat, frozen, in eval mode: the one in weights/, the published `re10k.ckpt`, or a
+    safetensors file with `ReconstructorConfig`'s fields as JSON in its metadata, "config".
+    ValueError: the file is missing or does not fit."""
     path = Path(path or SHIPPED)
     state, config = read_state(path), ReconstructorConfig()
     try:
@@ -710,8 +709,8 @@ def load_reconstructor(path=None):
 class FeedForward(nn.Module):
     """Gaussians from photos alone: context views {"images" [B, V, 3, H, W], "Ks", "extrinsics"}.
 
-    near and far are in units of the baseline, from a scene's first camera to its last: photos alone
-    tell no other. The network sees scenes scaled to a baseline of 1.
+    near and far are in baselines, the distance from a scene's first camera to its last, which is
+    the only unit that photos alone define. The network sees scenes scaled to a baseline of 1.
     """
 
     def __init__(self, reconstructor, near, far):
@@ -725,7 +724,7 @@ class FeedForward(nn.Module):
         H, W = images.shape[-2:]
         intrinsics = context["Ks"] / images.new_tensor([W, H, 1])[:, None]
         baseline = (extrinsics[:, 0, :3, 3] - extrinsics[:, -1, :3, 3]).norm(dim=-1)[:, None]
-        # A camera that only turned sees no depth: its Gaussians land before NEAR_PLANE, as holes
+        # Without a baseline there is no depth: Gaussians land before NEAR_PLANE and leave holes
         baseline = baseline.clamp(min=1e-9)  # [B, 1]
         extrinsics[..., :3, 3] /= baseline[..., None]
         near, far = (images.new_full(images.shape[:2], d) for d in (self.near, self.far))
@@ -749,8 +748,8 @@ class Reconstruction(nn.Module):
         """A batch as `SplatAndDistill`'s. Returns the loss, metrics {name: scalar tensor} and what
         to draw: "photo" [B, 3, H, W], "depth" and "alphas" [B, H, W], and "gaussians".
 
-        With coarse=True the loss is of depth alone, at the quarter of the size where views are
-        matched. It needs depth, and draws nothing.
+        coarse=True: the loss of the depths from matching alone, at a quarter of the size. It needs
+        depth and draws nothing.
         """
         context, target = batch["context"], batch["target"]
         V, _, H, W = context["images"].shape[1:]
@@ -776,7 +775,7 @@ class Reconstruction(nn.Module):
 
 
 def log_depth_error(depths, truth, together=False):
-    """Mean of |log(depths / truth)| where the truth is known, that is not 0: see `mean_of`."""
+    """Mean of |log(depths / truth)| where truth is not 0 (unknown). together: see `mean_of`."""
     known = truth > 0
     error = depths.clamp(min=1e-6).log() - truth.clamp(min=1e-6).log()
     return mean_of(torch.where(known, error, 0.0).abs().sum(), known.sum(), together)
@@ -784,7 +783,12 @@ def log_depth_error(depths, truth, together=False):
 
 # ---------------------------------------------------------------------------- fields of features
 
-BASELINE = 0.1  # of a pair, over the distance to what it sees: what the shipped one does best at
+BASELINE = 0.1  # of a pair, over the distance to the scene; the shipped reconstructor's best
+
+
+def silently(items, total, what):
+    """`counted` without a progress line."""
+    return items
 
 
 class Field(NamedTuple):
@@ -794,46 +798,45 @@ class Field(NamedTuple):
     features: torch.Tensor  # [N, C] float16, perhaps mapped from a file; without a teacher C = 0
     frames: torch.Tensor  # [N] int32: the view, from 0, whose pixel it is
     normals: torch.Tensor  # [N, 3] world, unit, towards that view; 0 where unknown
-    meta: dict  # what JSON can say of how it was made
+    meta: dict  # how it was made, for JSON
 
     @torch.no_grad()
     def render(self, extrinsics, K, width, height, features=True):
-        """What a camera sees, extrinsics [4, 4] and K [3, 3]: {"photo" [3, H, W], "depth" [H, W],
-        "alpha" [H, W] and, if it has and you want them, "features" [H, W, C]}. Features and depth
-        are means over what is seen."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        camera = extrinsics[None].to(device), K[None].to(device), width, height
+        """Seen by a camera, extrinsics [4, 4] and K [3, 3]: {"photo" [3, H, W], "depth" [H, W],
+        "alpha" [H, W] and, if the field has them and `features`, "features" [H, W, C]}. Features
+        and depth are means over the Gaussians seen."""
         rows = self.seen_by(extrinsics, K, width, height)
-        gaussians = Gaussians(*(t[:, rows].to(device) for t in self.gaussians))
-        photo, depth, alpha = (t[0] for t in render(gaussians, *camera))
+        gaussians = Gaussians(*(t[:, rows].to(DEVICE) for t in self.gaussians))
+        E, Ks = extrinsics[None].to(DEVICE), K[None].to(DEVICE)
+        photo, depth, alpha = (t[0] for t in render(gaussians, E, Ks, width, height))
         out = {"photo": photo, "depth": depth, "alpha": alpha}
         if not features or not self.features.shape[1]:
             return out
-        camera, drawn = (torch.linalg.inv(camera[0])[:, None], camera[1][None], *camera[2:]), []
-        for part in self.features.split(128, 1):  # few channels of a mapped file at a time
-            part = part[rows][None].to(device).float()
+        camera, drawn = (torch.linalg.inv(E)[:, None], Ks[None], width, height), []
+        for part in self.features.split(128, 1):  # features may be mapped from disk
+            part = part[rows][None].to(DEVICE).float()
             seen, _ = rasterize(*gaussians[:3], part, *camera, near_plane=NEAR_PLANE)
             drawn.append(seen[0, 0] / alpha.clamp(min=1e-6)[..., None])
         return out | {"features": torch.cat(drawn, -1)}
 
     def seen_by(self, extrinsics, K, width, height):
-        """The numbers of the Gaussians that may touch a camera's image."""
+        """Indices of the Gaussians that may touch a camera's image."""
         means, covars = self.gaussians.means[0], self.gaussians.covars[0]
         x, y, z = ((means - extrinsics[:3, 3]) @ extrinsics[:3, :3]).T
-        reach = 4 * covars.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()  # alpha < 1/255 further out
+        reach = 4 * covars.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()  # alpha < 1/255 beyond
         inside = z > NEAR_PLANE
         for at, size, k in ((x, width, 0), (y, height, 1)):
-            off = (K[k, k] * at + (K[k, 2] - size / 2) * z).abs()  # from the middle, pixels * z
+            off = (K[k, k] * at + (K[k, 2] - size / 2) * z).abs()  # from the centre, pixels * z
             inside &= off < (size / 2 + 2) * z + K[k, k] * reach
         return inside.nonzero()[:, 0]
 
     def rgb(self):
-        """Colours [N, 3] in 0..1, from no direction in particular."""
+        """Colours [N, 3] in 0..1, of degree 0: for no viewing direction."""
         return (0.5 + SH_C0 * self.gaussians.harmonics[0, ..., 0]).clamp(0, 1)
 
     def save(self, folder):
         """Write folder/scene.ply and points.npz: xyz [N, 3], rgb [N, 3] in 0..1, opacity [N],
-        normal [N, 3], features [N, C] float16, frame [N] and meta, a text in JSON."""
+        normal [N, 3], features [N, C] float16, frame [N] and meta, JSON."""
         from train import replace_file  # which imports this file
 
         opacities = self.gaussians.opacities[0]
@@ -845,7 +848,7 @@ class Field(NamedTuple):
 
 
 def save_npz(path, arrays):
-    """NumPy's .npz of {name: array}, written block by block: no array is copied as a whole."""
+    """Write NumPy's .npz of {name: array} in blocks, without copying a whole array."""
     with zipfile.ZipFile(path, "w") as file:
         for name, array in arrays.items():
             array, about = np.asarray(array), np.lib.format
@@ -859,45 +862,46 @@ def save_npz(path, arrays):
 @torch.no_grad()
 def reconstruct(
     views, geometry, vit=None, *, tolerance=0.03, folder=None, meta=None,
-    counted=lambda items, total, what: items,
+    counted=silently,
 ):  # fmt: skip
-    """Views of one scene -> a `Field`. Features are the pixels' own, as the method lifts them.
+    """Views of one scene -> a `Field`. A Gaussian's features are its own pixel's.
 
         views: {"images" [V, 3, H, W] in 0..1, "extrinsics" [V, 4, 4], "Ks" [V, 3, 3]} along the
-            path, as context views are without B; if known "depths", "masks" and "valid" [V, H, W],
-            "numbers" [V] of the photos and "ranges" [V, 2], near and far in the cameras' unit.
+            path; optional "depths", "masks" and "valid" [V, H, W], "numbers" [V] of the photos and
+            "ranges" [V, 2], near and far in the cameras' unit.
         geometry: `SensorDepth`, or a `FeedForward`, which gets the pairs that `pairs_of` chooses.
-        vit: the teacher, or None for none. tolerance: depths closer than this share are the same.
-        folder: of scratch files, default /tmp; features stay mapped from one without a name.
-        counted(items, total, what): passes on items and may print progress.
+        vit: the teacher, or None. tolerance: depths agree if they differ by a smaller share.
+        folder: for scratch files, default /tmp; features stay mapped from an unnamed one.
+        counted(items, total, what): yields the items and may print progress.
 
-    Two rules merge the views. Each projects a Gaussian into the other views and compares its depth
-    with the depth of the pixel that it falls on. 1. It is dropped if more views see through it, to
-    a surface behind, than have their surface there. 2. Of Gaussians that agree, the one is kept
-    that was seen finest: depth over focal length is least. Opacities below 1/255 are dropped too.
-    In memory are a pair, all depth maps, and the result but for its features. ValueError: no depths
-    for `SensorDepth`; no two views overlap; nothing is left.
+    Two rules merge the views. Both compare a Gaussian's depth in each other view with the depth of
+    the pixel that it falls on. 1. It is dropped if more views see through it, to a surface behind,
+    than agree with it. 2. Of those that agree, the one seen finest is kept: with the least depth
+    over focal length. Opacities below 1/255 are dropped too. Memory holds a pair, all depth maps,
+    and the result without its features. ValueError: no depths for `SensorDepth`; no two views
+    overlap; nothing is left.
     """
     compare, at = dict(views=views, tolerance=tolerance), dict(dir=folder)
     with tempfile.TemporaryDirectory(**at) as scratch, tempfile.TemporaryFile(**at) as file:
         depths, normals = lift_views(views, geometry, scratch, counted)
-        load = lambda i: torch.load(f"{scratch}/{i}.pt", weights_only=True)  # noqa: E731
-        # Rule 1, by the depths of all views
+        # Rule 1, with the depths of all views
         kept = torch.ones_like(depths, dtype=torch.bool)
         for i in counted(sorted(normals), len(normals), "view compared"):
-            there, through, _ = agreement(load(i)[0][0], i, depths=depths, **compare)
+            means = torch.load(f"{scratch}/{i}.pt", weights_only=True)[0][0]
+            there, through, _ = agreement(means, i, depths=depths, **compare)
             kept[i] = through <= there
         depths *= kept
-        # Rule 2, by what is left; and the features of what is kept, written as they come
+        # Rule 2, with the depths that are left
         parts = []
         for i in counted(sorted(normals), len(normals), "view merged"):
-            gaussians = load(i)
+            gaussians = torch.load(f"{scratch}/{i}.pt", weights_only=True)
             finer = agreement(gaussians[0][0], i, depths=depths, **compare)[2]
             rows = ((depths[i] > 0) & (finer == 0)).nonzero()[:, 0]
             frame = torch.full_like(rows, i, dtype=torch.int32)
             parts.append((*(t[0, rows] for t in gaussians), frame, normals.pop(i)[rows]))
             if vit is not None and len(rows):
-                file.write(pixel_features(vit, views, i)[rows].numpy().tobytes())
+                features = lifted(vit, views, i, False)[0].half().cpu()  # [H * W, C]
+                file.write(features[rows].numpy().tobytes())
         *gaussians, frames, normals = (torch.cat(t) for t in zip(*parts))
         if not len(frames):
             raise ValueError("nothing could be reconstructed: no depth that views agree on")
@@ -910,13 +914,13 @@ def reconstruct(
 
 
 def lift_views(views, geometry, scratch, counted):
-    """Gaussians of every view's pixels, pair by pair, each view's as a file in the folder scratch.
-    Returns their depths [V, H*W], 0 where there is none, and normals {view: [H*W, 3] world}."""
+    """Write the Gaussians of each view's pixels to the folder scratch, pair by pair. Returns their
+    depths [V, H*W], 0 where there is none, and normals {view: [H*W, 3] world}."""
     V, _, H, W = views["images"].shape
     depths, normals = torch.zeros(V, H * W), {}
     pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
     for pair in counted(pairs, len(pairs), "pair"):
-        for i, gaussians in of_pair(views, geometry, pair, normals):
+        for i, gaussians in lift_pair(views, geometry, pair, normals):
             E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
             z = (gaussians.means[0] - E[:3, 3]) @ E[:3, 2]  # [H * W]
             depths[i] = torch.where(gaussians.opacities[0] >= 1 / 255, z.clamp(min=0), 0.0)
@@ -926,30 +930,25 @@ def lift_views(views, geometry, scratch, counted):
     return depths, normals
 
 
-def of_pair(views, geometry, pair, done):
-    """(i, Gaussians of its pixels) of the views of a pair that are not yet done."""
+def lift_pair(views, geometry, pair, done):
+    """[(i, Gaussians of view i's pixels)] for the views of a pair that are not done."""
     keys = {"images", "extrinsics", "Ks", "depths", "valid"} & views.keys()
     context = {k: views[k][list(pair)][None] for k in keys}
     if isinstance(geometry, FeedForward):
         device = next(geometry.parameters()).device
         context = {k: v.to(device) for k, v in context.items()}
-    if isinstance(geometry, FeedForward) and "ranges" in views:
-        near, far = views["ranges"][list(pair), 0].min(), views["ranges"][list(pair), 1].max()
-        baseline = (context["extrinsics"][0, 0] - context["extrinsics"][0, 1])[:3, 3].norm()
-        near, far = float(near / baseline), float(far / baseline)
-        geometry = FeedForward(geometry.reconstructor, near, far)
+        if "ranges" in views:
+            near, far = views["ranges"][list(pair), 0].min(), views["ranges"][list(pair), 1].max()
+            baseline = (context["extrinsics"][0, 0] - context["extrinsics"][0, 1])[:3, 3].norm()
+            near, far = float(near / baseline), float(far / baseline)
+            geometry = FeedForward(geometry.reconstructor, near, far)
     gaussians = without_masked(geometry(context), context)
     halves = zip(*(t.cpu().chunk(len(pair), 1) for t in gaussians))
     return [(i, Gaussians(*half)) for i, half in zip(pair, halves) if i not in done]
 
 
-def pixel_features(vit, views, i):
-    """The teacher's features of a view's pixels, upsampled as the method does it: [H*W, C] half."""
-    return lifted(vit, views, i, False)[0].half().cpu()
-
-
 def lifted(vit, views, i, factored):
-    """`lift_features` of one view alone. The teacher sees "photos" [V, 3, any size], if there."""
+    """`lift_features` of one view. The teacher sees "photos" [V, 3, any size], if there are any."""
     H, W = views["images"].shape[-2:]
     images = views.get("photos", views["images"])[i : i + 1].to(vit.cls_token.device)
     tokens = patch_tokens(vit, images)  # [1, C, h, w]
@@ -957,64 +956,60 @@ def lifted(vit, views, i, factored):
     return lift_features(tokens, masks[i : i + 1].to(tokens.device), 1, factored, centred=True)
 
 
-def averaged(field, views, vit, *, counted=lambda items, total, what: items):
-    """The `Field` with a mean over all views in place of one view's features: each Gaussian's is
-    the mean of the teacher's features of all pixels, weighted by what it adds to each. That is one
-    backward pass of the rasteriser a view. Gaussians that no view shows keep theirs.
+def averaged(field, views, vit, *, counted=silently):
+    """The `Field` with features averaged over all views: each Gaussian's is the mean of the
+    teacher's features of all pixels, weighted by its blending weight there. That takes one backward
+    pass of the rasteriser per view. Gaussians seen by no view keep their features.
 
-    Views and counted as in `reconstruct`. [N, C] lies in memory three times, float32.
+    Views and counted as in `reconstruct`. Memory holds [N, C] three times, float32.
     """
     (V, _, H, W), (N, C) = views["images"].shape, field.features.shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    gaussians = [t.to(device) for t in field.gaussians[:3]]
-    sums = torch.zeros(1, N, C + 1, device=device, requires_grad=True)  # for its gradient
+    gaussians = [t.to(DEVICE) for t in field.gaussians[:3]]
+    # Splatting is linear: its gradient by these sums the pixels' values, weighted
+    zeros = torch.zeros(1, N, C + 1, device=DEVICE, requires_grad=True)
     for i in counted(range(V), V, "view averaged"):
         with torch.no_grad():
-            wanted = F.pad(lifted(vit, views, i, False), (0, 1), value=1.0).to(device)
+            wanted = F.pad(lifted(vit, views, i, False), (0, 1), value=1.0).to(DEVICE)
         if "valid" in views:
-            wanted = wanted * views["valid"][i].to(device).flatten()[:, None]
+            wanted = wanted * views["valid"][i].to(DEVICE).flatten()[:, None]
         camera = torch.linalg.inv(views["extrinsics"][i])[None, None], views["Ks"][i][None, None]
-        camera = (t.to(device) for t in camera)
-        drawn, _ = rasterize(*gaussians, sums, *camera, W, H, near_plane=NEAR_PLANE)
+        camera = (t.to(DEVICE) for t in camera)
+        drawn, _ = rasterize(*gaussians, zeros, *camera, W, H, near_plane=NEAR_PLANE)
         drawn.backward(wanted.view_as(drawn))
-    total, weight = sums.grad[0].cpu().split([C, 1], 1)
+    total, weight = zeros.grad[0].cpu().split([C, 1], 1)
     features = torch.where(weight > 0, total / weight.clamp(min=1e-12), field.features.float())
     return field._replace(features=features.half(), meta=field.meta | {"averaged": True})
 
 
-def optimise(
-    field, views, vit, steps, geometry=False, *, counted=lambda items, total, what: items
-):  # fmt: skip
-    """The per-scene way, as FiT3D (arXiv 2407.20229): a `Field` fitted to the teacher's maps of all
-    views by Adam, from what it is. Views and counted as in `reconstruct`.
+def optimise(field, views, vit, steps, geometry=False, *, counted=silently):
+    """Fit a `Field` to the teacher's features of all views by Adam, per scene as FiT3D does (arXiv
+    2407.20229). Views and counted as in `reconstruct`.
 
-    A step takes one view, all channels at once, at every fourth row and column: sixteen steps see
-    every pixel. The loss is the squared error to the teacher's features, upsampled as for lifting,
-    over their variance, so that 1 is what their mean would have. (1 - cosine fits worse: it leaves
-    open how long features are, but blending needs to know.) With geometry=True means, covariances,
-    opacities and colours are fitted too, and the photo's error over its variance is added. Normals
-    stay. [N, C] lies in memory four times, float32. "loss" in the meta: at the start and the end.
-    ValueError: no views, features or steps, or a loss that is NaN or infinite.
+    A step takes every fourth row and column of one view: sixteen steps see every pixel. The loss is
+    the squared error to the teacher's upsampled features over their variance. (Cosine fits worse:
+    blending depends on the length of features.) With geometry=True, means, covariances, opacities
+    and colours are fitted too, and the photo's squared error over its variance is added. Memory
+    holds [N, C] four times, float32. The meta gets "loss": [at the start, at the end]. ValueError:
+    no views, features or steps, or a loss that is NaN or infinite.
     """
     (V, _, H, W), C = views["images"].shape, field.features.shape[1]
     if not V or not C or steps < 1:
         few = f"{V} views, {C} channels and {steps} steps"
         raise ValueError(f"optimise needs views, features and steps; there are {few}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    views = {k: t.to(device) for k, t in views.items() if torch.is_tensor(t)}
+    views = {k: t.to(DEVICE) for k, t in views.items() if torch.is_tensor(t)}
     with torch.no_grad():
         maps = [Mixture(*(t[0] for t in lifted(vit, views, i, True))) for i in range(V)]
     spread = torch.cat([m.tokens for m in maps]).var(0).mean(), views["images"].var()
-    features = field.features.to(device, torch.float32, copy=True).requires_grad_(True)  # [N, C]
-    gaussians = Gaussians(*(t.to(device) for t in field.gaussians))
+    features = field.features.to(DEVICE, torch.float32, copy=True).requires_grad_(True)  # [N, C]
+    gaussians = Gaussians(*(t.to(DEVICE) for t in field.gaussians))
     scene, rates = Still(gaussians), [dict(params=[features], lr=0.05)]
     if geometry:
         scene = Moving(gaussians)
         rates.append(dict(params=list(scene.parameters()), lr=0.01))
     optimizer, losses = torch.optim.Adam(rates, fused=True), []
     for step in counted(range(steps), steps, "step"):
-        i, corner = step % V, step // V * 7 % 16  # 7: to and fro
-        at = [torch.arange(c, n, 4, device=device) for c, n in zip(divmod(corner, 4), (H, W))]
+        i, corner = step % V, step // V * 7 % 16  # the 16 offsets, in a scattered order
+        at = [torch.arange(c, n, 4, device=DEVICE) for c, n in zip(divmod(corner, 4), (H, W))]
         pixels = (at[0][:, None] * W + at[1]).flatten()  # [P]
         view = {k: views[k][i : i + 1] for k in ("extrinsics", "Ks")}
         drawn, alpha = scene.splat(features, view, at, pixels, (W, H))
@@ -1026,7 +1021,7 @@ def optimise(
         loss.backward()
         optimizer.step()
     gaussians = Gaussians(*(t.detach().cpu() for t in scene.gaussians()))
-    end = max(1, min(steps // 2, 16 * V))  # a step alone sees few pixels
+    end = max(1, min(steps // 2, 16 * V))  # a mean of steps: each sees few pixels
     ends = [mean(losses[:end]), mean(losses[-end:])]
     meta = field.meta | {"optimised": steps, "moved": geometry, "loss": ends}
     features = features.detach().half().cpu()
@@ -1034,20 +1029,20 @@ def optimise(
 
 
 def fit_error(drawn, alpha, tokens, views, i, pixels, spread):
-    """`optimise`'s loss of view i: drawn [P, C], perhaps with 3 colours more, at pixels [P], whose
-    alpha is [P, 1], against a Mixture of tokens and the photo; spread holds their variances."""
+    """`optimise`'s loss of view i at pixels [P]: features drawn [P, C], or [P, C + 3] with colours,
+    and alpha [P, 1], against a Mixture of tokens and the photo; spread holds their variances."""
     wanted = (tokens.tokens[tokens.indices[pixels]] * tokens.weights[pixels][..., None]).sum(1)
     C = wanted.shape[1]
-    errors = [drawn[:, :C] - alpha * wanted]  # features are means over what is seen
-    if drawn.shape[1] > C:  # a photo is on black
+    errors = [drawn[:, :C] - alpha * wanted]  # features are means over the Gaussians seen
+    if drawn.shape[1] > C:  # colours are on black
         errors.append(drawn[:, C:] - views["images"][i].flatten(1).T[pixels])
     counts = views["valid"][i].flatten()[pixels, None] if "valid" in views else 1.0
     return sum((counts * e.square()).mean() / s.clamp(min=1e-8) for e, s in zip(errors, spread))
 
 
 def linear_map(gaussians, camera, pixels):
-    """Splatting of one view's pixels [P] by Gaussians that stay: what each adds to each, sparse
-    [P, N], its transpose, which is the backward, and alphas [P, 1]."""
+    """Splatting of fixed Gaussians into pixels [P] of one view, as a linear map: the weights A,
+    sparse [P, N], A' and alphas [P, 1]."""
     *_, W, H = camera
     weights, owner, pixel = pair_weights(*gaussians[:3], *camera, NEAR_PLANE, 1e10, 0.3)
     number = torch.full((H * W,), -1, device=pixel.device)
@@ -1060,7 +1055,7 @@ def linear_map(gaussians, camera, pixels):
 
 
 class SparseMap(torch.autograd.Function):
-    """A @ x, whose backward is At @ v. Both lists of pairs are made once."""
+    """A @ x, with the transpose At given for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, A, At):
@@ -1073,7 +1068,7 @@ class SparseMap(torch.autograd.Function):
 
 
 class Still:
-    """Gaussians that stay: splatting is one linear map, listed once for a view and its pixels."""
+    """Fixed Gaussians: splatting is a linear map, made once for each view and set of pixels."""
 
     def __init__(self, gaussians):
         self.fixed, self.maps = gaussians, {}
@@ -1085,7 +1080,7 @@ class Still:
         """Features [P, C] of a view's pixels [P], rows and columns `at`, and alpha [P, 1]."""
         key = view["extrinsics"].cpu().numpy().tobytes(), int(pixels[0])
         if key not in self.maps:
-            if len(self.maps) == 256:  # of a long capture the latest ones
+            if len(self.maps) == 256:  # forget the oldest
                 del self.maps[next(iter(self.maps))]
             camera = torch.linalg.inv(view["extrinsics"])[:, None], view["Ks"][:, None], *size
             self.maps[key] = linear_map(self.fixed, camera, pixels)
@@ -1094,8 +1089,8 @@ class Still:
 
 
 class Moving(nn.Module):
-    """Gaussians to optimise. Lengths are counted in each one's axes and standard deviations, so
-    that one learning rate suits scenes of any unit."""
+    """Gaussians to optimise. Lengths are in each one's axes and standard deviations: one learning
+    rate suits all units."""
 
     def __init__(self, gaussians):
         super().__init__()
@@ -1113,7 +1108,7 @@ class Moving(nn.Module):
         return Gaussians(means, root @ root.mT, self.logits.sigmoid(), self.harmonics)
 
     def splat(self, features, view, at, pixels, size):
-        """As `Still`'s, with three colours more."""
+        """As `Still.splat`, with colours appended: [P, C + 3]."""
         gaussians, E = self.gaussians(), view["extrinsics"]
         channels = torch.cat([features[None], colours(gaussians, E)], -1)
         camera = torch.linalg.inv(E)[:, None], view["Ks"][:, None], *size
@@ -1123,9 +1118,9 @@ class Moving(nn.Module):
 
 
 def agreement(points, own, *, views, depths, tolerance):
-    """Of points [P, 3] of view `own`, one a pixel: how many of the other views have their surface
-    there, how many see through the point to a surface behind it, and how many have their surface
-    there and see it more finely, [P] each. depths [V, P] of all views; 0 = unknown."""
+    """Compare points [P, 3] of view `own`, one per pixel, with depths [V, P] of all views (0 =
+    unknown). Returns [P] each: how many other views have a surface there, how many see through to a
+    surface behind, and how many have a surface there and see it finer."""
     there, through, finer = torch.zeros(3, len(points), dtype=torch.int32)
     (H, W), focal = views["images"].shape[-2:], views["Ks"][:, 0, 0].cpu()
     points = points.T.contiguous()
@@ -1140,21 +1135,19 @@ def agreement(points, own, *, views, depths, tolerance):
         agree = (z / surface - 1).abs() < tolerance
         there[inside] += agree
         through[inside] += z < surface * (1 - tolerance)
-        # A strict order, so that of all that agree one is kept
+        # A strict order, so that exactly one of those that agree is kept
         mine, other = depths[own][inside] / focal[own], surface / focal[i]
         finer[inside] += agree & ((other < mine) | (other == mine) & (i < own))
     return there, through, finer
 
 
 def pairs_of(views):
-    """Pairs (i, j) of overlapping views: the first view along the path that is in none yet, and its
-    best partner. Overlap is the share of i's pixels that fall into j's image if all lie at the
-    distance to what the cameras see. Of the views with half of it in common, or with the most, the
-    partner is the one whose baseline is nearest to BASELINE times that distance.
+    """Pairs (i, j) of overlapping views: in turn, the first view along the path without a pair, and
+    its best partner. Overlap is the share of i's pixels that project into j's image from the
+    distance of `distances_of`. Of the views that share half, or the most, the partner is the one
+    whose baseline is closest to BASELINE times that distance.
 
-    The distance: the middle of "ranges"; else to the point that the optical axes pass nearest to;
-    where they are parallel, so that views 10 numbers apart have that baseline.
-    ValueError: no two views have a tenth in common. Warns of views that are in no pair.
+    ValueError: no two views share a tenth. Warns about views without a pair.
     """
     E, Ks = views["extrinsics"].cpu().double(), views["Ks"].cpu().double()
     (V, H, W), centres = views["images"][:, 0].shape, E[:, :3, 3]
@@ -1185,11 +1178,13 @@ def pairs_of(views):
 
 
 def distances_of(views, E):
-    """How far each camera is from what it sees, [V]: see `pairs_of`."""
+    """How far each camera is from the scene, [V]: the geometric mean of "ranges"; else the distance
+    to the point nearest to all optical axes; where those are parallel, the distance that makes
+    BASELINE the baseline of views 10 numbers apart."""
     if "ranges" in views:
         return views["ranges"].double().prod(1).sqrt()
     centres, axes = E[:, :3, 3], E[:, :3, 2]
-    across = torch.eye(3) - axes[:, :, None] * axes[:, None]  # [V, 3, 3], what is off an axis
+    across = torch.eye(3) - axes[:, :, None] * axes[:, None]  # [V, 3, 3], projects off an axis
     spread = torch.linalg.eigvalsh(across.mean(0))[0]  # the squared sine of the axes' angles
     point = torch.linalg.lstsq(across.sum(0), (across @ centres[..., None]).sum(0)).solution
     distances = ((point.T - centres) * axes).sum(-1)  # [V]
@@ -1207,19 +1202,19 @@ NEAREST, CONSTANT, SENSOR = "nearest context photo", "one constant depth", "sens
 
 @torch.no_grad()
 def reconstruction(settings, folder, counted, draw):
-    """How well is a target view shown? {way: [{metric: mean of the scenes}]} (evaluate.py's task)
+    """evaluate.py's task: how well target views are rendered. {way: [{metric: mean of scenes}]}
 
     The ways are the nearest context photo, Gaussians from photos alone (for each of --weights) and,
-    with depth, Gaussians at its median and at sensor depth. counted(items, total, what) passes on
-    items and prints progress; draw(path, target, {way: (photo, depth, seen)}) draws a scene.
+    with depth, Gaussians at its median and at sensor depth. counted as in `reconstruct`;
+    draw(path, target, {way: (photo, depth, seen)}) draws a scene.
     """
-    (H, W), device = settings.image_size, "cuda" if torch.cuda.is_available() else "cpu"
+    H, W = settings.image_size
     scenes = data.open_scenes(settings.data) if settings.data else data.Rooms("probe")
     options = {k: getattr(settings, k) for k in ("min_gap", "max_gap", "seed")}
     views = data.Views(scenes, H, W, **options, length=settings.scenes)
     networks = {}
     for name in settings.weights:
-        network = load_reconstructor(None if name == "shipped" else name).to(device)
+        network = load_reconstructor(None if name == "shipped" else name).to(DEVICE)
         networks[f"photos alone, {name}"] = FeedForward(network, settings.near, settings.far)
     ways, seconds = networks, {name: [] for name in networks}
     if not settings.data or all(scene.has_depth for scene in scenes):
@@ -1227,7 +1222,7 @@ def reconstruction(settings, folder, counted, draw):
     rows = {name: [] for name in (NEAREST, *ways)}
     for i in counted(range(settings.scenes), settings.scenes, "scene"):
         sample = views[i]
-        context, target = ({k: v[None].to(device) for k, v in sample[part].items()}
+        context, target = ({k: v[None].to(DEVICE) for k, v in sample[part].items()}
                            for part in ("context", "target"))  # fmt: skip
         shown = {NEAREST: nearest_photo(context, target)}
         for name, way in ways.items():
@@ -1248,35 +1243,36 @@ def reconstruction(settings, folder, counted, draw):
 
 
 def over_scenes(rows, seconds, size):
-    """Rows {way: [metrics of a scene]} as their means; networks also get "closed", the share of the
-    way from the median depth to sensor depth, in PSNR, and "seconds", the median to Gaussians."""
-    table = {name: {k: mean(row[k] for row in of) for k in of[0]} for name, of in rows.items()}
+    """{way: [metrics of each scene]} -> {way: [means]}. Networks also get "closed", the share of
+    the PSNR from median depth to sensor depth that they gain, and "seconds", the median."""
+    table = {way: {k: mean(row[k] for row in each) for k in each[0]} for way, each in rows.items()}
     for name, times in seconds.items():
         if SENSOR in table and table[SENSOR]["psnr"] > (low := table[CONSTANT]["psnr"]):
             table[name]["closed"] = (table[name]["psnr"] - low) / (table[SENSOR]["psnr"] - low)
         table[name]["seconds"] = statistics.median(times)
         print(f"{name}: photos of {size} to Gaussians in {table[name]['seconds']:.2f} s")
-    peak, device = 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "cpu"
-    if torch.cuda.is_available():
-        peak, device = torch.cuda.max_memory_allocated(), "cuda"
-    print(f"Peak memory on {device}: {peak / 2**30:.2f} GiB")
+    peak = 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    print(f"Peak memory on {DEVICE}: {peak / 2**30:.2f} GiB")
     return {name: [row] for name, row in table.items()}
 
 
-def mean(values):  # of those that are not None
+def mean(values):
+    """The mean of those that are not None; None without any."""
     values = [v for v in values if v is not None]
     return sum(values) / len(values) if values else None
 
 
 def constant_depth(context):
-    """Sensor depth's Gaussians with all depth at its median, the best that one number can do."""
+    """`SensorDepth`'s Gaussians with all depths set to their median."""
     depths = context["depths"]
     median = float(depths[depths > 0].median())
     return SensorDepth()(context | {"depths": torch.full_like(depths, median)})
 
 
 def nearest_photo(context, target):
-    """Of the context view nearest to the target: photo, depth, and which pixels it shows: all."""
+    """Photo, depth and seen pixels (all) of the context view nearest to the target."""
     away = (context["extrinsics"] - target["extrinsics"][:, None])[0, :, :3, 3].norm(dim=-1)  # [V]
     nearest = {k: v[:, away.argmin()] for k, v in context.items()}
     unknown = torch.zeros_like(nearest["images"][:, 0])
@@ -1284,7 +1280,8 @@ def nearest_photo(context, target):
 
 
 def view_errors(photo, depth, seen, target):
-    """PSNR of a photo [1, 3, H, W], in dB, share of pixels [1, H, W] not seen, `depth_errors`."""
+    """{"psnr": of a photo [1, 3, H, W], dB, "holes": share of pixels [1, H, W] not seen} and
+    `depth_errors`."""
     mse = (photo - target["images"]).square().mean().clamp(min=1e-10)
     truth = target.get("depths", torch.zeros_like(depth))
     row = {"psnr": float(-10 * mse.log10()), "holes": float((~seen).float().mean())}
@@ -1292,8 +1289,8 @@ def view_errors(photo, depth, seen, target):
 
 
 def depth_errors(depth, truth, seen):
-    """The mean of |depth / truth - 1| where seen, and the same with depth scaled by the median of
-    truth / depth. All of one shape; truth 0 = none. None where nothing is known."""
+    """{"abs_rel": mean |depth / truth - 1| where seen, "abs_rel_scaled": with depth scaled by the
+    median of truth / depth}. All of one shape; truth 0 is unknown. None: nothing is known."""
     known = (truth > 0) & seen & (depth > 0)
     if not known.any():
         return {"abs_rel": None, "abs_rel_scaled": None}
@@ -1306,9 +1303,9 @@ def depth_errors(depth, truth, seen):
 
 
 def voxels(field, side):
-    """A `Field` on a grid, what networks on sparse voxels take: {"indices" [M, 3] int32, floor(xyz
-    / side), in rising order, "xyz" [M, 3], "rgb" [M, 3] in 0..1 and "features" [M, C] float16, the
-    means of its Gaussians, "counts" [M] of them, "side"}."""
+    """A `Field` as sparse voxels: {"indices" [M, 3] int32, floor(xyz / side), ascending; means of
+    their Gaussians "xyz" [M, 3], "rgb" [M, 3] in 0..1 and "features" [M, C] float16; their number
+    "counts" [M]; "side"}."""
     xyz = field.gaussians.means[0].double()
     indices, voxel, counts = torch.unique(
         (xyz / side).floor().int(), dim=0, return_inverse=True, return_counts=True
@@ -1325,8 +1322,8 @@ def voxels(field, side):
 
 
 def read_poses(path):
-    """Cameras of a transforms.json, whose photos need not be there: extrinsics [P, 4, 4], Ks
-    [P, 3, 3] and the sizes [(width, height)]. Lenses are left out. ValueError: it is none."""
+    """Cameras of a transforms.json, without its photos: extrinsics [P, 4, 4], Ks [P, 3, 3] and
+    sizes [(width, height)]. Distortion is ignored. ValueError: not such a file."""
     with data.naming(path, "not poses in the layout of transforms.json"):
         about = json.loads(Path(path).read_text())
         frames = [about | frame for frame in about["frames"]]
@@ -1336,7 +1333,7 @@ def read_poses(path):
         sizes = [(int(frame["w"]), int(frame["h"])) for frame in frames]
         Ks = torch.eye(3).repeat(len(frames), 1, 1)
         for K, frame, size in zip(Ks, frames, sizes):
-            data.lens_of(frame)  # are the numbers numbers?
+            data.lens_of(frame)  # raises for values that are no numbers
             K[0, 0], K[1, 1], K[0, 2], K[1, 2] = map(float, data.pinhole(frame, *size))
         if not frames:
             raise ValueError("it has no frames")
@@ -1344,7 +1341,7 @@ def read_poses(path):
 
 
 def along(extrinsics, count):
-    """Cameras [count, 4, 4] from the first of [V, 4, 4] to the last, evenly by their numbers."""
+    """Cameras [count, 4, 4] interpolated along [V, 4, 4], from the first to the last."""
     at = torch.linspace(0, len(extrinsics) - 1, count)
     low = at.floor().long().clamp(max=max(0, len(extrinsics) - 2))
     high = (low + 1).clamp(max=len(extrinsics) - 1)
@@ -1355,28 +1352,28 @@ def along(extrinsics, count):
 
 
 def load_capture(settings):
-    """A folder's first scene as `reconstruct`'s views, and its name; without a folder a room. They
-    are of the size asked for, or of about 224 x 224 pixels in the photos' shape."""
+    """The views of a folder's first scene, or of a room without a folder, for `reconstruct`; its
+    name; the photos' names. By default photos have about 224 x 224 pixels in their own shape."""
     if settings["folder"]:
         scenes = data.open_scenes(settings["folder"], settings["split"])
         if len(scenes) > 1:
             said = f"{len(scenes)} scenes; this is {scenes[0].name}, --split FILE chooses another"
             warnings.warn(f"{settings['folder']}: {said}")
-        scene, photos = scenes[0], None
+        scene = scenes[0]
         if len(scene) < 2:
             raise ValueError(f"{scene.path}: {len(scene)} photo, where at least 2 are needed")
         photo = data.open_photo(scene.shots[0])
-        shape, frames = photo.height / photo.width, range(len(scene))
-        photos = [Path(shot.photo).name for shot in scene.shots]
+        shape, frames, numbers = photo.height / photo.width, range(len(scene)), scene.numbers
+        photos, points = [Path(shot.photo).name for shot in scene.shots], scene.point_depths()
     else:
-        scene, shape, frames = data.Rooms("val")[0], 1.0, range(0, 120, 8)
+        scene, shape, points = data.Rooms("val")[0], 1.0, None
+        frames = numbers = range(0, 120, 8)
         photos = [f"frame {i}" for i in frames]
     usual = 224 * math.sqrt(shape), 224 / math.sqrt(shape)
     H, W = (settings[k] or 16 * max(1, round(n / 16)) for k, n in zip(("height", "width"), usual))
     frames = [scene.frame(i, H, W) for i in frames]
     views = {k: torch.stack([frame[k] for frame in frames]) for k in frames[0]}
-    views["numbers"] = torch.as_tensor(scene.numbers if settings["folder"] else range(0, 120, 8))
-    points = scene.point_depths() if settings["folder"] else None
+    views["numbers"] = torch.as_tensor(numbers)
     if points and all((depths > 0).any() for depths in points):
         ranges = [np.percentile(d[d > 0], (1, 99)) * (0.8, 1.25) for d in points]
         views["ranges"] = torch.tensor(np.array(ranges)).float()
@@ -1384,7 +1381,7 @@ def load_capture(settings):
 
 
 def draw(field, views, folder, poses, warning):
-    """Write orbit.gif and sheet.png, and what the cameras of --render see."""
+    """Write sheet.png, orbit.gif and the views of --render's cameras."""
     from PIL import Image
 
     from train import depth_colours, pca_pictures, replace_file, write_sheet
@@ -1409,7 +1406,7 @@ def draw(field, views, folder, poses, warning):
     write_sheet(folder / "sheet.png", {"photo": photo} | drawn, warning)
     orbit = [field.render(e, Ks[0], W, H, features=False)["photo"] for e in along(E, 13)]
     orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
-    orbit += orbit[-2:0:-1]  # and back
+    orbit += orbit[-2:0:-1]  # there and back
     options = dict(format="GIF", save_all=True, append_images=orbit[1:], duration=80, loop=0)
     replace_file(folder / "orbit.gif", lambda path: orbit[0].save(path, **options))
     for n, (extrinsics, K, size) in enumerate(zip(*poses)):
@@ -1450,12 +1447,10 @@ def parse_settings(arguments=None):
 
 
 def load_networks(settings, views):
-    """The teacher, a warning about it or None, and the geometry. Settings name those that are
-    used."""
+    """The teacher, a warning about it or None, and the geometry. Sets settings to those used."""
     from evaluate import load_file
     from train import VIEWS, load_teacher
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if Path(settings["features"]).is_file():
         model = load_file(settings["features"])[0]
         vit, warning = model.vits[0], model.warning
@@ -1467,12 +1462,12 @@ def load_networks(settings, views):
     geometry = SensorDepth()
     if settings["geometry"] != "depth":
         path = None if settings["geometry"] == "shipped" else settings["geometry"]
-        planes = VIEWS["near"].demo, VIEWS["far"].demo  # in baselines, where no points tell
-        geometry = FeedForward(load_reconstructor(path).to(device), *planes)
+        planes = VIEWS["near"].demo, VIEWS["far"].demo  # baselines; views may have "ranges"
+        geometry = FeedForward(load_reconstructor(path).to(DEVICE), *planes)
     elif "depths" not in views:
         lack = "not all photos have depth maps; with --geometry shipped photos suffice"
         raise ValueError(f"{settings['folder']}: {lack}")
-    return vit.to(device), warning, geometry
+    return vit.to(DEVICE), warning, geometry
 
 
 def run(settings):
@@ -1525,7 +1520,7 @@ def run(settings):
 
 
 def print_psnr(field, views):
-    """How well up to eight of the photos are rendered."""
+    """Print how well up to eight of the photos are rendered."""
     (V, _, H, W), psnr, shares = views["images"].shape, [], []
     for i in range(0, V, -(-V // 8)):
         shown = field.render(views["extrinsics"][i], views["Ks"][i], W, H, features=False)
