@@ -786,11 +786,6 @@ def log_depth_error(depths, truth, together=False):
 BASELINE = 0.1  # of a pair, over the distance to the scene; the shipped reconstructor's best
 
 
-def silently(items, total, what):
-    """`counted` without a progress line."""
-    return items
-
-
 class Field(NamedTuple):
     """A scene as N Gaussians that carry a teacher's features."""
 
@@ -862,7 +857,7 @@ def save_npz(path, arrays):
 @torch.no_grad()
 def reconstruct(
     views, geometry, vit=None, *, tolerance=0.03, folder=None, meta=None,
-    counted=silently,
+    counted=lambda items, *_: items,
 ):  # fmt: skip
     """Views of one scene -> a `Field`. A Gaussian's features are its own pixel's.
 
@@ -956,7 +951,7 @@ def lifted(vit, views, i, factored):
     return lift_features(tokens, masks[i : i + 1].to(tokens.device), 1, factored, centred=True)
 
 
-def averaged(field, views, vit, *, counted=silently):
+def averaged(field, views, vit, *, counted=lambda items, *_: items):
     """The `Field` with features averaged over all views: each Gaussian's is the mean of the
     teacher's features of all pixels, weighted by its blending weight there. That takes one backward
     pass of the rasteriser per view. Gaussians seen by no view keep their features.
@@ -981,7 +976,7 @@ def averaged(field, views, vit, *, counted=silently):
     return field._replace(features=features.half(), meta=field.meta | {"averaged": True})
 
 
-def optimise(field, views, vit, steps, geometry=False, *, counted=silently):
+def optimise(field, views, vit, steps, geometry=False, *, counted=lambda items, *_: items):
     """Fit a `Field` to the teacher's features of all views by Adam, per scene as FiT3D does (arXiv
     2407.20229). Views and counted as in `reconstruct`.
 
@@ -1401,9 +1396,8 @@ def draw(field, views, folder, poses, warning):
         return drawn | {"depth": depth_colours(seen["depth"], known)}, seen["depth"] * known
 
     i = int(field.frames.bincount(minlength=V).argmax())
-    photo = views["images"][i].permute(1, 2, 0)
-    drawn = panels(E[i], Ks[i], W, H)[0]
-    write_sheet(folder / "sheet.png", {"photo": photo} | drawn, warning)
+    photo = {"photo": views["images"][i].permute(1, 2, 0)}
+    write_sheet(folder / "sheet.png", photo | panels(E[i], Ks[i], W, H)[0], warning)
     orbit = [field.render(e, Ks[0], W, H, features=False)["photo"] for e in along(E, 13)]
     orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
     orbit += orbit[-2:0:-1]  # there and back
@@ -1475,9 +1469,8 @@ def run(settings):
     from evaluate import counted
     from train import banner, free_folder, replace_file
 
-    started, poses = time.monotonic(), ()
-    if settings["render"]:
-        poses = read_poses(settings["render"])
+    started = time.monotonic()
+    poses = read_poses(settings["render"]) if settings["render"] else ()
     views, name, photos = load_capture(settings)
     vit, warning, geometry = load_networks(settings, views)
     folder = free_folder(Path("runs"), "field")

@@ -51,23 +51,20 @@ def kernels():
 def blend_kernels(dtype, precision):
     """(kernel, name, constants, numbers that are multiples of 16)"""
     odd_C = [m for m in MULTIPLES if m != "C"]
-    for C, J, name, known, multiples in (
-        (384, 0, "", dict(V=1), MULTIPLES),
-        (384, 4, "", dict(V=1), MULTIPLES),
-        (3, 0, ", C = 3", dict(V=1), odd_C),
-        (3, 0, ", any size", {}, ()),
+    for C, J, name, multiples in (
+        (384, 0, "", MULTIPLES),
+        (384, 4, "", MULTIPLES),
+        (3, 0, ", C = 3", odd_C),
+        (3, 0, ", any size", ()),
     ):
-        forward, backward = (
-            launch_options(C, dtype, J, TILE, precision, backward) | known
-            for backward in (False, True)
-        )
-        kernel = KERNELS[False, J > 0]
-        if name == ", any size":
-            yield kernel, name, forward | dict(SAVE=True), multiples
-        else:
-            yield kernel, name, forward | dict(SAVE=False), multiples
-            yield kernel, name + ", saving", forward | dict(SAVE=True), multiples
-        yield KERNELS[True, J > 0], name, backward, multiples
+        views = dict(V=1) if multiples else {}
+        options = launch_options(C, dtype, J, TILE, precision) | views
+        kernel, saving = KERNELS[False, J > 0], ", saving" if multiples else ""
+        if multiples:
+            yield kernel, name, options | dict(SAVE=False), multiples
+        yield kernel, name + saving, options | dict(SAVE=True), multiples
+        options = launch_options(C, dtype, J, TILE, precision, backward=True) | views
+        yield KERNELS[True, J > 0], name, options, multiples
 
 
 def tool(name, cubin, *flags):

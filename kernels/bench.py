@@ -45,17 +45,11 @@ CARDS = {"H100": (0.65 * 132 * 4 * 1.755e9, 5.5e12, 3.0e12, 90),
 # is walked before every pixel is opaque, and pixels
 IN_VIEW, PAIRS, WALKED, PIXELS = 0.993e6, 2.27e6, 0.93, 576 * 880
 SORT, LAUNCHES = 6300, 13  # warp instructions to sort a tile; device operations of a call
-# What is predicted: {name: kernel}, and {name: (C, way)} of the rows of `run` that measure it
-SUMMARY = {
-    "dense bf16": "blend_forward_kernel bf16",
-    "dense tf32": "blend_forward_kernel tf32",
-    "mixture bf16": "mixture_forward_kernel bf16",
-    "C = 3": "blend_forward_kernel tf32, C = 3",
-}
-MEASURED = {
-    "dense tf32": (384, "ours"),
-    "mixture bf16": (384, "ours, factored, bf16"),
-    "C = 3": (3, "ours"),
+SUMMARY = {  # what is predicted: its kernel; C and way of the row of `run` that measures it
+    "dense bf16": ("blend_forward_kernel bf16", 384, None),
+    "dense tf32": ("blend_forward_kernel tf32", 384, "ours"),
+    "mixture bf16": ("mixture_forward_kernel bf16", 384, "ours, factored, bf16"),
+    "C = 3": ("blend_forward_kernel tf32, C = 3", 3, "ours"),
 }
 VERSIONS = {package.name: package.version for package in distributions()}
 
@@ -81,10 +75,10 @@ def garden(path):
     if path:
         try:
             file = np.load(path, allow_pickle=False)
-            tensors = [torch.from_numpy(file[k]).float() for k in ("means3d", "viewmats", "Ks")]
+            names = "means3d", "viewmats", "Ks"
+            means, viewmats, Ks = (torch.from_numpy(file[k]).float() for k in names)
         except (OSError, KeyError, ValueError) as error:
             raise SystemExit(f"{path}: no garden with means3d, viewmats and Ks ({error})") from None
-        means, viewmats, Ks = tensors
     else:
         g, N = torch.Generator().manual_seed(0), 138_766
         radius = 0.25 + 3.1 * torch.rand(N, generator=g) ** 1.6
@@ -113,15 +107,17 @@ def mixture(B, views, C, height, width):
 
 
 def workloads(full, garden_scene):
-    """(name, C, scene, width, height); not full: only those that take a CPU seconds."""
-    for C in (384, 768, 3) if full else ():
-        yield "paper", C, *pixel_aligned(1, 576, 880)
-    for C in (384, 3) if full else (3, 32, 384):
-        yield "demo", C, *pixel_aligned(1, 224, 224)
-    for C in (3, 32, 384) if full else ():
-        yield "scene", C, *garden_scene
-    if full:
-        yield "batch", 384, *pixel_aligned(8, 224, 224)
+    """[(name, C, scene, width, height)]; not full: only those that take a CPU seconds."""
+    demo = pixel_aligned(1, 224, 224)
+    if not full:
+        return [("demo", C, *demo) for C in (3, 32, 384)]
+    paper = pixel_aligned(1, 576, 880)
+    return [
+        *(("paper", C, *paper) for C in (384, 768, 3)),
+        *(("demo", C, *demo) for C in (384, 3)),
+        *(("scene", C, *garden_scene) for C in (3, 32, 384)),
+        ("batch", 384, *pixel_aligned(8, 224, 224)),
+    ]
 
 
 def in_threes(means, covars, opacities, features, *rest):
@@ -271,7 +267,7 @@ def predicted(name, slots, card):
     """Milliseconds of one of SUMMARY on the paper's workload, by a model never checked on a GPU
     (+-40 %): {"blending": the largest of issue, L2 and memory time, "call": everything}."""
     issue, L2, memory, _ = CARDS[card]
-    C, size = 3 if name == "C = 3" else 384, 2 if "bf16" in name else 4
+    C, size = SUMMARY[name][1], 2 if "bf16" in name else 4
     row = 32 + (32 if "mixture" in name else C * size)  # bytes that blending reads per Gaussian
     times = (
         WALKED * PAIRS * TILE * TILE * slots / 32 / issue, WALKED * PAIRS * row / L2,
@@ -287,21 +283,19 @@ def prediction(row, report, card):
     """The milliseconds predicted for what a row measured on a card, as text, or None."""
     what = tuple(row.get(k) for k in ("workload", "C", "way"))
     for guess in report.get("predicted", ()):
-        if guess["card"] == card and what == ("paper", *MEASURED.get(guess["predicted"], ())):
+        if guess["card"] == card and what == ("paper", *SUMMARY[guess["predicted"]][1:]):
             return f"{guess['call']} ms"
 
 
 def slots_report(rows):
     """Predictions [{"predicted": name, "card", ...}] from a compile report, and its last line."""
     slots = {(row["kernel"], row["target"]): row.get("slots") for row in rows}
-    lines = []
-    for card, (*_, target) in CARDS.items():
-        for name, kernel in SUMMARY.items():
-            if (kernel, target) in slots:
-                times = predicted(name, slots[kernel, target], card)
-                lines.append(dict(predicted=name, card=card, **times))
-    found = {name: slots.get((kernel, 90)) for name, kernel in SUMMARY.items()}
-    text = ", ".join(f"{name} {n}" for name, n in found.items())
+    lines = [
+        dict(predicted=name, card=card, **predicted(name, slots[kernel, target], card))
+        for card, (*_, target) in CARDS.items()
+        for name, (kernel, *_) in SUMMARY.items() if (kernel, target) in slots
+    ]  # fmt: skip
+    text = ", ".join(f"{name} {slots.get((kernel, 90))}" for name, (kernel, *_) in SUMMARY.items())
     return lines, f"slots per (pixel, Gaussian), C = 384, sm_90: {text}"
 
 
