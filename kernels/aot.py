@@ -130,9 +130,11 @@ def compile_report(targets):
             values = {n: value for n, value in constants.items() if n in kernel.arg_names}
             types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
             known = TYPES | dict.fromkeys(FEATURES, features) | dict.fromkeys(values, "constexpr")
+            if "KI" not in values:  # only blending takes integers
+                known |= dict(width="fp32", height="fp32")
             types |= {n: kind for n, kind in known.items() if n in types}
             # torch aligns tensors to 16 bytes
-            aligned = [n for n, kind in types.items() if kind[0] == "*" or n in multiples]
+            aligned = [n for n, t in types.items() if t[0] == "*" or t == "i32" and n in multiples]
             aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
             source = ASTSource(kernel, types, values, aligned)
             options = {n: constants.get(n, usual) for n, usual in OPTIONS.items()}

@@ -284,7 +284,7 @@ def project(
         with torch.cuda.device_of(means):  # triton launches on the current device
             project_forward_kernel[(triton.cdiv(N, BLOCK), B * V)](
                 means, covars, opacities, viewmats, Ks, *outputs,
-                N, V, width, height, near_plane, far_plane, eps2d,
+                N, V, float(width), float(height), near_plane, far_plane, eps2d,
                 BLOCK=BLOCK, enable_fp_fusion=True,
             )  # fmt: skip
     return outputs
@@ -302,7 +302,7 @@ def project_backward(
     if B * N:
         with torch.cuda.device_of(means):
             project_backward_kernel[(triton.cdiv(N, BLOCK), B)](
-                *inputs, *v, N, V, width, height, BLOCK=BLOCK, enable_fp_fusion=True
+                *inputs, *v, N, V, float(width), float(height), BLOCK=BLOCK, enable_fp_fusion=True
             )
     return v
 

@@ -177,8 +177,8 @@ def list_tiles(
 
     def pairs(next_place, keys, PLACE):
         pair_kernel[(triton.cdiv(I * N, BLOCK),)](
-            splats, radii, depths, next_place, keys, I * N, N, width, height, tiles_x, tiles_y,
-            TILE=tile, BLOCK=BLOCK, FEW=FEW, PLACE=PLACE,
+            splats, radii, depths, next_place, keys, I * N, N, float(width), float(height),
+            tiles_x, tiles_y, TILE=tile, BLOCK=BLOCK, FEW=FEW, PLACE=PLACE,
         )  # fmt: skip
 
     with torch.cuda.device_of(depths):  # triton launches on the current device
