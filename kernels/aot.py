@@ -44,27 +44,22 @@ def kernels():
     types = {p: (torch.float32, "*fp32", p) for p in ("tf32", "tf32x3", "ieee")}
     types |= {"fp16": (torch.float16, "*fp16", "tf32"), "bf16": (torch.bfloat16, "*bf16", "tf32")}
     for word, (dtype, pointer, precision) in types.items():
-        for kernel, name, constants, multiples in blend_kernels(dtype, precision):
-            yield f"{kernel.__name__} {word}{name}", kernel, constants, pointer, multiples
-
-
-def blend_kernels(dtype, precision):
-    """(kernel, name, constants, numbers that are multiples of 16)"""
-    odd_C = [m for m in MULTIPLES if m != "C"]
-    for C, J, name, multiples in (
-        (384, 0, "", MULTIPLES),
-        (384, 4, "", MULTIPLES),
-        (3, 0, ", C = 3", odd_C),
-        (3, 0, ", any size", ()),
-    ):
-        views = dict(V=1) if multiples else {}
-        options = launch_options(C, dtype, J, TILE, precision) | views
-        kernel, saving = KERNELS[False, J > 0], ", saving" if multiples else ""
-        if multiples:
-            yield kernel, name, options | dict(SAVE=False), multiples
-        yield kernel, name + saving, options | dict(SAVE=True), multiples
-        options = launch_options(C, dtype, J, TILE, precision, backward=True) | views
-        yield KERNELS[True, J > 0], name, options, multiples
+        for C, J, size, multiples in (
+            (384, 0, "", MULTIPLES),
+            (384, 4, "", MULTIPLES),
+            (3, 0, ", C = 3", [m for m in MULTIPLES if m != "C"]),
+            (3, 0, ", any size", ()),
+        ):
+            views = dict(V=1) if multiples else {}
+            options = launch_options(C, dtype, J, TILE, precision) | views
+            kernel = KERNELS[False, J > 0]
+            name, saving = f"{kernel.__name__} {word}{size}", ", saving" if multiples else ""
+            if multiples:
+                yield name, kernel, options | dict(SAVE=False), pointer, multiples
+            yield name + saving, kernel, options | dict(SAVE=True), pointer, multiples
+            options = launch_options(C, dtype, J, TILE, precision, backward=True) | views
+            kernel = KERNELS[True, J > 0]
+            yield f"{kernel.__name__} {word}{size}", kernel, options, pointer, multiples
 
 
 def tool(name, cubin, *flags):

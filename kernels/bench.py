@@ -401,11 +401,10 @@ def measure_all(given):
         print(f"| {what} | {aim} | {'not measured yet' if found is None else f'{found:.3g}'} |")
     if not on_gpu:
         print("\nNo GPU. What one needs for the forward pass at least, by its rates, not measured:")
-        for name, C, *geometry in workloads(True, scene):
-            demanded = demand(geometry[0], C, *geometry[1:])
+        for name, C, geometry, *size in workloads(True, scene):
+            demanded = demand(geometry, C, *size)
             for card in RATES:
-                what = dict(workload=name, C=C, card=card)
-                keep("floors", what | dict(floor=floor(demanded, card)))
+                keep("floors", dict(workload=name, C=C, card=card, floor=floor(demanded, card)))
         print("\nWhat the compiler makes of the kernels. Stack is spilled registers, in bytes.")
         report_compiled((80, 90), report, lambda row: print(row_text(row), flush=True))
         given.out.write_text(json.dumps(report, indent=1))
