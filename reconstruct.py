@@ -681,10 +681,10 @@ def new_reconstructor(config=SMALL):
 
 
 def load_reconstructor(path=None):
-    """An MVSplat, frozen, in eval mode: the one in weights/, the published `re10k.ckpt`, or a
-    safetensors file with `ReconstructorConfig`'s fields as JSON in its metadata, "config".
-    ValueError: the file is missing or does not fit."""
-    path = Path(path or SHIPPED)
+    """An MVSplat, frozen, in eval mode: the one in weights/ (None or "shipped"), the published
+    `re10k.ckpt`, or a safetensors file with `ReconstructorConfig`'s fields as JSON in its metadata,
+    "config". ValueError: the file is missing or does not fit."""
+    path = SHIPPED if path in (None, "shipped") else Path(path)
     state, config = read_state(path), ReconstructorConfig()
     try:
         if path.suffix == ".safetensors":
@@ -1209,7 +1209,7 @@ def reconstruction(settings, folder, counted, draw):
     views = data.Views(scenes, H, W, **options, length=settings.scenes)
     networks = {}
     for name in settings.weights:
-        network = load_reconstructor(None if name == "shipped" else name).to(DEVICE)
+        network = load_reconstructor(name).to(DEVICE)
         networks[f"photos alone, {name}"] = FeedForward(network, settings.near, settings.far)
     ways, seconds = networks, {name: [] for name in networks}
     if not settings.data or all(scene.has_depth for scene in scenes):
@@ -1453,12 +1453,12 @@ def load_networks(settings, views):
         vit, warning = load_teacher(asked)
         settings["features"] = asked["teacher"]
     settings["geometry"] = settings["geometry"] or ("depth" if "depths" in views else "shipped")
-    geometry = SensorDepth()
     if settings["geometry"] != "depth":
-        path = None if settings["geometry"] == "shipped" else settings["geometry"]
         planes = VIEWS["near"].demo, VIEWS["far"].demo  # baselines; views may have "ranges"
-        geometry = FeedForward(load_reconstructor(path).to(DEVICE), *planes)
-    elif "depths" not in views:
+        geometry = FeedForward(load_reconstructor(settings["geometry"]).to(DEVICE), *planes)
+    elif "depths" in views:
+        geometry = SensorDepth()
+    else:
         lack = "not all photos have depth maps; with --geometry shipped photos suffice"
         raise ValueError(f"{settings['folder']}: {lack}")
     return vit.to(DEVICE), warning, geometry
