@@ -846,9 +846,9 @@ def save_npz(path, arrays):
     """Write NumPy's .npz of {name: array} in blocks, without copying a whole array."""
     with zipfile.ZipFile(path, "w") as file:
         for name, array in arrays.items():
-            array, about = np.asarray(array), np.lib.format
+            array, npy = np.asarray(array), np.lib.format
             with file.open(f"{name}.npy", "w", force_zip64=True) as member:
-                about.write_array_header_1_0(member, about.header_data_from_array_1_0(array))
+                npy.write_array_header_1_0(member, npy.header_data_from_array_1_0(array))
                 flat = array.reshape(-1)
                 for i in range(0, len(flat), 2**22):
                     member.write(flat[i : i + 2**22].tobytes())
@@ -1320,8 +1320,8 @@ def read_poses(path):
     """Cameras of a transforms.json, without its photos: extrinsics [P, 4, 4], Ks [P, 3, 3] and
     sizes [(width, height)]. Distortion is ignored. ValueError: not such a file."""
     with data.naming(path, "not poses in the layout of transforms.json"):
-        about = json.loads(Path(path).read_text())
-        frames = [about | frame for frame in about["frames"]]
+        capture = json.loads(Path(path).read_text())
+        frames = [capture | frame for frame in capture["frames"]]
         names = [f"{path}: frame {i}" for i in range(len(frames))]
         extrinsics = data.rigid([frame["transform_matrix"] for frame in frames], names)
         extrinsics[:, :3, 1:3] *= -1  # OpenGL's y is up and its z backward
@@ -1352,8 +1352,8 @@ def load_capture(settings):
     if settings["folder"]:
         scenes = data.open_scenes(settings["folder"], settings["split"])
         if len(scenes) > 1:
-            said = f"{len(scenes)} scenes; this is {scenes[0].name}, --split FILE chooses another"
-            warnings.warn(f"{settings['folder']}: {said}")
+            others = f"{len(scenes)} scenes; this is {scenes[0].name}, --split FILE chooses another"
+            warnings.warn(f"{settings['folder']}: {others}")
         scene = scenes[0]
         if len(scene) < 2:
             raise ValueError(f"{scene.path}: {len(scene)} photo, where at least 2 are needed")
@@ -1405,11 +1405,11 @@ def draw(field, views, folder, poses, warning):
     replace_file(folder / "orbit.gif", lambda path: orbit[0].save(path, **options))
     for n, (extrinsics, K, size) in enumerate(zip(*poses)):
         drawn, depth = panels(extrinsics, K, *size)
-        for name, image in (("photo", drawn["rendering"]), ("features", drawn["features"])):
-            save = picture(image).save
-            replace_file(folder / f"{n:04d}_{name}.png", lambda path: save(path, format="PNG"))
-        depth = Image.fromarray((1000 * depth).clamp(0, 65535).numpy().astype(np.uint16))
-        replace_file(folder / f"{n:04d}_depth.png", lambda path: depth.save(path, format="PNG"))
+        images = {"photo": picture(drawn["rendering"]), "features": picture(drawn["features"])}
+        depth = (1000 * depth).clamp(0, 65535).numpy().astype(np.uint16)
+        images["depth"] = Image.fromarray(depth)
+        for name, image in images.items():
+            replace_file(folder / f"{n:04d}_{name}.png", lambda path: image.save(path, format="PNG"))
 
 
 def parse_settings(arguments=None):
@@ -1429,8 +1429,8 @@ def parse_settings(arguments=None):
         "height": Setting(0, 0, "of the images, pixels; default: near 224 x 224 in their shape", 0),
         "width": Setting(0, 0, "likewise", 0),
     }  # fmt: skip
-    about = "A capture as Gaussians that carry features: scene.ply, points.npz and pictures."
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    description = "A capture as Gaussians that carry features: scene.ply, points.npz and pictures."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("folder", nargs="?", help="of photos (README); default: a procedural room")
     add_settings(parser, rows)
     settings = {name: row.demo for name, row in rows.items()} | vars(parser.parse_args(arguments))

@@ -62,7 +62,7 @@ def rasterize(
             tensor cores), "tf32x3" (three TF32 products, nearly exact) or "ieee".
         at: None, or (rows, columns), two increasing index tensors: features of those pixels only.
         labels: None, or integers [B, V, height, width] from 0: also return the mean feature of
-            each label. With at or labels, the torch backend skips the work for whole images.
+            each label. The torch backend needs whole images for neither.
 
     Returns:
         features [B, V, height, width, C] in the features' dtype (with `at`: [B, V, rows, columns,
