@@ -161,9 +161,10 @@ def save_ply(path, gaussians):
         blocks = seen.split(2**17) if len(seen) else [seen]  # bounds memory: 248 bytes a row
         for i, block in enumerate(blocks):
             columns = ply_columns(*(t[0][block].cpu().float() for t in gaussians))
-            header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(seen)}"]
-            header += [f"property float {name}" for name in " ".join(columns).split()]
-            file.write("\n".join([*header, "end_header\n"]).encode("ascii") if i == 0 else b"")
+            if i == 0:
+                header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(seen)}"]
+                header += [f"property float {name}" for name in " ".join(columns).split()]
+                file.write("\n".join([*header, "end_header\n"]).encode("ascii"))
             file.write(torch.cat(list(columns.values()), 1).numpy().astype("<f4").tobytes())
 
 
@@ -288,8 +289,9 @@ def check_views(images, extrinsics, intrinsics, near, far):
         raise ValueError(f"reconstruction compares views and needs at least 2, not {V}")
     if H % 16 or W % 16:
         fits = " x ".join(str(max(1, round(size / 16)) * 16) for size in (H, W))
-        size = f"multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}"
-        raise ValueError(f"images must be {size}")
+        raise ValueError(
+            f"images must be multiples of 16 pixels high and wide, such as {fits}, not {H} x {W}"
+        )
     if not ((0 < near) & (near < far)).all():
         raise ValueError("0 < near < far must hold for every view")
     R, identity = extrinsics[..., :3, :3], torch.eye(4).to(extrinsics)
@@ -1409,7 +1411,7 @@ def draw(field, views, folder, poses, warning):
         depth = (1000 * depth).clamp(0, 65535).numpy().astype(np.uint16)
         images["depth"] = Image.fromarray(depth)
         for name, image in images.items():
-            replace_file(folder / f"{n:04d}_{name}.png", lambda path: image.save(path, format="PNG"))
+            replace_file(folder / f"{n:04d}_{name}.png", lambda path: image.save(path, "PNG"))
 
 
 def parse_settings(arguments=None):
