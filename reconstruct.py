@@ -962,7 +962,7 @@ def averaged(field, views, vit, *, counted=lambda items, *_: items):
     """
     (V, _, H, W), (N, C) = views["images"].shape, field.features.shape
     gaussians = [t.to(DEVICE) for t in field.gaussians[:3]]
-    # Splatting is linear: its gradient by these sums the pixels' values, weighted
+    # Splatting is linear, so their gradient is the weighted sum of the pixels' values
     zeros = torch.zeros(1, N, C + 1, device=DEVICE, requires_grad=True)
     for i in counted(range(V), V, "view averaged"):
         with torch.no_grad():
