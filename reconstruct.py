@@ -191,7 +191,7 @@ def unproject(depths, Ks, extrinsics):
     rays = (x - cx) / fx, (y[:, None] - cy) / fy, torch.ones_like(depths)
     points = torch.stack(torch.broadcast_tensors(*rays), -1) * depths[..., None]
     R, t = extrinsics[..., None, None, :3, :3], extrinsics[..., None, None, :3, 3]
-    # Not a matmul: on a GPU it may be TF32 or bfloat16, off by a pixel
+    # No matmul: in TF32 or bfloat16 it is off by a pixel
     return (R * points[..., None, :]).sum(-1) + t
 
 
@@ -871,12 +871,11 @@ def reconstruct(
         folder: for scratch files, default /tmp; features stay mapped from an unnamed one.
         counted(items, total, what): yields the items and may print progress.
 
-    Two rules merge the views. Both compare a Gaussian's depth in each other view with the depth of
-    the pixel that it falls on. 1. It is dropped if more views see through it, to a surface behind,
-    than agree with it. 2. Of those that agree, the one seen finest is kept: with the least depth
-    over focal length. Opacities below 1/255 are dropped too. Memory holds a pair, all depth maps,
-    and the result without its features. ValueError: no depths for `SensorDepth`; no two views
-    overlap; nothing is left.
+    Two rules merge the views, by a Gaussian's depth and that of the pixel that it falls on in each
+    other view. 1. It is dropped if more views see through it than agree with it. 2. Of those that
+    agree, the one seen finest is kept: with the least depth over focal length. Memory holds a pair,
+    all depth maps, and the result without its features. ValueError: no depths for `SensorDepth`; no
+    two views overlap; nothing is left.
     """
     compare, at = dict(views=views, tolerance=tolerance), dict(dir=folder)
     with tempfile.TemporaryDirectory(**at) as scratch, tempfile.TemporaryFile(**at) as file:

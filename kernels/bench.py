@@ -45,7 +45,7 @@ CARDS = {"H100": (0.65 * 132 * 4 * 1.755e9, 5.5e12, 3.0e12, 90),
 # is walked before every pixel is opaque, and pixels
 IN_VIEW, PAIRS, WALKED, PIXELS = 0.993e6, 2.27e6, 0.93, 576 * 880
 SORT, LAUNCHES = 6300, 13  # warp instructions to sort a tile; device operations of a call
-SUMMARY = {  # what is predicted: its kernel; C and way of the row of `run` that measures it
+SUMMARY = {  # predicted: (kernel, C, way), as in the row of `run` that measures it
     "dense bf16": ("blend_forward_kernel bf16", 384, None),
     "dense tf32": ("blend_forward_kernel tf32", 384, "ours"),
     "mixture bf16": ("mixture_forward_kernel bf16", 384, "ours, factored, bf16"),

@@ -225,7 +225,7 @@ def blend_forward_kernel(
     out, ends = (), new_ends(TILE)
     for i in tl.static_range(BLOCKS):
         out = out + (tl.zeros([P, BLOCK_C], tl.float32),)
-    # Loads run one chunk ahead. Past the end, features repeat the last Gaussian's, with weight 0
+    # Loads run a chunk ahead; past the end features repeat, with weight 0
     k, place = tl.arange(0, K), places(KI)
     row = tl.load(gaussians_ptr + tl.minimum(k, count - 1), tl.minimum(k, count - 1) >= 0, 0)
     n = tl.load(gaussians_ptr + place, place < count, 0)

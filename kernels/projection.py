@@ -133,7 +133,7 @@ def project_forward_kernel(
 
     report_bad(bad_ptr, x + y + depth + opacity + f[0] + f[1] + c[0] + c[1], covar, valid)
 
-    # S2. Its determinant is expanded, so that the eps2d terms survive where a d - b^2 is rounded
+    # S2; its determinant is expanded, as in torch_backend.py
     u, _ = clamp_slope(slope_x, f[0], c[0], width)
     w, _ = clamp_slope(slope_y, f[1], c[1], height)
     M0, M1 = row_of_M(f[0], z, u, R[0], R[2]), row_of_M(f[1], z, w, R[1], R[2])
@@ -142,7 +142,7 @@ def project_forward_kernel(
     det = a * d - b * b + eps2d * (a + d) + eps2d * eps2d
     a, d = a + eps2d, d + eps2d
 
-    # alpha >= 1/255 is q <= ln(255 opacity): an ellipse, half as wide as sqrt(2 q variance)
+    # The box, as in torch_backend.image_radii
     reach = 2 * tl.log(tl.maximum(opacity, 1e-12) / MIN_ALPHA)
     visible = visible & (det > 0) & (a > 0) & (reach >= 0)
     det, reach = tl.where(visible, det, 1.0), tl.maximum(reach, 0.0)

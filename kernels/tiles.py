@@ -170,7 +170,7 @@ def list_tiles(
     I, N = depths.shape
     tiles_x, tiles_y = triton.cdiv(width, tile), triton.cdiv(height, tile)
     R = I * tiles_y * tiles_x
-    # counts[r + 1] is that of tile r; so offsets[r + 1], their sum, is where its range ends
+    # counts[r + 1] is tile r's, so that offsets[r + 1] is its range's end
     counts = torch.zeros(R + 1, dtype=torch.int64, device=depths.device)
     if I * N == 0:
         return counts.new_empty(0, dtype=torch.int32), counts
@@ -220,7 +220,7 @@ def sort_ranges(keys, offsets, longest):
         return result
     runs = (offsets.diff() + run - 1) // run
     ends = runs.cumsum(0)
-    # At most P / run + R runs. Their number is known only to the device, which is not waited for
+    # There are at most P / run + R runs; reading their number would wait for the device
     program = torch.arange(len(keys) // run + R, device=keys.device)
     owner = torch.searchsorted(ends, program, right=True)
     number = program - (ends - runs)[owner.clamp(max=R - 1)]

@@ -67,7 +67,7 @@ def project(means, covars, viewmats, Ks, width, height, near_plane, far_plane, e
     half = S + S.transpose(2, 3)
     b = x0 * (y1 * half[:, :, 0, 1] + y2 * half[:, :, 0, 2])
     b = 0.5 * (b + x2 * (y1 * half[:, :, 1, 2] + y2 * half[:, :, 2, 2]))
-    # det S2, expanded so that the eps2d terms survive where a d - b^2 is lost to rounding
+    # det S2, expanded: where a d - b^2 is lost to rounding, the eps2d terms survive
     det = a * d - b * b + eps2d * (a + d) + eps2d * eps2d
     a, d = a + eps2d, d + eps2d
     visible = visible & (det > 0) & (a > 0)
@@ -120,7 +120,7 @@ def list_pairs(image_gaussians, radii, depths, width, height):
     row, y = _spread(top.int(), bottom.int())
     owner = pick(order, row)
 
-    # In a row, q = (a/2 dx + b dy) dx + d/2 dy^2 <= reach is an interval of x
+    # A row's pixels with q = (a/2 dx + b dy) dx + d/2 dy^2 <= reach: an interval of x
     mx, my, a, b, d, opacity = (pick(column, owner) for column in image_gaussians)
     dy = my - (y + 0.5)
     reach = torch.log(opacity / MIN_ALPHA)
@@ -153,8 +153,8 @@ class PairWeights(torch.autograd.Function):
     def forward(ctx, image_gaussians, radii, depths, width, height):
         owner, pixel, alpha = list_pairs(image_gaussians, radii, depths, width, height)
         first = starts(pixel, len(depths) * height * width)
-        # log R sums since the pixel's first pair. One cumulative sum runs over all pixels, in
-        # float64: it grows to millions, and differences of 1e-6 decide where blending stops.
+        # log R since the pixel's first pair. The sum over all pixels reaches millions, and 1e-6
+        # decides where blending stops: float64
         logs = torch.log1p(-alpha)
         summed = logs.new_zeros(len(logs) + 1, dtype=torch.float64)
         torch.cumsum(logs, 0, dtype=torch.float64, out=summed[1:])
