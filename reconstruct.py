@@ -785,6 +785,7 @@ def log_depth_error(depths, truth, together=False):
 
 # ---------------------------------------------------------------------------- fields of features
 
+RANGE = (0.4, 2.0)  # near and far of views of an object, over the distance to it
 BASELINE = 0.1  # of a pair, over the distance to the scene; the shipped reconstructor's best
 
 
@@ -914,7 +915,10 @@ def lift_views(views, geometry, scratch, counted):
     depths [V, H*W], 0 where there is none, and normals {view: [H*W, 3] world}."""
     V, _, H, W = views["images"].shape
     depths, normals = torch.zeros(V, H * W), {}
-    pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
+    pairs = [(i,) for i in range(V)]
+    if isinstance(geometry, FeedForward):
+        views = views if "ranges" in views or V < 3 else choose_ranges(views, geometry)
+        pairs = pairs_of(views)
     for pair in counted(pairs, len(pairs), "pair"):
         for i, gaussians in lift_pair(views, geometry, pair, normals):
             E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
@@ -941,6 +945,24 @@ def lift_pair(views, geometry, pair, done):
     gaussians = without_masked(geometry(context), context)
     halves = zip(*(t.cpu().chunk(len(pair), 1) for t in gaussians))
     return [(i, Gaussians(*half)) for i, half in zip(pair, halves) if i not in done]
+
+
+def choose_ranges(views, geometry):
+    """The views, with "ranges" of RANGE times the distances of what they see if that renders third
+    views better, from up to four pairs, than the geometry's own near and far: nothing else tells
+    how far a capture without points extends."""
+    E, Ks, (V, _, H, W) = views["extrinsics"], views["Ks"], views["images"].shape
+    ranges = distances_of(views, E.cpu().double())[:, None] * torch.tensor(RANGE)
+    tried, errors = (views, views | {"ranges": ranges.float()}), [0.0, 0.0]
+    for pair in data.some(pairs_of(views), 4):
+        away = (E[:, :3, 3] - E[list(pair), :3, 3].mean(0)).norm(dim=-1)  # [V]
+        third = next(i for i in away.argsort().tolist() if i not in pair)
+        for n, candidate in enumerate(tried):
+            halves = zip(*(g for _, g in lift_pair(candidate, geometry, pair, ())))
+            gaussians = Gaussians(*(torch.cat(t, 1) for t in halves))
+            photo, _, _ = render(gaussians, E[third][None], Ks[third][None], W, H)
+            errors[n] += float((photo[0] - views["images"][third]).square().mean())
+    return tried[errors[1] < errors[0]]
 
 
 def lifted(vit, views, i, factored):

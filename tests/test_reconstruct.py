@@ -801,6 +801,18 @@ def test_partners_overlap_and_have_the_baseline():
         R.pairs_of(three | {"ranges": torch.tensor([[4.0, 6]] * 3)})
 
 
+def test_ranges_are_chosen_by_what_renders_better(room):
+    """Near and far planes that cut the room off lose; those that hold it stay."""
+    views = {k: v for k, v in room[0].items() if k != "depths"}
+    network, distances = R.load_reconstructor(), R.distances_of(views, views["extrinsics"].double())
+    for near, far, better in ((3.0, 50.0, False), (0.2, 0.6, True)):  # in baselines
+        with torch.no_grad():
+            chosen = R.choose_ranges(views, R.FeedForward(network, near, far))
+        assert ("ranges" in chosen) == better
+    shares = chosen["ranges"] / distances[:, None].float()
+    torch.testing.assert_close(shares, torch.tensor([[0.4, 2.0]]).expand(len(distances), 2))
+
+
 def test_saved_field_is_the_same_scene(room, tmp_path):
     """An independent reader of the .ply gets an image within 0.5 dB of the field's."""
     views, held_out = room
