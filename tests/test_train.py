@@ -585,6 +585,42 @@ def test_after_a_kill_of_the_loader_or_of_all_a_resumed_run_is_the_same():
     assert all(torch.equal(whole[name], run[name]) for name in whole)
 
 
+FAULTS = {  # lines of a process's own, and how it ends
+    "killed while it writes a checkpoint": ("""
+def save(checkpoint, file, real=torch.save):
+    if checkpoint["step"] == 4:
+        file.write(b"half of it")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(checkpoint, file)
+torch.save = save
+""", signal.SIGKILL),
+    "interrupted twice in one step": ("""
+def step(run, batches, real=train.Run.train_step):
+    if run.step == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(run, batches)
+train.Run.train_step = step
+""", signal.SIGINT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_process_that_dies_at_the_worst_moment_loses_no_checkpoint(fault):
+    flags = f"{TINY} --workers 0 --steps 6 --name".split()
+    train.main([*flags, "whole"])
+    lines, signum = FAULTS[fault]
+    head = f"import os, signal, sys\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})"
+    script = f"{head}\nimport torch, train\n{lines}\ntrain.main()"
+    process = subprocess.run([sys.executable, "-c", script, *flags, "run"], capture_output=True)
+    assert process.returncode == -signum
+    step = torch.load("runs/run/checkpoint.pt")["step"]
+    assert step == {signal.SIGKILL: 2, signal.SIGINT: 4}[signum]
+    train.main(["--resume", "runs/run"])
+    assert metrics("run") == metrics("whole") and not list(Path("runs/run").glob("*.tmp"))
+
+
 def few_bytes(size=10**6):  # as if the disk were full: files end at 1 MB
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
