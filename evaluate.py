@@ -31,12 +31,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from safetensors import safe_open
+from PIL import ImageDraw
 from torch import nn
 
 import data
-from model import architecture_of, load_vit, normalise, patch_tokens, read_state
+from model import (
+    architecture_of, load_vit, normalise, patch_tokens, read_metadata, read_state,
+)  # fmt: skip
 from reconstruct import (
     FeedForward, SensorDepth, averaged, load_reconstructor, mean, optimise, reconstruct,
     reconstruction,
@@ -44,7 +45,7 @@ from reconstruct import (
 from train import (
     POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
     depth_colours, free_folder, load_teacher, many_processes, pca_pictures, plain_messages,
-    rank_and_count, replace_file, write_sheet,
+    rank_and_count, replace_file, to_image, write_sheet,
 )  # fmt: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,10 +94,7 @@ def load_models(settings):
 
 def load_file(path):
     """The `Model` of a weights file, and the file's metadata ({} if its format has none)."""
-    vit, metadata = load_vit(architecture_of(read_state(path), path), path), {}
-    if Path(path).suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+    vit, metadata = load_vit(architecture_of(read_state(path), path), path), read_metadata(path)
     return Model(str(path), [vit], metadata.get("warning")), metadata
 
 
@@ -278,7 +276,7 @@ def recall(errors, angle):
 def draw_matches(images, errors, start, end):
     """Both photos [3, H, W] and `match`'s matches as lines, green within 10 pixels: [H, 2W, 3]."""
     photos = torch.cat(list(images), -1).permute(1, 2, 0)  # [H, 2W, 3]
-    picture = Image.fromarray((photos.numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8))
+    picture = to_image(photos)
     pen, W = ImageDraw.Draw(picture), images.shape[-1]
     for error, (x0, y0), (x1, y1) in zip(errors.tolist(), (4 * start).tolist(), (4 * end).tolist()):
         pen.line((x0, y0, W + x1, y1), fill=(0, 170, 0) if error < 10 else (220, 0, 0))

@@ -29,15 +29,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 
 import data
 from kernels import Mixture, rasterize
 from kernels.torch_backend import pair_weights
 from model import (
-    NEAR_PLANE, lift_features, load_strictly, mean_of, normalise, patch_tokens, read_state,
-    without_masked,
+    NEAR_PLANE, lift_features, load_strictly, mean_of, normalise, patch_tokens, read_metadata,
+    read_state, without_masked,
 )  # fmt: skip
 
 SH_C0 = 0.5 / math.sqrt(math.pi)  # the harmonic of degree 0
@@ -690,9 +689,7 @@ def load_reconstructor(path=None):
     state, config = read_state(path), ReconstructorConfig()
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                fields = json.loads((file.metadata() or {})["config"])
-            config = ReconstructorConfig(**fields)
+            config = ReconstructorConfig(**json.loads(read_metadata(path)["config"]))
         if max(config.blocks, config.cost_levels, config.refine_levels) > len(state):
             raise ValueError("more layers than the file has tensors")
         with torch.device("meta"):
@@ -948,10 +945,10 @@ def lift_pair(views, geometry, pair, done):
 
 
 def choose_ranges(views, geometry):
-    """The views, with "ranges" of RANGE times the distances of what they see if that renders third
-    views better, from up to four pairs, than the geometry's own near and far: nothing else tells
-    how far a capture without points extends."""
-    E, Ks, (V, _, H, W) = views["extrinsics"], views["Ks"], views["images"].shape
+    """Near and far planes for a capture without points: the geometry's own, or "ranges" of RANGE
+    times the distance to the scene. Up to four pairs render a third view with both. Returns the
+    views, with "ranges" if those come closer to the photos."""
+    E, Ks, (H, W) = views["extrinsics"], views["Ks"], views["images"].shape[-2:]
     ranges = distances_of(views, E.cpu().double())[:, None] * torch.tensor(RANGE)
     tried, errors = (views, views | {"ranges": ranges.float()}), [0.0, 0.0]
     for pair in data.some(pairs_of(views), 4):
@@ -1402,10 +1399,7 @@ def draw(field, views, folder, poses, warning):
     """Write sheet.png, orbit.gif and the views of --render's cameras."""
     from PIL import Image
 
-    from train import depth_colours, pca_pictures, replace_file, write_sheet
-
-    def picture(image):  # [H, W, 3] in 0..1
-        return Image.fromarray((image.cpu() * 255 + 0.5).clamp(0, 255).byte().numpy())
+    from train import depth_colours, pca_pictures, replace_file, to_image, write_sheet
 
     samples = field.features[:: max(1, len(field.features) // 20_000)].float()
     (V, _, H, W), E, Ks = views["images"].shape, views["extrinsics"], views["Ks"]
@@ -1422,13 +1416,13 @@ def draw(field, views, folder, poses, warning):
     photo = {"photo": views["images"][i].permute(1, 2, 0)}
     write_sheet(folder / "sheet.png", photo | panels(E[i], Ks[i], W, H)[0], warning)
     orbit = [field.render(e, Ks[0], W, H, features=False)["photo"] for e in along(E, 13)]
-    orbit = [picture(image.permute(1, 2, 0)) for image in orbit]
+    orbit = [to_image(image.permute(1, 2, 0)) for image in orbit]
     orbit += orbit[-2:0:-1]  # there and back
     options = dict(format="GIF", save_all=True, append_images=orbit[1:], duration=80, loop=0)
     replace_file(folder / "orbit.gif", lambda path: orbit[0].save(path, **options))
     for n, (extrinsics, K, size) in enumerate(zip(*poses)):
         drawn, depth = panels(extrinsics, K, *size)
-        images = {"photo": picture(drawn["rendering"]), "features": picture(drawn["features"])}
+        images = {"photo": to_image(drawn["rendering"]), "features": to_image(drawn["features"])}
         depth = (1000 * depth).clamp(0, 65535).numpy().astype(np.uint16)
         images["depth"] = Image.fromarray(depth)
         for name, image in images.items():

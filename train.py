@@ -32,13 +32,11 @@ from pathlib import Path
 from types import NoneType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
-from safetensors import safe_open
 from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
@@ -46,7 +44,7 @@ from torch.utils.data import DataLoader, default_collate
 import data
 from model import (
     Block, Pretraining, SplatAndDistill, WeightsNotFound, load_vit, merge_lora, patch_tokens,
-    sizes_of,
+    read_metadata, sizes_of,
 )  # fmt: skip
 from reconstruct import (
     SMALL, AttentionLayer, FeedForward, Reconstruction, ReconstructorConfig, ResidualBlock,
@@ -353,8 +351,8 @@ class Distill:
         torch.manual_seed(settings["seed"])
         reconstruct = SensorDepth()
         if settings["geometry"] != "depth":
-            path = None if settings["geometry"] == "shipped" else settings["geometry"]
-            reconstruct = FeedForward(load_reconstructor(path), settings["near"], settings["far"])
+            network = load_reconstructor(settings["geometry"])
+            reconstruct = FeedForward(network, settings["near"], settings["far"])
         self.model = SplatAndDistill(vit, reconstruct, **{k: settings[k] for k in METHOD})
 
     def step(self, model, batch, number, descend):
@@ -563,6 +561,11 @@ def depth_colours(depth, valid):
     return torch.lerp(stops[i], stops[i + 1], (at - i)[..., None]) * valid[..., None]
 
 
+def to_image(picture):
+    """A PIL image of a tensor [H, W, 3] in 0..1."""
+    return Image.fromarray((picture.float().cpu() * 255 + 0.5).clamp(0, 255).byte().numpy())
+
+
 def write_sheet(path, panels, warning=None):
     """Panels {title: [H, W, 3] in 0..1} side by side as a PNG; a warning above them, in red."""
     H, W = next(iter(panels.values())).shape[:2]
@@ -570,8 +573,7 @@ def write_sheet(path, panels, warning=None):
     sheet = Image.new("RGB", (len(panels) * (W + gap) - gap, H + header), "white")
     pen, metadata = ImageDraw.Draw(sheet), PngInfo()
     for i, (title, panel) in enumerate(panels.items()):
-        pixels = (panel.float().cpu().numpy() * 255 + 0.5).clip(0, 255).astype(np.uint8)
-        sheet.paste(Image.fromarray(pixels), (i * (W + gap), header))
+        sheet.paste(to_image(panel), (i * (W + gap), header))
         pen.text((i * (W + gap) + 2, header - 15), title, fill="black")
     if warning:
         pen.text((2, 2), warning, fill=(200, 0, 0))
@@ -829,8 +831,7 @@ class Run:
         if self.stage.warning:
             metadata["warning"] = self.stage.warning
         if str(settings.get("start")).endswith(".safetensors"):  # how those weights were made
-            with safe_open(settings["start"], "pt") as file:
-                metadata["start"] = json.dumps(file.metadata() or {})
+            metadata["start"] = json.dumps(read_metadata(settings["start"]))
         weights = {k: v.cpu().contiguous() for k, v in weights.items()}
         newest, older = self.folder / "checkpoint.pt", settings["keep"] - 1
         if older and self.saved not in (None, self.step):
