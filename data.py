@@ -684,13 +684,13 @@ def read_shot(shot, framing, factor=1.0):
     height, width = framing.scaled(photo.height, photo.width, factor)
     with naming(shot.listed_in, f"the camera of {basename(shot.photo)} cannot be used"):
         camera = (lens_of(shot.camera), pinhole(shot.camera, *photo.size)) if shot.camera else ()
-        crop = Crop(photo.size, (width, height), *camera)
+        crop = crop_of(photo.size, (width, height), *camera)
     frame = {"images": crop.colours(photo)}
     if camera:
         frame["Ks"] = torch.tensor(crop.K)
         frame["extrinsics"] = torch.from_numpy(shot.pose.astype(np.float32))
     if framing.slide and framing.size is None:  # windows slide over the photo; labels stay whole
-        crop = Crop(photo.size, photo.size)
+        crop = crop_of(photo.size, photo.size)
     frame |= {key: read_label(key, path, shot, crop) for key, path in shot.labels.items()}
     with naming(shot.photo, "an image that cannot be cropped"):
         return shot.finish(frame, crop, framing) if shot.finish else frame
@@ -776,7 +776,6 @@ def read_label(key, path, shot, crop):
     return ids
 
 
-@functools.lru_cache(8)  # a capture's frames mostly share one
 class Crop:
     """A photo of size `whole` (w, h), scaled to cover `size` and cropped about the centre, and the
     same part of its label maps of any size. With a camera (fx, fy, cx, cy in pixels) and a lens
@@ -828,6 +827,9 @@ class Crop:
         grid = torch.from_numpy(2 * self.lookup - 1)[None]
         options = dict(mode="bicubic", padding_mode="border", align_corners=False)
         return F.grid_sample(pixels, grid, **options)[0].clamp(0, 1)
+
+
+crop_of = functools.lru_cache(8)(Crop)  # a capture's frames mostly share one
 
 
 def lens_of(camera):
@@ -1073,7 +1075,8 @@ class Beside:
 
 
 def list_transforms(scene):
-    """nerfstudio, instant-ngp, ScanNet++ and FiT3D: the first of TRANSFORMS that has its photos."""
+    """nerfstudio, instant-ngp, ScanNet++ and FiT3D: the first of TRANSFORMS that has its photos.
+    Frames that are marked is_bad or listed in test_frames are left out."""
     said = f"found none of {', '.join(TRANSFORMS)}"
     for file in filter(Path.is_file, (scene.path / name for name in TRANSFORMS)):
         scene.file, lost = file, collections.Counter()
@@ -1810,10 +1813,10 @@ VOC = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "c
 def labelled(task, path, framing, train_count=0, test_count=0, classes=None, copies=1):
     """`Labelled` frames to train and to test a probe on, and the names of classes or None.
 
-    path: a benchmark's folder, see README, Probing, or for depth and normals RGB-D captures; None
-    for rooms. train_count, test_count: frames, evenly spread; 0 is all, of rooms 200. classes: a
-    file of the classes' names, one a line. copies: windows of each training photo. Raises
-    ValueError for a path that is none of these.
+    path: a folder for `depth_shots`, `normal_shots` or `class_shots`; for depth and normals also
+    RGB-D captures; None for rooms. train_count, test_count: frames, evenly spread; 0 is all, of
+    rooms 200. classes: a file of the classes' names, one a line. copies: windows of each training
+    photo. Raises ValueError for a path that is none of these.
     """
     key = {"depth": "depths", "normals": "normals", "segmentation": "classes"}[task]
     parts = names = None
@@ -1923,6 +1926,7 @@ def in_folders(path, key, photos, labels):
 
 
 def voc2012(path, part):
+    """JPEGImages/ and SegmentationClass/, listed in ImageSets/Segmentation/; 255 is unknown."""
     file, shots = path / f"ImageSets/Segmentation/{part}.txt", []
     for stem in (line.split()[0] for line in lines_of(file)):
         label = path / f"SegmentationClass/{stem}.png"

@@ -913,10 +913,10 @@ def with_metas_names(state, vit):
 def join_qkv(state, attention, dim):
     """Join the weights and biases of queries, keys and values, in place. What does not fit stays,
     for `load_strictly` to name."""
-    no_bias = torch.zeros(dim)  # of keys ("-"), or left out as 0
+    missing = torch.zeros(dim)  # of a bias: keys ("-") have none, others may be left out
     for kind, parts, shape in (("weight", "qkv", (dim, dim)), ("bias", "q-v", (dim,))):
         names = [f"{attention}{part}_proj.{kind}" for part in parts]
-        tensors = [state.get(name, no_bias) for name in names]
+        tensors = [state.get(name, missing) for name in names]
         joined = f"{attention}qkv.{kind}"
         if joined not in state and all(t.shape == shape for t in tensors):
             state[joined] = torch.cat(tensors)

@@ -782,7 +782,7 @@ def log_depth_error(depths, truth, together=False):
 
 # ---------------------------------------------------------------------------- fields of features
 
-RANGE = (0.4, 2.0)  # near and far of views of an object, over the distance to it
+RANGE = (0.4, 2.0)  # near and far, over the distance to the scene: see `choose_ranges`
 BASELINE = 0.1  # of a pair, over the distance to the scene; the shipped reconstructor's best
 
 
@@ -863,7 +863,7 @@ def reconstruct(
 
         views: {"images" [V, 3, H, W] in 0..1, "extrinsics" [V, 4, 4], "Ks" [V, 3, 3]} along the
             path; optional "depths", "masks" and "valid" [V, H, W], "numbers" [V] of the photos and
-            "ranges" [V, 2], near and far in the cameras' unit.
+            "ranges" [V, 2], near and far in the cameras' unit, which `choose_ranges` may set else.
         geometry: `SensorDepth`, or a `FeedForward`, which gets the pairs that `pairs_of` chooses.
         vit: the teacher, or None. tolerance: depths agree if they differ by a smaller share.
         folder: for scratch files, default /tmp; features stay mapped from an unnamed one.
@@ -875,6 +875,10 @@ def reconstruct(
     all depth maps, and the result without its features. ValueError: no depths for `SensorDepth`; no
     two views overlap; nothing is left.
     """
+    meta = dict(meta or {})
+    if isinstance(geometry, FeedForward) and "ranges" not in views and len(views["images"]) > 2:
+        views = choose_ranges(views, geometry)
+        meta |= {"ranges": views["ranges"].tolist()} if "ranges" in views else {}
     compare, at = dict(views=views, tolerance=tolerance), dict(dir=folder)
     with tempfile.TemporaryDirectory(**at) as scratch, tempfile.TemporaryFile(**at) as file:
         depths, normals = lift_views(views, geometry, scratch, counted)
@@ -904,7 +908,7 @@ def reconstruct(
         if vit is not None:
             features = np.memmap(file, np.float16, "r+", shape=(len(frames), vit.embed_dim))
     gaussians, features = Gaussians(*(t[None] for t in gaussians)), torch.from_numpy(features)
-    return Field(gaussians, features, frames, normals, meta or {})
+    return Field(gaussians, features, frames, normals, meta)
 
 
 def lift_views(views, geometry, scratch, counted):
@@ -912,10 +916,7 @@ def lift_views(views, geometry, scratch, counted):
     depths [V, H*W], 0 where there is none, and normals {view: [H*W, 3] world}."""
     V, _, H, W = views["images"].shape
     depths, normals = torch.zeros(V, H * W), {}
-    pairs = [(i,) for i in range(V)]
-    if isinstance(geometry, FeedForward):
-        views = views if "ranges" in views or V < 3 else choose_ranges(views, geometry)
-        pairs = pairs_of(views)
+    pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
     for pair in counted(pairs, len(pairs), "pair"):
         for i, gaussians in lift_pair(views, geometry, pair, normals):
             E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
@@ -947,19 +948,26 @@ def lift_pair(views, geometry, pair, done):
 def choose_ranges(views, geometry):
     """Near and far planes for a capture without points: the geometry's own, or "ranges" of RANGE
     times the distance to the scene. Up to four pairs render a third view with both. Returns the
-    views, with "ranges" if those come closer to the photos."""
+    views, with "ranges" if these have less than 0.8 of the squared error: a decibel."""
     E, Ks, (H, W) = views["extrinsics"], views["Ks"], views["images"].shape[-2:]
-    ranges = distances_of(views, E.cpu().double())[:, None] * torch.tensor(RANGE)
-    tried, errors = (views, views | {"ranges": ranges.float()}), [0.0, 0.0]
-    for pair in data.some(pairs_of(views), 4):
+    distances = distances_of(views, E.cpu().double())[:, None]
+    if not (distances > 0).all():  # cameras that stand still
+        return views
+    tried = views, views | {"ranges": (distances * torch.tensor(RANGE)).float()}
+    errors = torch.zeros(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `lift_views` says which views overlap no other
+        pairs = pairs_of(views)
+    for pair in data.some(pairs, 4):
         away = (E[:, :3, 3] - E[list(pair), :3, 3].mean(0)).norm(dim=-1)  # [V]
         third = next(i for i in away.argsort().tolist() if i not in pair)
+        camera = E[third][None].to(DEVICE), Ks[third][None].to(DEVICE), W, H
         for n, candidate in enumerate(tried):
             halves = zip(*(g for _, g in lift_pair(candidate, geometry, pair, ())))
-            gaussians = Gaussians(*(torch.cat(t, 1) for t in halves))
-            photo, _, _ = render(gaussians, E[third][None], Ks[third][None], W, H)
-            errors[n] += float((photo[0] - views["images"][third]).square().mean())
-    return tried[errors[1] < errors[0]]
+            gaussians = Gaussians(*(torch.cat(t, 1).to(DEVICE) for t in halves))
+            photo = render(gaussians, *camera)[0][0].cpu()
+            errors[n] += (photo - views["images"][third].cpu()).square().mean()
+    return tried[errors[1] < 0.8 * errors[0]]
 
 
 def lifted(vit, views, i, factored):

@@ -39,13 +39,15 @@ def combined(self, before, row):
 
 def scan_by_rows(self, inputs):
     """What the interpreter does element by element, minutes for a test, a row at a time."""
+    if inputs[0].handle.data.ndim == 1:
+        return generic_scan(self, inputs)
     out = list(itertools.accumulate(rows_of(self, inputs), functools.partial(combined, self)))
     columns = [np.stack([x.handle.data for x in column], self.axis) for column in zip(*out)]
     return [self.to_tensor(column, x.dtype) for column, x in zip(columns, inputs)]
 
 
 def reduce_by_rows(self, inputs):
-    if self.axis is None:
+    if self.axis is None or inputs[0].handle.data.ndim == 1:
         return generic_reduce(self, inputs)
     out = functools.reduce(functools.partial(combined, self), rows_of(self, inputs))
     columns = [x.handle.data for x in out]
@@ -54,6 +56,7 @@ def reduce_by_rows(self, inputs):
     return [self.to_tensor(column, x.dtype) for column, x in zip(columns, inputs)]
 
 
+generic_scan = interpreter.ScanOps.generic_scan
 generic_reduce = interpreter.ReduceOps.generic_reduce
 interpreter.ReduceOps.generic_reduce = reduce_by_rows
 interpreter.ScanOps.generic_scan = scan_by_rows

@@ -118,7 +118,7 @@ def in_this_process(load_views):  # the loader's process would keep what it saw 
 
 
 def test_torchrun_restarts_a_killed_process_from_the_checkpoint():
-    options = f"{STAGES['distill']} --steps 8 --checkpoint-every 2 --name".split()
+    options = f"{STAGES['distill']} --steps 12 --checkpoint-every 2 --name".split()
     finished(start(TORCHRUN, *options, "whole"))
     process = start([*TORCHRUN, "--max-restarts", "1"], *options, "killed")
     wait_for_steps(process, "killed", 3)

@@ -415,7 +415,7 @@ def test_a_mixture_of_bfloat16_tokens(backend):
 @pytest.mark.parametrize(
     "B,V,N,M,C,J",
     [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4),
-     (1, 1, 29, 100, 7, 4), (1, 1, 61, 64, 17, 3), (1, 1, 16, 32, 5, 2)],  # more than 32 in a tile
+     (1, 1, 29, 100, 7, 4), (1, 2, 61, 64, 17, 3), (1, 1, 16, 32, 5, 2)],  # more than 32 in a tile
 )  # fmt: skip
 def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J):
     """Values, and gradients of all four, against the float64 loop on dense features."""

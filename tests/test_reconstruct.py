@@ -813,6 +813,17 @@ def test_ranges_are_chosen_by_what_renders_better(room):
     torch.testing.assert_close(shares, torch.tensor([[0.4, 2.0]]).expand(len(distances), 2))
 
 
+def test_a_camera_that_stands_still_for_a_while_has_no_ranges():
+    """On a slider, whose optical axes do not meet: some distances are 0."""
+    E = torch.eye(4).repeat(24, 1, 1)
+    E[12:, 0, 3] = 0.05 * torch.arange(1, 13)
+    K = torch.tensor([[32.0, 0, 16], [0, 32, 16], [0, 0, 1]]).expand(24, 3, 3)
+    views = {"images": torch.rand(24, 3, 32, 32), "extrinsics": E, "Ks": K}
+    geometry = R.FeedForward(R.load_reconstructor(), 3.0, 50.0)
+    with torch.no_grad():
+        assert R.choose_ranges(views, geometry) is views
+
+
 def test_saved_field_is_the_same_scene(room, tmp_path):
     """An independent reader of the .ply gets an image within 0.5 dB of the field's."""
     views, held_out = room

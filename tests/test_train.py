@@ -657,13 +657,13 @@ def goes_on_as(whole):
 
 
 def test_a_disk_too_full_for_metrics_or_a_preview_loses_nothing_written():
-    flags = f"{TINY} --workers 0 --steps 10 --checkpoint-every 99 --preview-every 8 --name"
+    flags = f"{TINY} --workers 0 --steps 16 --checkpoint-every 99 --preview-every 14 --name"
     train.main([*flags.split(), "whole"])
     process = begun(*flags.split(), "run")
     process.terminate()
     process.communicate()
     size = Path("runs/run/metrics.jsonl").stat().st_size
-    for name, room in (("metrics.jsonl", 20), ("preview_000008.png", 9000)):  # 20: half a line
+    for name, room in (("metrics.jsonl", 20), ("preview_000014.png", 9000)):  # 20: half a line
         limit = lambda: few_bytes(size + room)  # noqa: E731, B023
         process = begun("--resume", "runs/run", preexec_fn=limit, steps=0)
         assert ended_in(process) == f"runs/run/{name}: cannot be written (File too large)"
