@@ -28,7 +28,7 @@ MULTIPLES = "N", "size", "C", "width", "height", "count"
 OPTIONS = dict(num_warps=4, num_stages=3, enable_fp_fusion=True)  # where a kernel sets no others
 
 
-def kernels():
+def kernels(target):
     """(name, kernel, constants, type of the features, numbers that are multiples of 16)"""
     pairs = dict(TILE=TILE, BLOCK=tiles.BLOCK, FEW=tiles.FEW)
     for kernel, name, constants in (
@@ -57,7 +57,7 @@ def kernels():
             if multiples:
                 yield name, kernel, options | dict(SAVE=False), pointer, multiples
             yield name + saving, kernel, options | dict(SAVE=True), pointer, multiples
-            options = launch_options(C, dtype, J, TILE, precision, backward=True) | views
+            options = launch_options(C, dtype, J, TILE, precision, True, target >= 90) | views
             kernel = KERNELS[True, J > 0]
             yield f"{kernel.__name__} {word}{size}", kernel, options, pointer, multiples
 
@@ -121,7 +121,7 @@ def compile_report(targets):
     """A row for every kernel and target: its resources, tensor-core instructions and, of blending,
     `issue_slots`."""
     for target in targets:
-        for name, kernel, constants, features, multiples in kernels():
+        for name, kernel, constants, features, multiples in kernels(target):
             values = {n: value for n, value in constants.items() if n in kernel.arg_names}
             types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
             known = TYPES | dict.fromkeys(FEATURES, features) | dict.fromkeys(values, "constexpr")

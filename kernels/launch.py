@@ -17,8 +17,9 @@ KERNELS = {  # (backward, mixture)
 }
 
 
-def launch_options(C, dtype, J, tile, precision, backward=False):
-    """Keyword arguments of a kernel for C channels; J tokens per Gaussian, or 0 if dense.
+def launch_options(C, dtype, J, tile, precision, backward=False, hopper=True):
+    """Keyword arguments of a kernel for C channels; J tokens per Gaussian, or 0 if dense. hopper:
+    whether the GPU is of sm_90 or later.
 
     Chosen by counting instructions for sm_90 (`python -m kernels.bench`); no GPU has timed them.
     Weights are rounded to the features' dtype, sums are float32. Triton's interpreter multiplies
@@ -38,7 +39,10 @@ def launch_options(C, dtype, J, tile, precision, backward=False):
         options |= dict(num_warps=4, num_stages=1 if backward else 2)
     else:
         wide = C > 64 and not (exact or backward)
-        block_c = min(padded, 128 if wide else 32 if exact else 64)
+        block_c = 128 if wide else 32 if exact else 64
+        if backward and single and precision != "ieee" and not hopper:
+            block_c = 16  # older tensor cores hold operands in registers: 64 spill 2 KB
+        block_c = min(padded, block_c)
         blocks = triton.cdiv(C, block_c)
         options |= dict(BLOCK_C=block_c)
         options |= dict(BLOCKS=blocks if backward else min(blocks, 3) if wide else 1)
@@ -52,7 +56,8 @@ def launch(backward, inputs, others, V, width, height, tile, precision, **option
     splats, tokens, indices, *_ = inputs
     (I, N, _), (_, M, C) = splats.shape, tokens.shape
     J = 0 if indices is None else indices.shape[-1]
-    options |= launch_options(C, tokens.dtype, J, tile, precision, backward)
+    hopper = not splats.is_cuda or torch.cuda.get_device_capability(splats.device) >= (9, 0)
+    options |= launch_options(C, tokens.dtype, J, tile, precision, backward, hopper)
     parts = 1 if J else triton.cdiv(C, options["BLOCK_C"] * options["BLOCKS"])
     grid = I * triton.cdiv(width, tile) * triton.cdiv(height, tile), parts
     inputs = (t for t in inputs if t is not None)

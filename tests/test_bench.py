@@ -70,6 +70,13 @@ def test_instructions_do_not_grow(report, kernel, most):
 
 
 @counted
+def test_the_a100s_backward_keeps_its_registers(report):
+    """In TF32 64 channels at once, as on an H100, would spill 2 KB."""
+    row = report["blend_backward_kernel tf32", 80]
+    assert row["stack"] == 0 and row["slots"] <= 480
+
+
+@counted
 def test_384_channels_cost_hardly_more_than_3(report):
     wide, narrow = (report[f"blend_forward_kernel {k}", 90] for k in ("bf16", "bf16, C = 3"))
     assert wide["slots"] / narrow["slots"] <= 1.6
