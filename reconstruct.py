@@ -854,10 +854,13 @@ def save_npz(path, arrays):
                     member.write(flat[i : i + 2**22].tobytes())
 
 
+def quiet(items, *_):  # as evaluate.counted, but prints nothing
+    return items
+
+
 @torch.no_grad()
 def reconstruct(
-    views, geometry, vit=None, *, tolerance=0.03, folder=None, meta=None,
-    counted=lambda items, *_: items,
+    views, geometry, vit=None, *, tolerance=0.03, folder=None, meta=None, counted=quiet
 ):  # fmt: skip
     """Views of one scene -> a `Field`. A Gaussian's features are its own pixel's.
 
@@ -871,14 +874,10 @@ def reconstruct(
 
     Two rules merge the views, by a Gaussian's depth and that of the pixel that it falls on in each
     other view. 1. It is dropped if more views see through it than agree with it. 2. Of those that
-    agree, the one seen finest is kept: with the least depth over focal length. Memory holds a pair,
-    all depth maps, and the result without its features. ValueError: no depths for `SensorDepth`; no
-    two views overlap; nothing is left.
+    agree, the one with the least depth over focal length is kept. Memory holds a pair, all depths
+    and the result without features. ValueError: no depths, no views that overlap, nothing left.
     """
-    meta = dict(meta or {})
-    if isinstance(geometry, FeedForward) and "ranges" not in views and len(views["images"]) > 2:
-        views = choose_ranges(views, geometry)
-        meta |= {"ranges": views["ranges"].tolist()} if "ranges" in views else {}
+    views = choose_ranges(views, geometry)
     compare, at = dict(views=views, tolerance=tolerance), dict(dir=folder)
     with tempfile.TemporaryDirectory(**at) as scratch, tempfile.TemporaryFile(**at) as file:
         depths, normals = lift_views(views, geometry, scratch, counted)
@@ -908,6 +907,7 @@ def reconstruct(
         if vit is not None:
             features = np.memmap(file, np.float16, "r+", shape=(len(frames), vit.embed_dim))
     gaussians, features = Gaussians(*(t[None] for t in gaussians)), torch.from_numpy(features)
+    meta = (meta or {}) | {k: views[k].tolist() for k in {"ranges"} & views.keys()}
     return Field(gaussians, features, frames, normals, meta)
 
 
@@ -949,7 +949,9 @@ def choose_ranges(views, geometry):
     """Near and far planes for a capture without points: the geometry's own, or "ranges" of RANGE
     times the distance to the scene. Up to four pairs render a third view with both. Returns the
     views, with "ranges" if these have less than 0.8 of the squared error: a decibel."""
-    E, Ks, (H, W) = views["extrinsics"], views["Ks"], views["images"].shape[-2:]
+    E, Ks, (V, _, H, W) = views["extrinsics"], views["Ks"], views["images"].shape
+    if "ranges" in views or V < 3 or not isinstance(geometry, FeedForward):
+        return views
     distances = distances_of(views, E.cpu().double())[:, None]
     if not (distances > 0).all():  # cameras that stand still
         return views
@@ -979,7 +981,7 @@ def lifted(vit, views, i, factored):
     return lift_features(tokens, masks[i : i + 1].to(tokens.device), 1, factored, centred=True)
 
 
-def averaged(field, views, vit, *, counted=lambda items, *_: items):
+def averaged(field, views, vit, *, counted=quiet):
     """The `Field` with features averaged over all views: each Gaussian's is the mean of the
     teacher's features of all pixels, weighted by its blending weight there. That takes one backward
     pass of the rasteriser per view. Gaussians seen by no view keep their features.
@@ -1004,7 +1006,7 @@ def averaged(field, views, vit, *, counted=lambda items, *_: items):
     return field._replace(features=features.half(), meta=field.meta | {"averaged": True})
 
 
-def optimise(field, views, vit, steps, geometry=False, *, counted=lambda items, *_: items):
+def optimise(field, views, vit, steps, geometry=False, *, counted=quiet):
     """Fit a `Field` to the teacher's features of all views by Adam, per scene as FiT3D does (arXiv
     2407.20229). Views and counted as in `reconstruct`.
 
