@@ -39,7 +39,7 @@ from model import (
     architecture_of, load_vit, normalise, patch_tokens, read_metadata, read_state,
 )  # fmt: skip
 from reconstruct import (
-    FeedForward, SensorDepth, averaged, load_reconstructor, mean, optimise, reconstruct,
+    DEVICE, FeedForward, SensorDepth, averaged, load_reconstructor, mean, optimise, reconstruct,
     reconstruction,
 )  # fmt: skip
 from train import (
@@ -48,7 +48,6 @@ from train import (
     rank_and_count, replace_file, to_image, write_sheet,
 )  # fmt: skip
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
 FEED_FORWARD, MEAN = "feed-forward", "feed-forward, mean of views"
 NO_IMAGE = "no image"  # the baseline that predicts from training labels alone

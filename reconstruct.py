@@ -918,18 +918,22 @@ def lift_views(views, geometry, scratch, counted):
     depths, normals = torch.zeros(V, H * W), {}
     pairs = pairs_of(views) if isinstance(geometry, FeedForward) else [(i,) for i in range(V)]
     for pair in counted(pairs, len(pairs), "pair"):
-        for i, gaussians in lift_pair(views, geometry, pair, normals):
+        parts = (t.cpu().chunk(len(pair), 1) for t in lift_pair(views, geometry, pair))
+        for i, gaussians in zip(pair, map(Gaussians, *parts)):
+            if i in normals:  # of an earlier pair
+                continue
             E, K = views["extrinsics"][i].cpu(), views["Ks"][i].cpu()
             z = (gaussians.means[0] - E[:3, 3]) @ E[:3, 2]  # [H * W]
             depths[i] = torch.where(gaussians.opacities[0] >= 1 / 255, z.clamp(min=0), 0.0)
             toward = data.normals_from_depth(depths[i].view(H, W), K).flatten(1)
             normals[i] = (E[:3, :3] @ toward).T
-            torch.save(list(gaussians), f"{scratch}/{i}.pt")
+            own = [t.clone() for t in gaussians]  # a slice would be saved with its whole pair
+            torch.save(own, f"{scratch}/{i}.pt")
     return depths, normals
 
 
-def lift_pair(views, geometry, pair, done):
-    """[(i, Gaussians of view i's pixels)] for the views of a pair that are not done."""
+def lift_pair(views, geometry, pair):
+    """The Gaussians of the pixels of a pair of views."""
     keys = {"images", "extrinsics", "Ks", "depths", "valid"} & views.keys()
     context = {k: views[k][list(pair)][None] for k in keys}
     if isinstance(geometry, FeedForward):
@@ -940,9 +944,7 @@ def lift_pair(views, geometry, pair, done):
             baseline = (context["extrinsics"][0, 0] - context["extrinsics"][0, 1])[:3, 3].norm()
             near, far = float(near / baseline), float(far / baseline)
             geometry = FeedForward(geometry.reconstructor, near, far)
-    gaussians = without_masked(geometry(context), context)
-    halves = zip(*(t.cpu().chunk(len(pair), 1) for t in gaussians))
-    return [(i, Gaussians(*half)) for i, half in zip(pair, halves) if i not in done]
+    return without_masked(geometry(context), context)
 
 
 def choose_ranges(views, geometry):
@@ -963,12 +965,12 @@ def choose_ranges(views, geometry):
     for pair in data.some(pairs, 4):
         away = (E[:, :3, 3] - E[list(pair), :3, 3].mean(0)).norm(dim=-1)  # [V]
         third = next(i for i in away.argsort().tolist() if i not in pair)
-        camera = E[third][None].to(DEVICE), Ks[third][None].to(DEVICE), W, H
         for n, candidate in enumerate(tried):
-            halves = zip(*(g for _, g in lift_pair(candidate, geometry, pair, ())))
-            gaussians = Gaussians(*(torch.cat(t, 1).to(DEVICE) for t in halves))
-            photo = render(gaussians, *camera)[0][0].cpu()
-            errors[n] += (photo - views["images"][third].cpu()).square().mean()
+            gaussians = lift_pair(candidate, geometry, pair)
+            device = gaussians.means.device
+            camera = E[third][None].to(device), Ks[third][None].to(device), W, H
+            photo, truth = render(gaussians, *camera)[0][0], views["images"][third].to(device)
+            errors[n] += (photo - truth).square().mean().cpu()
     return tried[errors[1] < 0.8 * errors[0]]
 
 
