@@ -62,7 +62,7 @@ def rasterize(
             tensor cores), "tf32x3" (three TF32 products, nearly exact) or "ieee".
         at: None, or (rows, columns), two increasing index tensors: features of those pixels only.
         labels: None, or integers [B, V, height, width] from 0: also return the mean feature of
-            each label. The torch backend needs whole images for neither.
+            each label. With both, no whole image of features is made.
 
     Returns:
         features [B, V, height, width, C] in the features' dtype (with `at`: [B, V, rows, columns,
@@ -81,22 +81,19 @@ def rasterize(
             _check_values(scene)
         with torch.autocast(means.device.type, enabled=False):
             return torch_backend.rasterize(*scene, at, labels)
-    out, alphas = _rasterize_triton(scene, precision)
-    sampled = out if at is None else out[:, :, at[0][:, None], at[1]]
-    return (sampled, alphas) if labels is None else (sampled, alphas, _label_means(out, labels))
+    return _rasterize_triton(scene, precision, at, labels)
 
 
-def _label_means(out, labels):
-    """Means [B, V, L, C] of images [B, V, H, W, C] over the pixels of each label."""
-    (B, V), C, L = labels.shape[:2], out.shape[-1], int(labels.max()) + 1
-    label = (labels + L * torch.arange(B * V, device=out.device).view(B, V, 1, 1)).flatten()
-    sums = torch.zeros(B * V * L, C, device=out.device)
-    sums = sums.index_add(0, label, out.reshape(-1, C).float())
-    count = torch.bincount(label, minlength=B * V * L).clamp(min=1)[:, None]
-    return (sums / count).to(out.dtype).view(B, V, L, C)
+def _number_rows(at, images, width, height):
+    """Of each pixel [images, H, W] int32 its row among those `at`, -1: none."""
+    (ys, xs), device = at, at[0].device
+    rows = torch.full((images, height, width), -1, dtype=torch.int32, device=device)
+    each = torch.arange(images * len(ys) * len(xs), dtype=torch.int32, device=device)
+    rows[:, ys[:, None], xs] = each.view(images, len(ys), len(xs))
+    return rows
 
 
-def _rasterize_triton(scene, precision, tile=TILE):
+def _rasterize_triton(scene, precision, at=None, labels=None, tile=TILE):
     from .launch import blend  # here, so that the torch backend works without triton
     from .mixture import check_mixture
     from .projection import project
@@ -104,7 +101,7 @@ def _rasterize_triton(scene, precision, tile=TILE):
 
     means, covars, opacities, features, viewmats, Ks, width, height, *limits = scene
     tokens, indices, weights = features if isinstance(features, Mixture) else (features, None, None)
-    (B, V), tokens = viewmats.shape[:2], tokens.contiguous()
+    (B, V), C, tokens = viewmats.shape[:2], tokens.shape[-1], tokens.contiguous()
     tensors = [t.contiguous() for t in (means, covars, opacities, viewmats, Ks)]
     splats, depths, radii, bad = project(*tensors, width, height, *map(float, limits))
     splats, depths, radii = (t.flatten(0, 1) for t in (splats, depths, radii))  # [I, N, ...]
@@ -117,9 +114,20 @@ def _rasterize_triton(scene, precision, tile=TILE):
     except NotFinite:
         _check_values(scene)
         raise
-    inputs = splats, tokens, indices, weights, *lists
-    out, alphas, _, _ = blend(*inputs, V, width, height, tile, precision, save)
-    return out.unflatten(0, (B, V)), alphas.unflatten(0, (B, V))
+    size = (height, width) if at is None else (len(at[0]), len(at[1]))
+    rows = None if at is None else _number_rows(at, B * V, width, height)
+    L = 0 if labels is None else int(labels.max()) + 1
+    if labels is not None:
+        image = torch.arange(B * V, device=labels.device).view(B, V, 1, 1)
+        labels = (labels + L * image).int().contiguous()
+    inputs = splats, tokens, indices, weights, *lists, rows, labels
+    options = V, width, height, tile, precision, save, B * V * math.prod(size), B * V * L
+    out, sums, alphas, _, _ = blend(*inputs, *options)
+    out, alphas = out.view(B, V, *size, C), alphas.view(B, V, height, width)
+    if labels is None:
+        return out, alphas
+    counts = torch.bincount(labels.flatten(), minlength=B * V * L).clamp(min=1)
+    return out, alphas, (sums / counts[:, None]).to(out.dtype).view(B, V, L, C)
 
 
 def _choose_backend(backend, means, features, precision):

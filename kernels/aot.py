@@ -17,12 +17,13 @@ from .launch import KERNELS, launch_options
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Arguments that are neither float32 pointers nor int32 numbers
 TYPES = {
-    "*i32": "gaussians_ptr last_ptr indices_ptr bad_ptr sorted_ptr merged_ptr",
+    "*i32": "gaussians_ptr last_ptr indices_ptr bad_ptr sorted_ptr merged_ptr rows_ptr labels_ptr",
     "*i64": "offsets_ptr range_ptr number_ptr keys_ptr next_ptr",
     "fp32": "near_plane far_plane eps2d",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
 FEATURES = "features_ptr", "tokens_ptr", "out_ptr", "v_out_ptr"
+WHOLE = dict.fromkeys(("rows_ptr", "labels_ptr", "sums_ptr", "v_sums_ptr"))  # of whole images
 # Triton compiles other code for numbers that are 1, such as the paper's V, and for multiples of 16
 MULTIPLES = "N", "size", "C", "width", "height", "count"
 OPTIONS = dict(num_warps=4, num_stages=3, enable_fp_fusion=True)  # where a kernel sets no others
@@ -48,16 +49,17 @@ def kernels(target):
             (384, 0, "", MULTIPLES),
             (384, 4, "", MULTIPLES),
             (3, 0, ", C = 3", [m for m in MULTIPLES if m != "C"]),
-            (3, 0, ", any size", ()),
+            (100, 0, ", parts of any size", ()),
+            (100, 4, ", parts of any size", ()),
         ):
-            views = dict(V=1) if multiples else {}
-            options = launch_options(C, dtype, J, TILE, precision) | views
+            usual = WHOLE | dict(V=1) if multiples else {}
+            options = launch_options(C, dtype, J, TILE, precision) | usual
             kernel = KERNELS[False, J > 0]
             name, saving = f"{kernel.__name__} {word}{size}", ", saving" if multiples else ""
             if multiples:
                 yield name, kernel, options | dict(SAVE=False), pointer, multiples
             yield name + saving, kernel, options | dict(SAVE=True), pointer, multiples
-            options = launch_options(C, dtype, J, TILE, precision, True, target >= 90) | views
+            options = launch_options(C, dtype, J, TILE, precision, True, target >= 90) | usual
             kernel = KERNELS[True, J > 0]
             yield f"{kernel.__name__} {word}{size}", kernel, options, pointer, multiples
 

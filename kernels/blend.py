@@ -194,6 +194,39 @@ def store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAV
 
 
 @triton.jit
+def rows_of(rows_ptr, pixel, inside):
+    """Each pixel's row of the output [P], and whether it has one."""
+    if rows_ptr is not None:
+        pixel = tl.load(rows_ptr + pixel, inside, -1).to(tl.int64)
+        inside = pixel >= 0
+    return pixel, inside
+
+
+@triton.jit
+def store_rows(parts, out, pixel, inside, c, C):
+    """Store features out [P, BLOCK_C] of a tile's pixels in their rows."""
+    out_ptr, _, rows_ptr, _ = parts
+    row, there = rows_of(rows_ptr, pixel, inside)
+    at, there = out_ptr + row[:, None] * C + c[None, :], there[:, None] & (c < C)[None, :]
+    tl.store(at, out.to(out_ptr.dtype.element_ty), there)
+
+
+@triton.jit
+def add_sums(parts, out, pixel, inside, c, C):
+    """Add features out [P, BLOCK_C] of a tile's pixels to the sums of their labels."""
+    _, sums_ptr, _, labels_ptr = parts
+    if sums_ptr is not None:
+        label = tl.load(labels_ptr + pixel, inside, 0).to(tl.int64)
+        first = tl.min(tl.where(inside, label, 2**40))
+        if first == tl.max(tl.where(inside, label, -1)):  # as usual: one addition per channel
+            total = tl.sum(tl.where(inside[:, None], out, 0.0), 0)
+            tl.atomic_add(sums_ptr + first * C + c, total, c < C, sem="relaxed")
+        else:
+            at, inside_c = label[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
+            tl.atomic_add(sums_ptr + at, out, inside_c, sem="relaxed")
+
+
+@triton.jit
 def load_blocks(features_ptr, row, c, C, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr):
     """Features of rows [K] as a tuple of BLOCKS times [K, BLOCK_C]."""
     at, f = features_ptr + row.to(tl.int64)[:, None] * C + c[None, :], ()
@@ -208,7 +241,10 @@ def blend_forward_kernel(
     features_ptr,  # [B, N, C]
     gaussians_ptr,  # [pairs] int32
     offsets_ptr,  # [I * tiles + 1] int64
-    out_ptr,  # out [I, H, W, C]
+    rows_ptr,  # [I, H, W] int32: the pixel's row of out, -1: none; None: all pixels in their order
+    labels_ptr,  # [I, H, W] int32, or None
+    out_ptr,  # out [rows, C]
+    sums_ptr,  # out [labels, C] float32, accumulated: sums of the labels' features, or None
     alphas_ptr,  # out [I, H, W]
     transmittance_ptr,  # out [I, H, W]: T; written if SAVE
     last_ptr,  # out [I, H, W] int32: one past the last Gaussian blended; written if SAVE
@@ -246,10 +282,10 @@ def blend_forward_kernel(
         out = sums
         chunk += K
 
-    at = out_ptr + pixel[:, None] * C + c[None, :]
+    parts = out_ptr, sums_ptr, rows_ptr, labels_ptr
     for i in tl.static_range(BLOCKS):
-        inside_c = inside[:, None] & (c + i * BLOCK_C < C)[None, :]
-        tl.store(at + i * BLOCK_C, out[i].to(out_ptr.dtype.element_ty), inside_c)
+        store_rows(parts, out[i], pixel, inside, c + i * BLOCK_C, C)
+        add_sums(parts, out[i], pixel, inside, c + i * BLOCK_C, C)
     if tl.program_id(1) == 0:
         store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAVE)
 
@@ -365,18 +401,36 @@ def geometry_backward(v_splats_ptr, splats_ptr, n, used, xy, alpha, R_before, g,
 
 
 @triton.jit
-def load_block(ptr, at, inside, c, C, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+def load_rows(ptr, row, there, c, C):
+    """Rows [R] and columns c [BLOCK_C] of a matrix [..., C]; 0 where not there."""
+    return tl.load(ptr + row[:, None] * C + c[None, :], there[:, None] & (c < C)[None, :], 0.0)
+
+
+@triton.jit
+def load_block(ptr, row, there, c, C, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                FAST: tl.constexpr):  # fmt: skip
-    """Rows `at` [R] and columns c [BLOCK_C] of a matrix [..., C], as an operand of tl.dot."""
-    block = tl.load(ptr + at[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :], 0.0)
-    return operand(block, DTYPE, PRECISION, FAST)
+    """`load_rows`, as an operand of tl.dot."""
+    return operand(load_rows(ptr, row, there, c, C), DTYPE, PRECISION, FAST)
+
+
+@triton.jit
+def load_v_out(v_parts, pixel, inside, c, C, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+               FAST: tl.constexpr):  # fmt: skip
+    """v_out [P, BLOCK_C] of a tile's pixels, from their rows and labels, for tl.dot."""
+    v_out_ptr, v_sums_ptr, rows_ptr, labels_ptr = v_parts
+    row, there = rows_of(rows_ptr, pixel, inside)
+    v_out = load_rows(v_out_ptr, row, there, c, C)
+    if v_sums_ptr is not None:
+        label = tl.load(labels_ptr + pixel, inside, 0).to(tl.int64)
+        v_out = load_rows(v_sums_ptr, label, inside, c, C) + v_out
+    return operand(v_out, DTYPE, PRECISION, FAST)
 
 
 @triton.jit
 def blend_backward_kernel(
     splats_ptr, features_ptr, gaussians_ptr, offsets_ptr,  # as forward
-    transmittance_ptr, last_ptr,  # as forward
-    v_out_ptr, v_alphas_ptr,  # [I, H, W, C] and [I, H, W]
+    rows_ptr, labels_ptr, transmittance_ptr, last_ptr,  # as forward
+    v_out_ptr, v_sums_ptr, v_alphas_ptr,  # [rows, C], [labels, C] or None, and [I, H, W]
     v_splats_ptr,  # out [I, N, 8], accumulated; None: not wanted
     v_features_ptr,  # out [B, N, C] float32, accumulated; None: not wanted
     N, C, V, width, height,
@@ -392,7 +446,8 @@ def blend_backward_kernel(
     T, last = load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE)
     v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
     S = tl.zeros([TILE, KO, TILE], tl.float32)  # behind the chunk
-    v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
+    v_parts = v_out_ptr, v_sums_ptr, rows_ptr, labels_ptr
+    v_out = load_v_out(v_parts, pixel, inside, c, C, DTYPE, PRECISION, FAST)
     chunks = tl.cdiv(tl.max(last), K)
     for chunk in range(chunks):
         first = (chunks - 1 - chunk) * K
@@ -403,7 +458,7 @@ def blend_backward_kernel(
         for i in range(BLOCKS):
             c_i = c + i * BLOCK_C
             if BLOCKS > 1:  # otherwise loaded once, above
-                v_out = load_block(v_out_ptr, pixel, inside, c_i, C, DTYPE, PRECISION, FAST)
+                v_out = load_v_out(v_parts, pixel, inside, c_i, C, DTYPE, PRECISION, FAST)
             if v_splats_ptr is not None:
                 f = load_block(features_ptr, row, used, c_i, C, DTYPE, PRECISION, FAST)
                 # [P, BLOCK_C] @ [BLOCK_C, K] -> [P, K]

@@ -34,7 +34,7 @@ def launch_options(C, dtype, J, tile, precision, backward=False, hopper=True):
     padded = max(16, triton.next_power_of_2(C))  # tl.dot needs 16
     if J:
         options |= dict(J=J, J_UP=triton.next_power_of_2(J), SLOTS=16 if exact else 32)
-        options |= dict(BLOCK_C=min(padded, 16 if exact else 64))
+        options |= dict(BLOCK_C=min(padded, 16 if exact else 32))
         options |= dict(KI=8 if backward or single else 16)
         options |= dict(num_warps=4, num_stages=1 if backward else 2)
     else:
@@ -60,7 +60,7 @@ def launch(backward, inputs, others, V, width, height, tile, precision, **option
     options |= launch_options(C, tokens.dtype, J, tile, precision, backward, hopper)
     parts = 1 if J else triton.cdiv(C, options["BLOCK_C"] * options["BLOCKS"])
     grid = I * triton.cdiv(width, tile) * triton.cdiv(height, tile), parts
-    inputs = (t for t in inputs if t is not None)
+    inputs = inputs if J else (splats, tokens, *inputs[4:])
     sizes = (N, M, C) if J else (N, C)
     if I:
         with torch.cuda.device_of(splats):  # triton launches on the current device
@@ -68,28 +68,33 @@ def launch(backward, inputs, others, V, width, height, tile, precision, **option
             kernel[grid](*inputs, *others, *sizes, V, width, height, **options)
 
 
-def new_images(splats, tokens, width, height):
-    """Empty features, alphas, transmittance and last."""
-    image = splats.new_empty(len(splats), height, width)
-    features = tokens.new_empty(*image.shape, tokens.shape[-1])
-    return features, image, torch.empty_like(image), torch.empty_like(image, dtype=torch.int32)
+def new_images(splats, tokens, width, height, rows, labels):
+    """Empty features, alphas, transmittance and last, and sums of 0."""
+    image, C = splats.new_empty(len(splats), height, width), tokens.shape[-1]
+    features, sums = tokens.new_empty(rows, C), splats.new_zeros(labels, C)
+    last = torch.empty_like(image, dtype=torch.int32)
+    return features, sums, image, torch.empty_like(image), last
 
 
 @torch.library.custom_op("splat::blend", mutates_args=())
 def blend(
     splats: Tensor, tokens: Tensor, indices: Tensor | None, mix: Tensor | None,
-    gaussians: Tensor, offsets: Tensor,
-    V: int, width: int, height: int, tile: int, precision: str, save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gaussians: Tensor, offsets: Tensor, rows: Tensor | None, labels: Tensor | None,
+    V: int, width: int, height: int, tile: int, precision: str, save: bool, R: int, L: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Contiguous tensors, shaped as the kernels'. Differentiable: splats and tokens.
 
     tokens: features [B, N, C]; or, with indices and mix, the tokens [B, M, C] of a mixture.
-    Returns features [I, H, W, C] in their dtype, alphas [I, H, W] and, for a backward pass (if
-    save), transmittance and last [I, H, W].
+    rows: of each pixel [I, H, W] int32 its row 0..R-1 of the output, -1: none; or None: all pixels
+    in their order. labels: of each pixel [I, H, W] int32 its label 0..L-1, or None.
+    Returns features [R, C] in their dtype, sums of features over each label's pixels [L, C]
+    float32, alphas [I, H, W] and, for a backward pass (if save), transmittance and last [I, H, W].
     """
-    inputs = splats, tokens, indices, mix, gaussians, offsets
-    images = new_images(splats, tokens, width, height)
-    launch(False, inputs, images, V, width, height, tile, precision, SAVE=save)
+    inputs = splats, tokens, indices, mix, gaussians, offsets, rows, labels
+    images = new_images(splats, tokens, width, height, R, L)
+    features, sums, *others = images
+    others = features, None if labels is None else sums, *others
+    launch(False, inputs, others, V, width, height, tile, precision, SAVE=save)
     return images
 
 
@@ -104,31 +109,32 @@ def new_gradients(splats, tokens, of_splats, of_tokens):
 @torch.library.custom_op("splat::blend_backward", mutates_args=())
 def blend_backward(
     splats: Tensor, tokens: Tensor, indices: Tensor | None, mix: Tensor | None,
-    gaussians: Tensor, offsets: Tensor, transmittance: Tensor, last: Tensor,
-    v_features: Tensor, v_alphas: Tensor,
+    gaussians: Tensor, offsets: Tensor, rows: Tensor | None, labels: Tensor | None,
+    transmittance: Tensor, last: Tensor, v_features: Tensor, v_sums: Tensor, v_alphas: Tensor,
     V: int, width: int, height: int, tile: int, precision: str, of_splats: bool, of_tokens: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients with respect to splats and tokens, float32; empty where not wanted."""
     v_splats, v_tokens = v = new_gradients(splats, tokens, of_splats, of_tokens)
-    inputs = splats, tokens, indices, mix, gaussians, offsets
-    others = transmittance, last, v_features.contiguous(), v_alphas.contiguous()
+    inputs = splats, tokens, indices, mix, gaussians, offsets, rows, labels
+    v_sums = None if labels is None else v_sums.contiguous()
+    others = transmittance, last, v_features.contiguous(), v_sums, v_alphas.contiguous()
     others += v_splats if of_splats else None, v_tokens if of_tokens else None
     launch(True, inputs, others, V, width, height, tile, precision)
     return v
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:6], *output[2:])
-    ctx.rest = inputs[6:-1]
+    ctx.save_for_backward(*inputs[:8], *output[3:])
+    ctx.rest = inputs[8:-3]
 
 
-def _backward(ctx, v_features, v_alphas, _transmittance, _last):
+def _backward(ctx, *v_outputs):
     wanted = ctx.needs_input_grad[:2]
-    v = blend_backward(*ctx.saved_tensors, v_features, v_alphas, *ctx.rest, *wanted)
+    v = blend_backward(*ctx.saved_tensors, *v_outputs[:3], *ctx.rest, *wanted)
     v = [v.to(t.dtype) if w else None for v, t, w in zip(v, ctx.saved_tensors, wanted)]
-    return *v, *[None] * 10
+    return *v, *[None] * 14
 
 
-blend.register_fake(lambda *inputs: new_images(*inputs[:2], *inputs[7:9]))
+blend.register_fake(lambda *inputs: new_images(*inputs[:2], *inputs[9:11], *inputs[-2:]))
 blend.register_autograd(_backward, setup_context=_save)
 blend_backward.register_fake(lambda *inputs: new_gradients(*inputs[:2], *inputs[-2:]))

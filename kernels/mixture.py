@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .blend import (
-    KO, MIN_TRANSMITTANCE, as_matrix, chunk_backward, chunk_forward, geometry_backward, get_tile,
-    load_ahead, load_block, load_chunk, load_ends, new_ends, operand, places, store_ends,
+    KO, MIN_TRANSMITTANCE, add_sums, as_matrix, chunk_backward, chunk_forward, geometry_backward,
+    get_tile, load_ahead, load_block, load_chunk, load_ends, load_rows, load_v_out, new_ends,
+    operand, places, rows_of, store_ends, store_rows,
 )  # fmt: skip
 
 NONE = tl.constexpr(2**30)  # above every index of a token
@@ -59,10 +60,10 @@ def mixed(indices_ptr, mix_ptr, n, used, tokens, J: tl.constexpr):
 
 
 @triton.jit
-def store_mixture(out_ptr, tokens_ptr, W, tokens, pixel, inside, C, first_walk,
+def store_mixture(parts, tokens_ptr, W, tokens, pixel, inside, C, first_walk,
                   BLOCK_C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                   FAST: tl.constexpr):  # fmt: skip
-    """out = W @ tokens; out += W @ tokens after the first walk."""
+    """out = W @ tokens; out += W @ tokens after the first walk. Sums by label likewise."""
     if not first_walk:
         tl.debug_barrier()  # wait for other threads' stores to the pixels loaded below
     W, token, real = operand(W, DTYPE, PRECISION, FAST), tokens.to(tl.int64), tokens < NONE
@@ -71,10 +72,11 @@ def store_mixture(out_ptr, tokens_ptr, W, tokens, pixel, inside, C, first_walk,
         f = load_block(tokens_ptr, token, real, c, C, DTYPE, PRECISION, FAST)
         # [P, SLOTS] @ [SLOTS, BLOCK_C] -> [P, BLOCK_C]
         out = tl.dot(W, f, input_precision=PRECISION)
-        at, inside_c = pixel[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
+        add_sums(parts, out, pixel, inside, c, C)
         if not first_walk:
-            out += tl.load(out_ptr + at, inside_c, 0.0).to(tl.float32)
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), inside_c)
+            row, there = rows_of(parts[2], pixel, inside)
+            out += load_rows(parts[0], row, there, c, C).to(tl.float32)
+        store_rows(parts, out, pixel, inside, c, C)
 
 
 @triton.jit
@@ -83,8 +85,8 @@ def mixture_forward_kernel(
     tokens_ptr,  # [B, M, C]
     indices_ptr,  # [B, N, J] int32
     mix_ptr,  # [B, N, J]
-    gaussians_ptr, offsets_ptr,  # as blend_forward_kernel's, as are the outputs
-    out_ptr, alphas_ptr, transmittance_ptr, last_ptr,
+    gaussians_ptr, offsets_ptr, rows_ptr, labels_ptr,  # as blend_forward_kernel's, as all outputs
+    out_ptr, sums_ptr, alphas_ptr, transmittance_ptr, last_ptr,
     N, M, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, SLOTS: tl.constexpr,
     J: tl.constexpr, J_UP: tl.constexpr,  # J_UP: the next power of 2
@@ -97,6 +99,7 @@ def mixture_forward_kernel(
     splats_ptr, tokens_ptr = splats_ptr + image * N * 8, tokens_ptr + scene * M * C
     indices_ptr, mix_ptr = indices_ptr + scene * N * J, mix_ptr + scene * N * J
     gaussians_ptr += start
+    parts = out_ptr, sums_ptr, rows_ptr, labels_ptr
     k, place = tl.arange(0, K), places(KI)
     low, more = -1, True
     while more:  # usually once
@@ -119,7 +122,7 @@ def mixture_forward_kernel(
             W = tl.dot(w, operand(m, DTYPE, PRECISION, FAST), W, input_precision=PRECISION)
             chunk += K
 
-        store_mixture(out_ptr, tokens_ptr, W, tokens, pixel, inside, C, low < 0, BLOCK_C, DTYPE,
+        store_mixture(parts, tokens_ptr, W, tokens, pixel, inside, C, low < 0, BLOCK_C, DTYPE,
                       PRECISION, FAST)  # fmt: skip
         store_ends(alphas_ptr, transmittance_ptr, last_ptr, ends, pixel, inside, SAVE)
         low = tl.max(tokens)
@@ -134,14 +137,14 @@ def mixture_forward_kernel(
 # The gradients of splats are linear in g. So each walk over a tile adds the part of its own tokens,
 # and the first walk the part of v_alpha.
 @triton.jit
-def token_products(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
+def token_products(v_parts, tokens_ptr, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
                    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
                    FAST: tl.constexpr):  # fmt: skip
     """G = v_out @ tokens' [P, SLOTS]"""
-    G = tl.zeros([pixel.shape[0], tokens.shape[0]], tl.float32)
+    G = tl.zeros([inside.shape[0], tokens.shape[0]], tl.float32)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
+        v_out = load_v_out(v_parts, pixel, inside, c, C, DTYPE, PRECISION, FAST)
         f = load_block(
             tokens_ptr, tokens.to(tl.int64), tokens < NONE, c, C, DTYPE, PRECISION, FAST
         )
@@ -151,13 +154,13 @@ def token_products(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C: tl.
 
 
 @triton.jit
-def add_tokens(v_tokens_ptr, v_out_ptr, W, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
+def add_tokens(v_tokens_ptr, v_parts, W, tokens, pixel, inside, C, BLOCK_C: tl.constexpr,
                DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """v_tokens += W' @ v_out"""
     W = operand(W, DTYPE, PRECISION, FAST)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        v_out = load_block(v_out_ptr, pixel, inside, c, C, DTYPE, PRECISION, FAST)
+        v_out = load_v_out(v_parts, pixel, inside, c, C, DTYPE, PRECISION, FAST)
         # [SLOTS, P] @ [P, BLOCK_C] -> [SLOTS, BLOCK_C]
         v_token = tl.dot(tl.trans(W), v_out, input_precision=PRECISION)
         at = v_tokens_ptr + tokens.to(tl.int64)[:, None] * C + c[None, :]
@@ -167,8 +170,8 @@ def add_tokens(v_tokens_ptr, v_out_ptr, W, tokens, pixel, inside, C, BLOCK_C: tl
 @triton.jit
 def mixture_backward_kernel(
     splats_ptr, tokens_ptr, indices_ptr, mix_ptr, gaussians_ptr, offsets_ptr,  # as forward
-    transmittance_ptr, last_ptr,  # as forward
-    v_out_ptr, v_alphas_ptr,  # [I, H, W, C] and [I, H, W]
+    rows_ptr, labels_ptr, transmittance_ptr, last_ptr,  # as forward
+    v_out_ptr, v_sums_ptr, v_alphas_ptr,  # [rows, C], [labels, C] or None, and [I, H, W]
     v_splats_ptr,  # out [I, N, 8], accumulated; None: not wanted
     v_tokens_ptr,  # out [B, M, C] float32, accumulated; None: not wanted
     N, M, C, V, width, height,
@@ -183,13 +186,14 @@ def mixture_backward_kernel(
     splats_ptr, tokens_ptr = splats_ptr + image * N * 8, tokens_ptr + scene * M * C
     indices_ptr, mix_ptr = indices_ptr + scene * N * J, mix_ptr + scene * N * J
     gaussians_ptr += start
+    v_parts = v_out_ptr, v_sums_ptr, rows_ptr, labels_ptr
     T_end, last = load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE)
     v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
     low, more = -1, True
     while more:  # usually once
         tokens = next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS, J, J_UP)
         if v_splats_ptr is not None:
-            G = token_products(v_out_ptr, tokens_ptr, tokens, pixel, inside, C, BLOCK_C, DTYPE,
+            G = token_products(v_parts, tokens_ptr, tokens, pixel, inside, C, BLOCK_C, DTYPE,
                                PRECISION, FAST)  # fmt: skip
         W, S, T = tl.zeros([P, SLOTS], tl.float32), tl.zeros([TILE, KO, TILE], tl.float32), T_end
         chunks = tl.cdiv(tl.max(last), K)
@@ -210,7 +214,7 @@ def mixture_backward_kernel(
                 S = geometry_backward(v_splats_ptr + image * N * 8, splats_ptr, row, used, xy,
                                       alpha, R_before, g, S, KI, FAST)  # fmt: skip
         if v_tokens_ptr is not None:
-            add_tokens(v_tokens_ptr + scene * M * C, v_out_ptr, W, tokens, pixel, inside, C,
+            add_tokens(v_tokens_ptr + scene * M * C, v_parts, W, tokens, pixel, inside, C,
                        BLOCK_C, DTYPE, PRECISION, FAST)  # fmt: skip
         low = tl.max(tokens)
         more = low < NONE

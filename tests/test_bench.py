@@ -55,7 +55,9 @@ def test_every_kernel_compiles(report):
 def test_blending_forward_keeps_its_registers(report, target):
     rows = {name: row for (name, t), row in report.items() if t == target}
     spilled = {name: row["stack"] for name, row in rows.items() if "_forward_kernel" in name}
-    assert spilled == {name: 0 for name in spilled} and len(spilled) == 1 + 5 * 7
+    assert len(spilled) == 1 + 5 * 8
+    for name, size in spilled.items():  # the stores of parts, once a tile, may spill a little
+        assert size <= (48 if "parts" in name else 0), name
 
 
 @counted
