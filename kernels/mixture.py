@@ -31,7 +31,9 @@ def next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS: tl.constexpr, J: 
                 J_UP: tl.constexpr):  # fmt: skip
     """The SLOTS smallest token indices above `low` among the tile's Gaussians: [SLOTS], unordered,
     at least NONE in slots that stay empty."""
+    # Each empty slot has a number of its own, below PAST: a token takes one slot
     tokens = NONE + tl.arange(0, SLOTS)
+    PAST: tl.constexpr = NONE + SLOTS
     K: tl.constexpr = LISTED
     e, j = tl.arange(0, K * J_UP) // J_UP, tl.arange(0, K * J_UP) % J_UP
     for k in range(0, count, K):
@@ -39,11 +41,11 @@ def next_tokens(gaussians_ptr, indices_ptr, count, low, SLOTS: tl.constexpr, J: 
         n = tl.load(gaussians_ptr + k + e, used, 0).to(tl.int64)
         index = tl.load(indices_ptr + n * J + j, used, -1)
         known = tl.min(index[None, :] ^ tokens[:, None], 0) == 0
-        new = tl.where(known | (index <= low), NONE, index)
+        new = tl.where(known | (index <= low), PAST, index)
         smallest = tl.min(new)
         while smallest < tl.max(tokens):
             tokens = tl.where(tokens == tl.max(tokens), smallest, tokens)
-            new = tl.where(new == smallest, NONE, new)
+            new = tl.where(new == smallest, PAST, new)
             smallest = tl.min(new)
     return tokens
 

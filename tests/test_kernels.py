@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import kernels
@@ -23,6 +23,14 @@ from reference import DEVICE, make_scene, random_rotation, rasterize_dense
 rasterize = functools.partial(kernels.rasterize, precision="ieee")
 NAMES = ("means", "covars", "opacities", "features")
 both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request, monkeypatch):
+    """Both ways of launching float32 kernels, where both compute exactly: in the interpreter."""
+    if request.param == "tf32" and torch.cuda.is_available():
+        pytest.skip("TF32 is not exact on a GPU")
+    monkeypatch.setitem(rasterize.keywords, "precision", request.param)
 
 
 def values_and_gradients(render, scene, seed=1, mask=None, **options):
@@ -77,6 +85,7 @@ AWKWARD = [  # B, V, N, C, width, height
 
 
 @both_backends
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("B,V,N,C,width,height", AWKWARD)
 def test_matches_dense_loop_at_awkward_sizes(backend, B, V, N, C, width, height):
     scene = make_scene(N + C, B, V, N, C, width, height)
@@ -127,6 +136,38 @@ def test_triton_matches_dense_loop(scene, limits):
 @given(scenes, limits)
 def test_torch_matches_dense_loop(scene, limits):
     check_against_dense(make_scene(**scene), "torch", atol=1e-3, **limits)
+
+
+@pytest.mark.usefixtures("precision")
+@settings(
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the same for all examples
+)
+@given(
+    st.fixed_dictionaries(dict(
+        seed=st.integers(0, 2**31), B=st.just(1), V=st.integers(1, 2), C=st.sampled_from([1, 17]),
+        N=st.sampled_from([1, 40, 90]), width=st.integers(1, 11), height=st.integers(1, 11),
+        sigma=st.sampled_from([0.1, 1.0]), opacity=st.sampled_from([0.02, 0.3]),
+    )),
+    st.sampled_from([1, 12, 31, 40, 100]), st.integers(1, 4),
+)  # fmt: skip
+def test_triton_mixtures_match_torch(scene, M, J):
+    """Long lists: tokens that come late, and more than a program holds."""
+    scene = make_scene(**scene)
+    certain = rasterize_dense(*scene)[2]
+    mixture, results = mixture_for(scene, M, J), []
+    for backend in ("torch", "triton"):
+        def render(means, covars, opacities, tokens, *camera):
+            features = mixture._replace(tokens=tokens)
+            return rasterize(means, covars, opacities, features, *camera, backend=backend)
+
+        inputs = *scene[:3], mixture.tokens, *scene[4:]
+        results.append(values_and_gradients(render, inputs, mask=certain))
+    (out, alphas, gradients, _), (got_out, got_alphas, got_gradients, _) = results
+    close("features", got_out[certain], out[certain], 1e-3, 2e-5)
+    close("alphas", got_alphas[certain], alphas[certain], 1e-3, 2e-5)
+    for name, got, expected in zip((*NAMES[:3], "tokens"), got_gradients, gradients):
+        close(f"gradient of {name}", got, expected, 1e-3, 1e-3)
 
 
 @settings(max_examples=12)
@@ -360,20 +401,22 @@ def test_forward_is_bitwise_repeatable(backend):
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_features(backend, dtype):
+@pytest.mark.parametrize("C", [5, 450])  # a backward pass holds v_out of up to 384 channels
+def test_half_precision_features(backend, dtype, C):
     """Products are of this type on a GPU, but float32 in the interpreter, which tests the ends."""
-    scene = make_scene(10, N=23, C=5)
-    scene[3] = scene[3].to(dtype).requires_grad_()
+    scene = make_scene(10, N=23, C=C)
+    scene[3] = scene[3].to(dtype)
+    inputs = [t.requires_grad_() for t in scene[:4]]
     out, _ = rasterize(*scene, backend=backend)
     assert out.dtype == dtype
-    expected, _, _ = rasterize_dense(*scene)
+    expected, _, certain = rasterize_dense(*scene)
     tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
-    g = torch.randn_like(out)
-    (gradient,) = torch.autograd.grad((out * g).sum(), scene[3])
-    (expected,) = torch.autograd.grad((expected * g).sum(), scene[3])
-    assert gradient.dtype == dtype
-    close("gradient of features", gradient, expected, tolerance, tolerance)
+    close("features", out[certain], expected[certain], tolerance, tolerance)
+    g = torch.randn_like(out) * certain[..., None]
+    gradients = (torch.autograd.grad((o * g).sum(), inputs) for o in (out, expected))
+    for name, got, wanted in zip(NAMES, *gradients):
+        assert got.dtype == (dtype if name == "features" else torch.float32)
+        close(f"gradient of {name}", got, wanted, tolerance, tolerance)
 
 
 # --------------------------------------------------------------------------- factored features
@@ -412,10 +455,12 @@ def test_a_mixture_of_bfloat16_tokens(backend):
 
 
 @both_backends
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(
     "B,V,N,M,C,J",
     [(1, 1, 23, 5, 7, 4), (2, 2, 17, 31, 33, 4), (2, 1, 9, 1, 1, 2), (1, 1, 0, 3, 4, 4),
-     (1, 1, 29, 100, 7, 4), (1, 2, 61, 64, 17, 3), (1, 1, 16, 32, 5, 2)],  # more than 32 in a tile
+     (1, 1, 29, 100, 7, 4), (1, 2, 61, 64, 17, 3), (1, 1, 16, 32, 5, 2),  # more than 32 in a tile
+     (1, 1, 80, 14, 5, 1), (1, 1, 80, 31, 5, 1)],  # new ones late in a tile's list
 )  # fmt: skip
 def test_a_mixture_is_the_features_that_it_stands_for(backend, B, V, N, M, C, J):
     """Values, and gradients of all four, against the float64 loop on dense features."""
@@ -481,9 +526,11 @@ def test_without_gradients_the_image_is_the_same(factored):
 
 
 @both_backends
-@pytest.mark.parametrize("mixed", [0, 7, 40])  # tokens; 40 take the Triton kernels several walks
-@pytest.mark.parametrize("B,V,N", [(1, 1, 23), (2, 3, 17), (2, 1, 0)])
-def test_parts_of_images_are_those_of_the_whole(backend, mixed, B, V, N):
+@pytest.mark.parametrize("B,V,N,mixed", [
+    (1, 1, 23, 0), (2, 3, 17, 0), (2, 1, 0, 0), (2, 3, 17, 7), (2, 1, 0, 7),
+    (1, 1, 23, 40),  # tokens; so many take the Triton kernels several walks
+])  # fmt: skip
+def test_parts_of_images_are_those_of_the_whole(backend, B, V, N, mixed):
     """Some rows and columns, and means over labels, one of which no pixel has."""
     scene = make_scene(26, B, V, N, C=5, width=19, height=11)
     if mixed:
