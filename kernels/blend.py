@@ -427,6 +427,22 @@ def load_v_out(v_parts, pixel, inside, c, C, DTYPE: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
+def block_backward(features_ptr, v_splats_ptr, v_features_ptr, v_out, w, g, row, used, c, C,
+                   DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """g [P, K] with the channels c [BLOCK_C] added, whose v_features are added where wanted."""
+    if v_splats_ptr is not None:
+        f = load_block(features_ptr, row, used, c, C, DTYPE, PRECISION, FAST)
+        # [P, BLOCK_C] @ [BLOCK_C, K] -> [P, K]
+        g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
+    if v_features_ptr is not None:
+        # [K, P] @ [P, BLOCK_C] -> [K, BLOCK_C]
+        v_f = tl.dot(tl.trans(w), v_out, input_precision=PRECISION)
+        at = v_features_ptr + row[:, None] * C + c[None, :]
+        tl.atomic_add(at, v_f, used[:, None] & (c < C)[None, :], sem="relaxed")
+    return g
+
+
+@triton.jit
 def blend_backward_kernel(
     splats_ptr, features_ptr, gaussians_ptr, offsets_ptr,  # as forward
     rows_ptr, labels_ptr, transmittance_ptr, last_ptr,  # as forward
@@ -435,19 +451,24 @@ def blend_backward_kernel(
     v_features_ptr,  # out [B, N, C] float32, accumulated; None: not wanted
     N, C, V, width, height,
     TILE: tl.constexpr, KI: tl.constexpr, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    HELD: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = TILE * TILE
     K: tl.constexpr = KI * KO
     image, start, count, xy, pixel, inside = get_tile(offsets_ptr, width, height, TILE)
     splats_ptr, features_ptr = splats_ptr + image * N * 8, features_ptr + image // V * N * C
+    if v_features_ptr is not None:
+        v_features_ptr += image // V * N * C
     gaussians_ptr += start
     c = tl.arange(0, BLOCK_C)
     T, last = load_ends(transmittance_ptr, last_ptr, pixel, inside, TILE)
     v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
     S = tl.zeros([TILE, KO, TILE], tl.float32)  # behind the chunk
     v_parts = v_out_ptr, v_sums_ptr, rows_ptr, labels_ptr
-    v_out = load_v_out(v_parts, pixel, inside, c, C, DTYPE, PRECISION, FAST)
+    held = ()
+    for i in tl.static_range(HELD):
+        c_i = c + i * BLOCK_C
+        held = held + (load_v_out(v_parts, pixel, inside, c_i, C, DTYPE, PRECISION, FAST),)
     chunks = tl.cdiv(tl.max(last), K)
     for chunk in range(chunks):
         first = (chunks - 1 - chunk) * K
@@ -455,19 +476,15 @@ def blend_backward_kernel(
         alpha, R_before, T = chunk_backward(splats, xy, place, last, T, KI, FAST)
         w = as_matrix(operand(alpha * R_before, DTYPE, PRECISION, FAST), P, K)
         g = tl.zeros([P, K], tl.float32) + v_alpha[:, None]
-        for i in range(BLOCKS):
+        for i in tl.static_range(HELD):
             c_i = c + i * BLOCK_C
-            if BLOCKS > 1:  # otherwise loaded once, above
-                v_out = load_v_out(v_parts, pixel, inside, c_i, C, DTYPE, PRECISION, FAST)
-            if v_splats_ptr is not None:
-                f = load_block(features_ptr, row, used, c_i, C, DTYPE, PRECISION, FAST)
-                # [P, BLOCK_C] @ [BLOCK_C, K] -> [P, K]
-                g = tl.dot(v_out, tl.trans(f), g, input_precision=PRECISION)
-            if v_features_ptr is not None:
-                # [K, P] @ [P, BLOCK_C] -> [K, BLOCK_C]
-                v_f = tl.dot(tl.trans(w), v_out, input_precision=PRECISION)
-                at = v_features_ptr + (image // V * N + row)[:, None] * C + c_i[None, :]
-                tl.atomic_add(at, v_f, used[:, None] & (c_i < C)[None, :], sem="relaxed")
+            g = block_backward(features_ptr, v_splats_ptr, v_features_ptr, held[i], w, g, row, used,
+                               c_i, C, DTYPE, PRECISION, FAST)  # fmt: skip
+        for block in range(HELD, BLOCKS):
+            c_b = c + block * BLOCK_C
+            v_out = load_v_out(v_parts, pixel, inside, c_b, C, DTYPE, PRECISION, FAST)
+            g = block_backward(features_ptr, v_splats_ptr, v_features_ptr, v_out, w, g, row, used,
+                               c_b, C, DTYPE, PRECISION, FAST)  # fmt: skip
         if v_splats_ptr is not None:
             S = geometry_backward(v_splats_ptr + image * N * 8, splats_ptr, row, used, xy, alpha,
                                   R_before, g, S, KI, FAST)  # fmt: skip

@@ -29,25 +29,31 @@ def launch_options(C, dtype, J, tile, precision, backward=False, hopper=True):
     options = dict(TILE=tile, DTYPE=types[dtype], PRECISION=precision, FAST=True)
     if interpreted():
         options |= dict(DTYPE=tl.float32, PRECISION="ieee", FAST=False)
-    single = dtype == torch.float32
-    exact = single and precision != "tf32"  # takes more registers
+    half = dtype != torch.float32
+    exact = not half and precision != "tf32"  # takes more registers
     padded = max(16, triton.next_power_of_2(C))  # tl.dot needs 16
+    options |= dict(num_warps=4, num_stages=1)
     if J:
+        long = hopper and not exact if backward else half  # chunks of 64 Gaussians, not 32
         options |= dict(J=J, J_UP=triton.next_power_of_2(J), SLOTS=16 if exact else 32)
         options |= dict(BLOCK_C=min(padded, 16 if exact else 32))
-        options |= dict(KI=8 if backward or single else 16)
-        options |= dict(num_warps=4, num_stages=1 if backward else 2)
-    else:
-        wide = C > 64 and not (exact or backward)
-        block_c = 128 if wide else 32 if exact else 64
-        if backward and single and precision != "ieee" and not hopper:
-            block_c = 16  # older tensor cores hold operands in registers: 64 spill 2 KB
-        block_c = min(padded, block_c)
+        options |= dict(num_stages=1 if backward else 2)
+    elif backward:
+        long = not exact and (hopper or not half)
+        # Older tensor cores hold operands in registers: 32 channels in TF32 would spill 600 bytes
+        block_c = min(padded, 64 if half else 32 if exact or hopper else 16)
         blocks = triton.cdiv(C, block_c)
+        # In half precision 6 blocks of v_out leave shared memory for a second program
+        held = min(blocks, 6) if hopper and half else int(blocks == 1)
+        options |= dict(BLOCK_C=block_c, BLOCKS=blocks, HELD=held)
+    else:
+        wide = C > 64 and not exact
+        long = half or not (exact or wide)
+        block_c = min(padded, 128 if wide else 32 if exact else 64)
         options |= dict(BLOCK_C=block_c)
-        options |= dict(BLOCKS=blocks if backward else min(blocks, 3) if wide else 1)
-        options |= dict(KI=8 if backward or exact or (single and wide) else 16)
-        options |= dict(num_warps=8 if wide else 4, num_stages=1)
+        options |= dict(BLOCKS=min(triton.cdiv(C, block_c), 3) if wide else 1)
+        options |= dict(num_warps=8 if wide else 4)
+    options |= dict(KI=16 if long else 8)
     return options | dict(enable_fp_fusion=True)
 
 

@@ -64,7 +64,8 @@ def test_blending_forward_keeps_its_registers(report, target):
 @pytest.mark.parametrize("kernel,most", [
     ("blend_forward_kernel bf16", 40), ("blend_forward_kernel tf32", 60),
     ("mixture_forward_kernel bf16", 40), ("blend_forward_kernel tf32, C = 3", 28),
-    ("blend_backward_kernel tf32", 230), ("mixture_backward_kernel bf16", 120),
+    ("blend_backward_kernel tf32", 175), ("blend_backward_kernel bf16", 108),
+    ("mixture_backward_kernel bf16", 95), ("blend_backward_kernel tf32, C = 3", 80),
 ])  # fmt: skip
 def test_instructions_do_not_grow(report, kernel, most):
     """Issue slots per (pixel, Gaussian) on sm_90: README's, with a little room."""
@@ -72,10 +73,16 @@ def test_instructions_do_not_grow(report, kernel, most):
 
 
 @counted
-def test_the_a100s_backward_keeps_its_registers(report):
-    """In TF32 64 channels at once, as on an H100, would spill 2 KB."""
+def test_the_a100s_backward_spills_little(report):
+    """In TF32 64 channels at once would spill 2 KB."""
     row = report["blend_backward_kernel tf32", 80]
-    assert row["stack"] == 0 and row["slots"] <= 480
+    assert row["stack"] <= 256 and row["slots"] <= 330
+
+
+@counted
+def test_v_out_is_held_where_two_programs_fit(report):
+    """Of 228 KB of shared memory on sm_90, 1 KB is the system's per program."""
+    assert report["blend_backward_kernel bf16", 90]["shared"] <= 228 * 1024 / 2 - 1024
 
 
 @counted
