@@ -205,6 +205,9 @@ def check_settings(rows, values):
             least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
             bound = f"at most {row.high}" if value > row.high else least
             raise SystemExit(f"{flag(name)} must be {bound}, not {value}")
+        if name == "name" and value is not None and (Path(value).name != value or value == ".."):
+            what = "a folder's in runs/, without / or dots alone"
+            raise SystemExit(f"--name is {what}, not {value!r}")
 
 
 def parse_settings(arguments=None):
@@ -254,8 +257,6 @@ def check(settings):
         if value < least or value % unit:
             multiple = f"a multiple of {unit}, " if unit > 1 else ""
             raise SystemExit(f"{flag(name)} must be {multiple}at least {least}, not {value}")
-    if (name := settings["name"]) is not None and (Path(name).name != name or name == ".."):
-        raise SystemExit(f"--name is a folder's in runs/, without / or dots alone, not {name!r}")
     if stage != "pretrain" and not settings["far"] > settings["near"]:
         raise SystemExit("--far must be more than --near")
     if stage == "pretrain" and settings["least_scale"] > settings["most_scale"]:

@@ -941,6 +941,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     ("plain --geometry none.pth", "none.pth: no such file"),
     ("plain --height 50", "multiples of 16 pixels high and wide"),
     ("plain --voxel -1", "--voxel must be at least 0"),
+    ("plain --height 1000000", "--height must be at most 4096, not 1000000"),
+    ("plain --name ../x", "--name is a folder's in runs/, .* not '../x'"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)

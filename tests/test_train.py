@@ -68,6 +68,7 @@ def test_a_run_writes_what_it_says(capsys):
     names = {p.name for p in folder.iterdir()}
     assert names == {"student.safetensors", "checkpoint.pt", "metrics.jsonl", ".lock",
                      "preview_000000.png", "preview_000004.png", "preview_000006.png"}  # fmt: skip
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # all can be read by others
     assert [m["step"] for m in metrics("demo-1")] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(m["loss"]) and m["above_entropy"] > -1e-6 for m in metrics("demo-1"))
     student = M.load_vit("dinov2_vits14", folder / "student.safetensors")
@@ -266,8 +267,8 @@ def test_resumed_run_is_the_run_that_never_stopped(monkeypatch, capsys):
     assert len(metrics("parts")) == 3
     go_on()
     # As after a crash: lines beyond the checkpoint, one cut short
-    with open("runs/parts/metrics.jsonl", "a") as log:
-        log.write('{"step": 4, "loss": 99}\n{"step": 5, "lo')
+    with open("runs/parts/metrics.jsonl", "ab") as log:
+        log.write(b'{"step": 4, "loss": 99}\n{"step": 5, \xff')
     train.main(["--resume", "runs/parts"])
     assert metrics("parts") == metrics("whole")  # to the last bit: JSON keeps all digits
     whole, parts = (load_file(f"runs/{name}/student.safetensors") for name in ("whole", "parts"))
@@ -312,6 +313,15 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="checkpoint.pt: cannot be written .disk full"):
         train.replace_file(path, fails)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_flushed_to_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, os.replace
+    name_of = lambda file: os.path.basename(os.readlink(f"/proc/self/fd/{file}"))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(name_of(file)) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *a: calls.append("renamed") or rename(*a))
+    train.replace_file(tmp_path / "file", lambda path: path.write_text("whole"))
+    assert calls == ["file.tmp", "renamed"] and (tmp_path / "file").read_text() == "whole"
 
 
 def no_network(monkeypatch):
@@ -560,11 +570,47 @@ def youngest_child(process):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(signum):
     """As Ctrl-C in a terminal or the end of a job: it reaches the loader's process too."""
-    process = begun(*TINY.split(), "--name", "run")
+    flags = f"{TINY} --steps 999 --checkpoint-every 999 --name run".split()
+    process = begun(*flags)
+    with pytest.raises(SystemExit, match="runs/run: another process is training there"):
+        train.main(flags)  # by a name that has no checkpoint yet
     os.killpg(process.pid, signum)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "To go on: python train.py --resume runs/run" in out
     assert torch.load("runs/run/checkpoint.pt")["step"] == len(metrics("run")) >= 2
+
+
+def no_shared_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space (28)")
+
+
+@pytest.mark.parametrize("fail", [lambda: os._exit(1), no_shared_memory])
+def test_a_loader_that_fails_is_one_sentence(fail, monkeypatch):
+    views = train.data.Views.__getitem__
+    fails_at_2 = lambda v, i: fail() if i == 2 else views(v, i)  # noqa: E731
+    monkeypatch.setattr(train.data.Views, "__getitem__", fails_at_2)
+    said = "^a process that loads data was killed.*/dev/shm"
+    with pytest.raises(SystemExit, match=said) as error:
+        train.main([*SMALL, "--workers", "1"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
+    train.main([*SMALL, "--name", "whole"])
+    real = train.Distill.step
+
+    def step(stage, model, batch, number, descend):
+        if number == 3:
+            batch["target"]["images"] *= torch.nan
+        return real(stage, model, batch, number, descend)
+
+    monkeypatch.setattr(train.Distill, "step", step)
+    with pytest.raises(SystemExit, match="^runs/x: the loss of step 3 is nan$"):
+        train.main([*SMALL, "--name", "x", "--checkpoint-every", "2"])
+    assert torch.load("runs/x/checkpoint.pt")["step"] == 2
+    monkeypatch.setattr(train.Distill, "step", real)
+    train.main(["--resume", "runs/x"])
+    assert metrics("x") == metrics("whole")
 
 
 def test_after_a_kill_of_the_loader_or_of_all_a_resumed_run_is_the_same():
@@ -635,7 +681,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files():
     process = begun("--resume", "runs/run", preexec_fn=few_bytes, steps=0)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in out
-    assert out.splitlines()[-1].startswith("runs/run/checkpoint.pt: cannot be written (")
+    assert out.splitlines()[-1] == "runs/run/checkpoint.pt: cannot be written (File too large)"
     after = {path.name: path.read_bytes() for path in Path("runs/run").iterdir()}
     assert after.keys() == before.keys() and len(metrics("run")) in (step + 1, step + 2)
     same = [name for name in before if name != "metrics.jsonl"]
@@ -785,6 +831,7 @@ def test_a_file_where_the_folder_belongs_is_named():
         (["--split", "scenes.txt"], "--split is not read without --data: it lists the scenes of"),
         (["--name", "../x"], "--name is a folder's in runs/, .* not '../x'"),
         (["--name", ".."], "--name is a folder's in runs/"),
+        (["--name", "x" * 300], "^runs/x*: File name too long"),
         (["--resume", ""], "checkpoint.pt: not a checkpoint"),
         (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .*No such file"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
@@ -953,6 +1000,18 @@ def test_a_checkpoint_of_other_things_is_one_sentence(place, value, unfinished):
     with pytest.raises(SystemExit, match="^x/checkpoint.pt: not ") as error:
         train.main(["--resume", "x"])
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_dropout_differs_by_process_in_new_and_in_resumed_runs(unfinished, monkeypatch):
+    shutil.copytree(unfinished, "x")
+    drawn = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "rank_and_count", lambda: (rank, 2))  # noqa: B023
+        train.Run.new(train.parse_settings(SMALL))
+        drawn.append(float(torch.rand(1)))
+        train.Run.load(Path("x"))
+        drawn.append(float(torch.rand(1)))
+    assert len(set(drawn)) == 4
 
 
 @pytest.mark.parametrize("of", [
