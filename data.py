@@ -572,6 +572,10 @@ MODELS = {  # COLMAP's camera models in the order of their ids, and their parame
 }
 
 
+# Of pictures, whatever their names are: PIL would run Ghostscript on PostScript
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM")
+
+
 class BadFile(ValueError):
     """One sentence that names a file and what is wrong with it."""
 
@@ -707,7 +711,7 @@ def open_picture(path, what, listed_in, packed=None):
             if array.dtype.kind not in "biuf":
                 raise ValueError(f"it holds {array.dtype}")
             return array.astype(np.float32)
-        picture = Image.open(path if packed is None else io.BytesIO(bytes(packed)))
+        picture = Image.open(path if packed is None else io.BytesIO(bytes(packed)), formats=FORMATS)
         picture.load()
         return picture.convert("L") if picture.mode == "1" else picture
 

@@ -805,6 +805,8 @@ def read_state(path):
         state = state.get("state_dict", state)  # Lightning's wrapping
         if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
             raise TypeError
+        if any(v.nbytes > v.untyped_storage().nbytes() for v in state.values()):
+            raise ValueError("a tensor repeats what the file holds once")
         return state
 
 

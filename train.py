@@ -621,9 +621,11 @@ def folder_before_restart(settings):
     newest of its kind, if it has a checkpoint; else None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return None
-    name = settings["name"] or f"{kind_of(settings)}-*"
-    found = list(Path("runs").glob(f"{name}/checkpoint.pt"))
-    return max(found, key=os.path.getmtime).parent if found else None
+    logs = [Path("runs", settings["name"] or "", "metrics.jsonl")]
+    if not settings["name"]:  # a run without a checkpoint has this file too
+        logs += Path("runs").glob(f"{kind_of(settings)}-*/metrics.jsonl")
+    folder = max(filter(Path.exists, logs), key=os.path.getmtime, default=logs[0]).parent
+    return folder if (folder / "checkpoint.pt").exists() else None
 
 
 def any_process(value):
@@ -741,6 +743,9 @@ class Run:
         self.started, self.asked_to_stop = time.monotonic(), False
         self.measured = {}  # by the last preview
         self.added, self.saved = 0, None  # batches of this step; step of checkpoint.pt
+        start, self.origin = str(settings.get("start")), {}
+        if start.endswith(".safetensors"):  # how those weights were made: read while they exist
+            self.origin = {"start": json.dumps(read_metadata(start))}
 
     @classmethod
     def new(cls, settings):
@@ -828,11 +833,9 @@ class Run:
             "processes": str(self.processes), "hours": f"{seconds / 3600:.2f}",
             "measured": json.dumps(self.measured),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        }  # fmt: skip
+        } | self.origin  # fmt: skip
         if self.stage.warning:
             metadata["warning"] = self.stage.warning
-        if str(settings.get("start")).endswith(".safetensors"):  # how those weights were made
-            metadata["start"] = json.dumps(read_metadata(settings["start"]))
         weights = {k: v.cpu().contiguous() for k, v in weights.items()}
         newest, older = self.folder / "checkpoint.pt", settings["keep"] - 1
         if older and self.saved not in (None, self.step):

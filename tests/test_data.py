@@ -636,6 +636,10 @@ BROKEN = {  # what to do to a good capture, and what the message must name
     "photo of floats": (picture(PHOTO, "F", (40, 30)), "0001.png: .*floating point"),
     "test frames a number": (top(test_frames=3), JSON),
     "depth unit null": (top(depth_unit_scale_factor=None), f"{JSON}.*unit_scale_factor is None"),
+    "PostScript by a photo's name": (
+        content(PHOTO, lambda old: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n"),
+        "0001.png: an image that cannot be read .cannot identify",
+    ),
     "photo that a bad disk holds": (on_a_bad_disk, "0001.png: .*Input/output error"),
     "depth unit beyond float32": (top(depth_unit_scale_factor=1e39), f"{JSON}.*unit_scale.*1e.39"),
     "depth of 8 bits": (depth_picture("L"), "depth.png: .*16-bit PNG or .npy, not .* mode L"),

@@ -223,6 +223,8 @@ def _pickle(path):
         (_pickle, "holds more than tensors .Weights only load failed.$"),
         (lambda path: torch.save([1, 2], path), "not a state dict"),
         (lambda path: torch.save({"model": {}}, path), "not a state dict"),
+        (lambda path: torch.save({"cls_token": torch.zeros(1).expand(10**13)}, path),
+         "not a state dict .*a tensor repeats what the file holds once"),
         (lambda path: torch.save({k: v for k, v in tiny_state().items() if "ls1" not in k}, path),
          'does not fit this architecture: Missing .* "blocks.0.ls1.gamma", "blocks.1.ls1.gamma"'),
         (lambda path: torch.save(tiny_state() | {"head.weight": torch.zeros(1)}, path),

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model as M
 import train
@@ -548,13 +549,15 @@ def test_a_run_that_sees_only_holes_ends_and_says_so(tmp_path, capsys):
 TINY = "--teacher vit_tiny14 --height 56 --width 56 --steps 30 --checkpoint-every 2"
 
 
-def begun(*arguments, steps=2, **limits):
+def begun(*arguments, steps=2, lines="", **limits):
     """A real process that trains runs/run with a process that loads data, after some steps."""
-    command = [sys.executable, str(Path(train.__file__)), *arguments]
+    head = f"import os, signal, sys, time\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})"
+    script = f"{head}\nimport torch, data, train\n{lines}\ntrain.main()"
+    command = [sys.executable, "-c", script, *arguments]
     about = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, start_new_session=True, **about, **limits)
-    lines, deadline = Path("runs/run/metrics.jsonl"), time.time() + 120
-    while steps and not (lines.exists() and lines.read_text().count("\n") >= steps):
+    log, deadline = Path("runs/run/metrics.jsonl"), time.time() + 120
+    while steps and not (log.exists() and log.read_text().count("\n") >= steps):
         assert time.time() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
     return process
@@ -567,14 +570,27 @@ def youngest_child(process):
     return max(ids)
 
 
+SLOW = """
+def sample(views, i, real=data.Views.sample):
+    time.sleep(0.3)  # the process that trains waits for this one
+    if os.path.exists("signal"):
+        signum = int(open("signal").read())
+        os.unlink("signal")
+        os.killpg(0, signum)
+    return real(views, i)
+data.Views.sample = sample
+"""
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(signum):
     """As Ctrl-C in a terminal or the end of a job: it reaches the loader's process too."""
     flags = f"{TINY} --steps 999 --checkpoint-every 999 --name run".split()
-    process = begun(*flags)
+    process = begun(*flags, lines=SLOW)
     with pytest.raises(SystemExit, match="runs/run: another process is training there"):
-        train.main(flags)  # by a name that has no checkpoint yet
-    os.killpg(process.pid, signum)
+        train.main([*flags, "--steps", "3"])  # by a name that has no checkpoint yet
+    Path("number").write_text(str(int(signum)))
+    Path("number").rename("signal")
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "To go on: python train.py --resume runs/run" in out
     assert torch.load("runs/run/checkpoint.pt")["step"] == len(metrics("run")) >= 2
@@ -593,6 +609,19 @@ def test_a_loader_that_fails_is_one_sentence(fail, monkeypatch):
     with pytest.raises(SystemExit, match=said) as error:
         train.main([*SMALL, "--workers", "1"])
     assert "\n" not in str(error.value)
+
+
+def test_a_loader_that_hangs_ends_with_the_run(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    views = train.data.Views.__getitem__
+    hangs_at_3 = lambda v, i: time.sleep(600) if i == 3 else views(v, i)  # noqa: E731
+    monkeypatch.setattr(train.data.Views, "__getitem__", hangs_at_3)
+    stop_after(2, monkeypatch)
+    train.main([*SMALL, "--workers", "1"])
+    alive = [p for p in multiprocessing.active_children() if p.join(5) or p.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
@@ -657,9 +686,8 @@ def test_a_process_that_dies_at_the_worst_moment_loses_no_checkpoint(fault):
     flags = f"{TINY} --workers 0 --steps 6 --name".split()
     train.main([*flags, "whole"])
     lines, signum = FAULTS[fault]
-    head = f"import os, signal, sys\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})"
-    script = f"{head}\nimport torch, train\n{lines}\ntrain.main()"
-    process = subprocess.run([sys.executable, "-c", script, *flags, "run"], capture_output=True)
+    process = begun(*flags, "run", lines=lines, steps=0)
+    process.communicate(timeout=60)
     assert process.returncode == -signum
     step = torch.load("runs/run/checkpoint.pt")["step"]
     assert step == {signal.SIGKILL: 2, signal.SIGINT: 4}[signum]
@@ -1012,6 +1040,28 @@ def test_dropout_differs_by_process_in_new_and_in_resumed_runs(unfinished, monke
         train.Run.load(Path("x"))
         drawn.append(float(torch.rand(1)))
     assert len(set(drawn)) == 4
+
+
+def test_torchrun_goes_on_with_the_run_that_it_restarts_alone(unfinished, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    before = lambda *flags: train.folder_before_restart(train.parse_settings(flags))  # noqa: E731
+    assert before() is None
+    shutil.copytree(unfinished, "runs/demo-1")
+    assert before() == before("--name", "demo-1") == Path("runs/demo-1")
+    Path("runs/demo-2").mkdir()  # died before its first checkpoint
+    Path("runs/demo-2/metrics.jsonl").write_text("")
+    assert before() is before("--name", "demo-2") is None
+
+
+def test_weights_to_start_from_may_go_once_they_are_read(monkeypatch):
+    state = M.load_vit("dinov2_vits14", "random").state_dict()
+    save_file(state, "start.safetensors", {"step": "7"})
+    step = train.Run.train_step
+    remove = lambda *a: Path("start.safetensors").unlink() or step(*a)  # noqa: E731
+    monkeypatch.setattr(train.Run, "train_step", remove)
+    train.main([*PRETRAIN, "--start", "start.safetensors", "--steps", "1"])
+    with safe_open("runs/pretrain-1/teacher.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["start"]) == {"step": "7"}
 
 
 @pytest.mark.parametrize("of", [
