@@ -117,7 +117,7 @@ def test_one_process_goes_on_with_the_samples_that_two_had_not_seen(monkeypatch)
     process = start(TORCHRUN, *STAGES["distill"].split(), "--steps", "40", "--name", "run")
     wait_for_steps(process, "run", 3)
     os.kill(youngest_child(process), signal.SIGTERM)  # both stop after the same step
-    process.communicate(timeout=120)
+    process.communicate(timeout=40)
     saved = torch.load("runs/run/checkpoint.pt", weights_only=True)
     step = saved["step"]
     assert 3 <= step < 40 and saved["samples"] == 2 * step and len(metrics("run")) == step

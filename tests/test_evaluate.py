@@ -872,6 +872,9 @@ def test_ade20k(tmp_path):
     train_, test, names = data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))
     assert test[0]["classes"][0, ::16].tolist() == [-1, 0, 149, 6]
     assert len(names) == 150 and len(train_) == 1
+    grey(tmp_path / "annotations/training/a.png", stripes([0, 1, 151, 7]))
+    with pytest.raises(ValueError, match="training/a.png: class 151, where there are 150"):
+        train_[0]
     (tmp_path / "annotations/validation/a.png").unlink()
     with pytest.raises(ValueError, match="annotations/validation/a.png: no such file"):
         data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))

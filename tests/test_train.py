@@ -997,6 +997,7 @@ OTHERS = [  # a place in a checkpoint, and what it cannot hold
     (("frozen",), 1),
     (("cuda_rng",), None), (("optimizer", "state", 0, MOMENT), torch.zeros(2)),
     (("optimizer", "param_groups", 0, "lr"), "x"), (("written",), 5),
+    (("written",), 0), (("settings", "more"), 1),
     (("model", MODEL), torch.zeros(32, dtype=torch.int8)), (("model", MODEL), "x"),
     *((("settings", key), value) for key in ("stage", "preset", "lr", "teacher")
       for value in ("x", None, -1, [])), (("settings", "lr"), math.nan),
@@ -1033,13 +1034,13 @@ def test_a_checkpoint_of_other_things_is_one_sentence(place, value, unfinished):
 def test_dropout_differs_by_process_in_new_and_in_resumed_runs(unfinished, monkeypatch):
     shutil.copytree(unfinished, "x")
     drawn = []
-    for rank in (0, 1):
-        monkeypatch.setattr(train, "rank_and_count", lambda: (rank, 2))  # noqa: B023
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(train, "rank_and_count", lambda: (rank, 3))  # noqa: B023
         train.Run.new(train.parse_settings(SMALL))
         drawn.append(float(torch.rand(1)))
         train.Run.load(Path("x"))
         drawn.append(float(torch.rand(1)))
-    assert len(set(drawn)) == 4
+    assert len(set(drawn)) == 6
 
 
 def test_torchrun_goes_on_with_the_run_that_it_restarts_alone(unfinished, monkeypatch):
