@@ -572,6 +572,10 @@ MODELS = {  # COLMAP's camera models in the order of their ids, and their parame
 }
 
 
+# Of pictures, whatever their names are: PIL would run Ghostscript on PostScript
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "PPM")
+
+
 class BadFile(ValueError):
     """One sentence that names a file and what is wrong with it."""
 
@@ -591,7 +595,8 @@ def naming(path, what):
     except Exception as error:
         # Numpy's and torch's next sentences explain how to run pickled code
         text = " ".join(str(error).split()).partition(". ")[0][:200]
-        reason = getattr(error, "strerror", None) or text or type(error).__name__
+        known = (getattr(e, "strerror", None) for e in (error, error.__context__))  # torch wraps it
+        reason = next(filter(None, known), text or type(error).__name__)
         reason = f"no {reason}" if isinstance(error, KeyError) else reason
         raise BadFile(f"{path}: {what} ({reason})") from None
 
@@ -706,7 +711,7 @@ def open_picture(path, what, listed_in, packed=None):
             if array.dtype.kind not in "biuf":
                 raise ValueError(f"it holds {array.dtype}")
             return array.astype(np.float32)
-        picture = Image.open(path if packed is None else io.BytesIO(bytes(packed)))
+        picture = Image.open(path if packed is None else io.BytesIO(bytes(packed)), formats=FORMATS)
         picture.load()
         return picture.convert("L") if picture.mode == "1" else picture
 
@@ -1227,7 +1232,7 @@ def list_chunk(scene):
 @functools.lru_cache(8)
 def load_chunk(path):
     with naming(path, "not RealEstate10K's file of scenes"):
-        scenes = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        scenes = torch.load(unpacked(path), map_location="cpu", weights_only=True, mmap=True)
         return {scene["key"]: scene for scene in scenes}
 
 
@@ -1971,21 +1976,23 @@ def listed_depth(path, name, below, finish):
 
 
 def main(arguments=None):
+    from train import plain_messages  # which imports this file
+
     parser = argparse.ArgumentParser(description="How fast a capture loads, for train.py --workers")
     parser.add_argument("folder", nargs="?", help="the capture; default: procedural rooms")
     for name, default in (("height", 224), ("width", 224), ("workers", 4), ("samples", 100)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     a = parser.parse_args(arguments)
-    if min(a.height, a.width, a.samples) < 1 or a.workers < 0:
-        raise SystemExit("--height, --width and --samples must be at least 1, --workers 0")
-    try:
+    if min(a.height, a.width, a.samples) < 1 or max(a.height, a.width) > 4096:
+        raise SystemExit("--height and --width must be 1 to 4096, --samples at least 1")
+    if not 0 <= a.workers <= 256:
+        raise SystemExit("--workers must be 0 to 256")
+    with plain_messages():
         scenes = open_scenes(a.folder) if a.folder else Rooms("train")
         views = Views(scenes, a.height, a.width, length=a.samples)
         started, images = time.monotonic(), 0
         for sample in torch.utils.data.DataLoader(views, batch_size=None, num_workers=a.workers):
             images += len(sample["context"]["images"]) + 1
-    except ValueError as error:
-        raise SystemExit(sentence_of(error)) from None
     rate = images / (time.monotonic() - started)
     print(f"{rate:.1f} images of {a.height} x {a.width} a second by {a.workers} processes")
 

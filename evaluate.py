@@ -43,9 +43,9 @@ from reconstruct import (
     reconstruction,
 )  # fmt: skip
 from train import (
-    POSITIVE, RANDOM, TEACHERS, VIEWS, Setting, add_settings, banner, changed, check_settings,
-    depth_colours, free_folder, load_teacher, many_processes, pca_pictures, plain_messages,
-    rank_and_count, replace_file, to_image, write_sheet,
+    POSITIVE, RANDOM, SIDE, TEACHERS, VIEWS, Setting, add_settings, banner, changed,
+    check_settings, depth_colours, free_folder, load_teacher, many_processes, pca_pictures,
+    plain_messages, rank_and_count, replace_file, to_image, write_sheet,
 )  # fmt: skip
 
 SCHEDULES = ("quarter", "half", "linear")  # Probe3D's; DINOv2's for depth and for segmentation
@@ -972,8 +972,8 @@ def settings_of(task, given):
 def check(task, settings):
     """SystemExit for settings that do not go together."""
     row, size, given = TASKS[task], settings.image_size or (), vars(settings).get
-    if any(side < 1 or side % row.multiple for side in size):
-        wanted = f"multiples of {row.multiple}" if row.multiple > 1 else "more than 0"
+    if any(not 1 <= side <= SIDE or side % row.multiple for side in size):
+        wanted = f"1 to {SIDE}" + (f", multiples of {row.multiple}" if row.multiple > 1 else "")
         raise SystemExit(f"--image-size must be {wanted}, not {size[0]} {size[1]}")
     if task == "fields" and min(settings.steps) < 1:
         raise SystemExit(f"--steps must be at least 1, not {min(settings.steps)}")

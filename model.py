@@ -805,6 +805,8 @@ def read_state(path):
         state = state.get("state_dict", state)  # Lightning's wrapping
         if not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
             raise TypeError
+        if any(v.nbytes > v.untyped_storage().nbytes() for v in state.values()):
+            raise ValueError("a tensor repeats what the file holds once")
         return state
 
 
@@ -852,7 +854,7 @@ def _public_weights(name):
         cached.unlink(missing_ok=True)  # what a proxy or a broken line left
         why = f"{name}'s weights are not in torch hub's cache ({cached}), nor to be downloaded"
         what = f"fetch {url} on another machine and put it there, or pass the file as the weights"
-        error = str(error).partition("\n")[0]
+        error = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with advice
         raise WeightsNotFound(f"{why} ({error}): {what}") from None
     finally:
         socket.setdefaulttimeout(timeout)

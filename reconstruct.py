@@ -1443,7 +1443,7 @@ def draw(field, views, folder, poses, warning):
 
 def parse_settings(arguments=None):
     """The command line as {setting: value}."""
-    from train import TEACHERS, VIEWS, Setting, add_settings, check_settings
+    from train import SIDE, TEACHERS, VIEWS, Setting, add_settings, check_settings
 
     rows = {
         "features": Setting("dinov2_vits14", "dinov2_vits14", f"{TEACHERS}, or a file of one"),
@@ -1455,8 +1455,9 @@ def parse_settings(arguments=None):
         "voxel": Setting(0.0, 0.0, "side of the voxels of voxels.npz, in the cameras' unit", 0),
         "render": Setting(None, None, "transforms.json of cameras to draw"),
         "split": VIEWS["split"], "name": VIEWS["name"],
-        "height": Setting(0, 0, "of the images, pixels; default: near 224 x 224 in their shape", 0),
-        "width": Setting(0, 0, "likewise", 0),
+        "height": Setting(0, 0, "of the images, pixels; default: near 224 x 224 in their shape", 0,
+                          SIDE),
+        "width": Setting(0, 0, "likewise", 0, SIDE),
     }  # fmt: skip
     description = "A capture as Gaussians that carry features: scene.ply, points.npz and pictures."
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)

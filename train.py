@@ -205,6 +205,9 @@ def check_settings(rows, values):
             least = "more than 0" if row.low == POSITIVE else f"at least {row.low}"
             bound = f"at most {row.high}" if value > row.high else least
             raise SystemExit(f"{flag(name)} must be {bound}, not {value}")
+        if name == "name" and value is not None and (Path(value).name != value or value == ".."):
+            what = "a folder's in runs/, without / or dots alone"
+            raise SystemExit(f"--name is {what}, not {value!r}")
 
 
 def parse_settings(arguments=None):
@@ -254,8 +257,6 @@ def check(settings):
         if value < least or value % unit:
             multiple = f"a multiple of {unit}, " if unit > 1 else ""
             raise SystemExit(f"{flag(name)} must be {multiple}at least {least}, not {value}")
-    if (name := settings["name"]) is not None and (Path(name).name != name or name == ".."):
-        raise SystemExit(f"--name is a folder's in runs/, without / or dots alone, not {name!r}")
     if stage != "pretrain" and not settings["far"] > settings["near"]:
         raise SystemExit("--far must be more than --near")
     if stage == "pretrain" and settings["least_scale"] > settings["most_scale"]:
@@ -620,9 +621,11 @@ def folder_before_restart(settings):
     newest of its kind, if it has a checkpoint; else None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return None
-    name = settings["name"] or f"{kind_of(settings)}-*"
-    found = list(Path("runs").glob(f"{name}/checkpoint.pt"))
-    return max(found, key=os.path.getmtime).parent if found else None
+    logs = [Path("runs", settings["name"] or "", "metrics.jsonl")]
+    if not settings["name"]:  # a run without a checkpoint has this file too
+        logs += Path("runs").glob(f"{kind_of(settings)}-*/metrics.jsonl")
+    folder = max(filter(Path.exists, logs), key=os.path.getmtime, default=logs[0]).parent
+    return folder if (folder / "checkpoint.pt").exists() else None
 
 
 def any_process(value):
@@ -740,6 +743,9 @@ class Run:
         self.started, self.asked_to_stop = time.monotonic(), False
         self.measured = {}  # by the last preview
         self.added, self.saved = 0, None  # batches of this step; step of checkpoint.pt
+        start, self.origin = str(settings.get("start")), {}
+        if start.endswith(".safetensors"):  # how those weights were made: read while they exist
+            self.origin = {"start": json.dumps(read_metadata(start))}
 
     @classmethod
     def new(cls, settings):
@@ -827,11 +833,9 @@ class Run:
             "processes": str(self.processes), "hours": f"{seconds / 3600:.2f}",
             "measured": json.dumps(self.measured),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        }  # fmt: skip
+        } | self.origin  # fmt: skip
         if self.stage.warning:
             metadata["warning"] = self.stage.warning
-        if str(settings.get("start")).endswith(".safetensors"):  # how those weights were made
-            metadata["start"] = json.dumps(read_metadata(settings["start"]))
         weights = {k: v.cpu().contiguous() for k, v in weights.items()}
         newest, older = self.folder / "checkpoint.pt", settings["keep"] - 1
         if older and self.saved not in (None, self.step):

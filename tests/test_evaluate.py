@@ -4,6 +4,7 @@ in miniature, and the command line on a tiny transformer."""
 import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -396,6 +397,18 @@ def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(SystemExit, match="take 0.0 GiB, and 0.0 are free; --cache FOLDER takes"):
         evaluate(f"--task depth {QUICK['depth']} {TEACHER}")
+
+
+def test_a_disk_too_full_for_results_is_one_sentence(monkeypatch):
+    def fsync(file):
+        if os.readlink(f"/proc/self/fd/{file}").endswith("results.json.tmp"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = Path("runs/evaluation/correspondence-1")
+    with pytest.raises(SystemExit, match=f"^{folder}/results.json: cannot be written .No space"):
+        evaluate(f"--task correspondence {QUICK['correspondence']} {TEACHER}")
+    assert not list(folder.glob("results*"))
 
 
 def test_what_is_kept_goes_at_the_end(tmp_path):
@@ -859,6 +872,9 @@ def test_ade20k(tmp_path):
     train_, test, names = data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))
     assert test[0]["classes"][0, ::16].tolist() == [-1, 0, 149, 6]
     assert len(names) == 150 and len(train_) == 1
+    grey(tmp_path / "annotations/training/a.png", stripes([0, 1, 151, 7]))
+    with pytest.raises(ValueError, match="training/a.png: class 151, where there are 150"):
+        train_[0]
     (tmp_path / "annotations/validation/a.png").unlink()
     with pytest.raises(ValueError, match="annotations/validation/a.png: no such file"):
         data.labelled("segmentation", str(tmp_path), data.Framing((48, 64)))
@@ -1200,12 +1216,13 @@ SMALL = "--image-size must be at least 14, a patch of dinov2_vits14, not 13 56"
 @pytest.mark.parametrize(
     "flags,message",
     [
-        ("correspondence --image-size 57 56", "--image-size must be multiples of 4, not 57 56"),
-        ("depth --image-size 0 56", "--image-size must be more than 0, not 0 56"),
+        ("correspondence --image-size 57 56", "must be 1 to 4096, multiples of 4, not 57 56"),
+        ("depth --image-size 0 56", "--image-size must be 1 to 4096, not 0 56"),
+        ("depth --image-size 56 1000000", "--image-size must be 1 to 4096, not 56 1000000"),
         (f"depth --image-size 13 56 {TEACHER}", SMALL),
         ("depth --layers 1 1", "--layers names a block twice"),
         (f"depth {TEACHER} --concat", "there is only"),
-        ("reconstruction --image-size 40 56", "--image-size must be multiples of 16"),
+        ("reconstruction --image-size 40 56", "--image-size must be 1 to 4096, multiples of 16"),
         ("depth --epochs 0", "--epochs cannot be 0"),
         ("depth --lr nan", "--lr must be more than 0, not nan"),
         ("depth --weights x x", "--weights names a file twice"),

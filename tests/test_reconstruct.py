@@ -425,10 +425,10 @@ def test_ply_holds_the_gaussians(tmp_path):
     covars = axes @ torch.diag_embed(scales**2) @ axes.mT
     torch.testing.assert_close(covars, gaussians.covars[0, kept], rtol=1e-3, atol=1e-3)
     two = R.Gaussians(*(t.expand(2, *t.shape[1:]) for t in gaussians))
-    flat, nan = R.Gaussians(*(t[0] for t in gaussians)), gaussians.covars * torch.nan
+    flat, nan = R.Gaussians(*(t[0, :1] for t in gaussians)), gaussians.covars * torch.nan
     for wrong, message in (
         (two, r"holds one scene, means \[1, N, 3\], not \[2, 40, 3\]"),
-        (flat, r"holds one scene, .* not \[40, 3\]"),
+        (flat, r"holds one scene, .* not \[1, 3\]"),
         (gaussians._replace(covars=nan), "the Gaussians are NaN or infinite"),
     ):
         with pytest.raises(ValueError, match=f"wrong.ply: .*{message}"):
@@ -941,6 +941,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     ("plain --geometry none.pth", "none.pth: no such file"),
     ("plain --height 50", "multiples of 16 pixels high and wide"),
     ("plain --voxel -1", "--voxel must be at least 0"),
+    ("plain --height 1000000", "--height must be at most 4096, not 1000000"),
+    ("plain --name ../x", "--name is a folder's in runs/, .* not '../x'"),
 ])  # fmt: skip
 def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, said):
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import json
 import math
+import multiprocessing
 import os
 import resource
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import model as M
 import train
@@ -68,6 +69,7 @@ def test_a_run_writes_what_it_says(capsys):
     names = {p.name for p in folder.iterdir()}
     assert names == {"student.safetensors", "checkpoint.pt", "metrics.jsonl", ".lock",
                      "preview_000000.png", "preview_000004.png", "preview_000006.png"}  # fmt: skip
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # all can be read by others
     assert [m["step"] for m in metrics("demo-1")] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(m["loss"]) and m["above_entropy"] > -1e-6 for m in metrics("demo-1"))
     student = M.load_vit("dinov2_vits14", folder / "student.safetensors")
@@ -266,8 +268,8 @@ def test_resumed_run_is_the_run_that_never_stopped(monkeypatch, capsys):
     assert len(metrics("parts")) == 3
     go_on()
     # As after a crash: lines beyond the checkpoint, one cut short
-    with open("runs/parts/metrics.jsonl", "a") as log:
-        log.write('{"step": 4, "loss": 99}\n{"step": 5, "lo')
+    with open("runs/parts/metrics.jsonl", "ab") as log:
+        log.write(b'{"step": 4, "loss": 99}\n{"step": 5, \xff')
     train.main(["--resume", "runs/parts"])
     assert metrics("parts") == metrics("whole")  # to the last bit: JSON keeps all digits
     whole, parts = (load_file(f"runs/{name}/student.safetensors") for name in ("whole", "parts"))
@@ -312,6 +314,15 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="checkpoint.pt: cannot be written .disk full"):
         train.replace_file(path, fails)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_flushed_to_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, os.replace
+    name_of = lambda file: os.path.basename(os.readlink(f"/proc/self/fd/{file}"))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(name_of(file)) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *a: calls.append("renamed") or rename(*a))
+    train.replace_file(tmp_path / "file", lambda path: path.write_text("whole"))
+    assert calls == ["file.tmp", "renamed"] and (tmp_path / "file").read_text() == "whole"
 
 
 def no_network(monkeypatch):
@@ -538,13 +549,15 @@ def test_a_run_that_sees_only_holes_ends_and_says_so(tmp_path, capsys):
 TINY = "--teacher vit_tiny14 --height 56 --width 56 --steps 30 --checkpoint-every 2"
 
 
-def begun(*arguments, steps=2, **limits):
+def begun(*arguments, steps=2, lines="", **limits):
     """A real process that trains runs/run with a process that loads data, after some steps."""
-    command = [sys.executable, str(Path(train.__file__)), *arguments]
+    head = f"import os, signal, sys, time\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})"
+    script = f"{head}\nimport torch, data, train\n{lines}\ntrain.main()"
+    command = [sys.executable, "-c", script, *arguments]
     about = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, start_new_session=True, **about, **limits)
-    lines, deadline = Path("runs/run/metrics.jsonl"), time.time() + 120
-    while steps and not (lines.exists() and lines.read_text().count("\n") >= steps):
+    log, deadline = Path("runs/run/metrics.jsonl"), time.time() + 120
+    while steps and not (log.exists() and log.read_text().count("\n") >= steps):
         assert time.time() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
     return process
@@ -557,14 +570,76 @@ def youngest_child(process):
     return max(ids)
 
 
+SLOW = """
+def sample(views, i, real=data.Views.sample):
+    time.sleep(0.3)  # the process that trains waits for this one
+    if os.path.exists("signal"):
+        signum = int(open("signal").read())
+        os.unlink("signal")
+        os.killpg(0, signum)
+    return real(views, i)
+data.Views.sample = sample
+"""
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_ends_the_run_after_its_step(signum):
     """As Ctrl-C in a terminal or the end of a job: it reaches the loader's process too."""
-    process = begun(*TINY.split(), "--name", "run")
-    os.killpg(process.pid, signum)
+    flags = f"{TINY} --steps 999 --checkpoint-every 999 --name run".split()
+    process = begun(*flags, lines=SLOW)
+    with pytest.raises(SystemExit, match="runs/run: another process is training there"):
+        train.main([*flags, "--steps", "3"])  # by a name that has no checkpoint yet
+    Path("number").write_text(str(int(signum)))
+    Path("number").rename("signal")
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "To go on: python train.py --resume runs/run" in out
     assert torch.load("runs/run/checkpoint.pt")["step"] == len(metrics("run")) >= 2
+
+
+def no_shared_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space (28)")
+
+
+@pytest.mark.parametrize("fail", [lambda: os._exit(1), no_shared_memory])
+def test_a_loader_that_fails_is_one_sentence(fail, monkeypatch):
+    views = train.data.Views.__getitem__
+    fails_at_2 = lambda v, i: fail() if i == 2 else views(v, i)  # noqa: E731
+    monkeypatch.setattr(train.data.Views, "__getitem__", fails_at_2)
+    said = "^a process that loads data was killed.*/dev/shm"
+    with pytest.raises(SystemExit, match=said) as error:
+        train.main([*SMALL, "--workers", "1"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_loader_that_hangs_ends_with_the_run(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    views = train.data.Views.__getitem__
+    hangs_at_3 = lambda v, i: time.sleep(600) if i == 3 else views(v, i)  # noqa: E731
+    monkeypatch.setattr(train.data.Views, "__getitem__", hangs_at_3)
+    stop_after(2, monkeypatch)
+    train.main([*SMALL, "--workers", "1"])
+    alive = [p for p in multiprocessing.active_children() if p.join(5) or p.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
+    train.main([*SMALL, "--name", "whole"])
+    real = train.Distill.step
+
+    def step(stage, model, batch, number, descend):
+        if number == 3:
+            batch["target"]["images"] *= torch.nan
+        return real(stage, model, batch, number, descend)
+
+    monkeypatch.setattr(train.Distill, "step", step)
+    with pytest.raises(SystemExit, match="^runs/x: the loss of step 3 is nan$"):
+        train.main([*SMALL, "--name", "x", "--checkpoint-every", "2"])
+    assert torch.load("runs/x/checkpoint.pt")["step"] == 2
+    monkeypatch.setattr(train.Distill, "step", real)
+    train.main(["--resume", "runs/x"])
+    assert metrics("x") == metrics("whole")
 
 
 def test_after_a_kill_of_the_loader_or_of_all_a_resumed_run_is_the_same():
@@ -611,9 +686,8 @@ def test_a_process_that_dies_at_the_worst_moment_loses_no_checkpoint(fault):
     flags = f"{TINY} --workers 0 --steps 6 --name".split()
     train.main([*flags, "whole"])
     lines, signum = FAULTS[fault]
-    head = f"import os, signal, sys\nsys.path.insert(0, {str(Path(train.__file__).parent)!r})"
-    script = f"{head}\nimport torch, train\n{lines}\ntrain.main()"
-    process = subprocess.run([sys.executable, "-c", script, *flags, "run"], capture_output=True)
+    process = begun(*flags, "run", lines=lines, steps=0)
+    process.communicate(timeout=60)
     assert process.returncode == -signum
     step = torch.load("runs/run/checkpoint.pt")["step"]
     assert step == {signal.SIGKILL: 2, signal.SIGINT: 4}[signum]
@@ -635,7 +709,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files():
     process = begun("--resume", "runs/run", preexec_fn=few_bytes, steps=0)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in out
-    assert out.splitlines()[-1].startswith("runs/run/checkpoint.pt: cannot be written (")
+    assert out.splitlines()[-1] == "runs/run/checkpoint.pt: cannot be written (File too large)"
     after = {path.name: path.read_bytes() for path in Path("runs/run").iterdir()}
     assert after.keys() == before.keys() and len(metrics("run")) in (step + 1, step + 2)
     same = [name for name in before if name != "metrics.jsonl"]
@@ -785,6 +859,7 @@ def test_a_file_where_the_folder_belongs_is_named():
         (["--split", "scenes.txt"], "--split is not read without --data: it lists the scenes of"),
         (["--name", "../x"], "--name is a folder's in runs/, .* not '../x'"),
         (["--name", ".."], "--name is a folder's in runs/"),
+        (["--name", "x" * 300], "^runs/x*: File name too long"),
         (["--resume", ""], "checkpoint.pt: not a checkpoint"),
         (["--resume", "nowhere"], "nowhere/checkpoint.pt: not a checkpoint .*No such file"),
         (["--resume", "runs/x", "--steps", "3"], "no other flag goes with it"),
@@ -922,6 +997,7 @@ OTHERS = [  # a place in a checkpoint, and what it cannot hold
     (("frozen",), 1),
     (("cuda_rng",), None), (("optimizer", "state", 0, MOMENT), torch.zeros(2)),
     (("optimizer", "param_groups", 0, "lr"), "x"), (("written",), 5),
+    (("written",), 0), (("settings", "more"), 1),
     (("model", MODEL), torch.zeros(32, dtype=torch.int8)), (("model", MODEL), "x"),
     *((("settings", key), value) for key in ("stage", "preset", "lr", "teacher")
       for value in ("x", None, -1, [])), (("settings", "lr"), math.nan),
@@ -953,6 +1029,40 @@ def test_a_checkpoint_of_other_things_is_one_sentence(place, value, unfinished):
     with pytest.raises(SystemExit, match="^x/checkpoint.pt: not ") as error:
         train.main(["--resume", "x"])
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_dropout_differs_by_process_in_new_and_in_resumed_runs(unfinished, monkeypatch):
+    shutil.copytree(unfinished, "x")
+    new, resumed = [], []
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(train, "rank_and_count", lambda: (rank, 3))  # noqa: B023
+        train.Run.new(train.parse_settings(SMALL))
+        new.append(float(torch.rand(1)))
+        train.Run.load(Path("x"))
+        resumed.append(float(torch.rand(1)))
+    assert len(set(new)) == len(set(resumed)) == 3
+
+
+def test_torchrun_goes_on_with_the_run_that_it_restarts_alone(unfinished, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    before = lambda *flags: train.folder_before_restart(train.parse_settings(flags))  # noqa: E731
+    assert before() is None
+    shutil.copytree(unfinished, "runs/demo-1")
+    assert before() == before("--name", "demo-1") == Path("runs/demo-1")
+    Path("runs/demo-2").mkdir()  # died before its first checkpoint
+    Path("runs/demo-2/metrics.jsonl").write_text("")
+    assert before() is before("--name", "demo-2") is None
+
+
+def test_weights_to_start_from_may_go_once_they_are_read(monkeypatch):
+    state = M.load_vit("dinov2_vits14", "random").state_dict()
+    save_file(state, "start.safetensors", {"step": "7"})
+    step = train.Run.train_step
+    remove = lambda *a: Path("start.safetensors").unlink() or step(*a)  # noqa: E731
+    monkeypatch.setattr(train.Run, "train_step", remove)
+    train.main([*PRETRAIN, "--start", "start.safetensors", "--steps", "1"])
+    with safe_open("runs/pretrain-1/teacher.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["start"]) == {"step": "7"}
 
 
 @pytest.mark.parametrize("of", [
