@@ -1351,6 +1351,8 @@ def voxels(field, side):
 def read_poses(path):
     """Cameras of a transforms.json, without its photos: extrinsics [P, 4, 4], Ks [P, 3, 3] and
     sizes [(width, height)]. Distortion is ignored. ValueError: not such a file."""
+    from train import SIDE
+
     with data.naming(path, "not poses in the layout of transforms.json"):
         capture = json.loads(Path(path).read_text())
         frames = [capture | frame for frame in capture["frames"]]
@@ -1364,6 +1366,8 @@ def read_poses(path):
             K[0, 0], K[1, 1], K[0, 2], K[1, 2] = map(float, data.pinhole(frame, *size))
         if not frames:
             raise ValueError("it has no frames")
+        if not all(1 <= side <= SIDE for size in sizes for side in size):
+            raise ValueError(f"w and h must be 1 to {SIDE}")
     return torch.from_numpy(extrinsics).float(), Ks, sizes
 
 

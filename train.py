@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import glob
 import itertools
 import json
 import math
@@ -621,11 +622,11 @@ def folder_before_restart(settings):
     newest of its kind, if it has a checkpoint; else None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
         return None
-    logs = [Path("runs", settings["name"] or "", "metrics.jsonl")]
-    if not settings["name"]:  # a run without a checkpoint has this file too
-        logs += Path("runs").glob(f"{kind_of(settings)}-*/metrics.jsonl")
-    folder = max(filter(Path.exists, logs), key=os.path.getmtime, default=logs[0]).parent
-    return folder if (folder / "checkpoint.pt").exists() else None
+    name = settings["name"]
+    folders = glob.escape(name) if name else f"{kind_of(settings)}-*"
+    logs = Path("runs").glob(f"{folders}/metrics.jsonl")  # a run without a checkpoint has it too
+    newest = max(logs, key=os.path.getmtime, default=None)
+    return newest.parent if newest and newest.with_name("checkpoint.pt").exists() else None
 
 
 def any_process(value):

@@ -936,6 +936,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     ("apart", "no two photos overlap"),
     ("plain --render broken.json", "broken.json: not poses in the layout of transforms.json"),
     ("plain --render turned.json", "turned.json: frame 0: not rigid"),
+    ("plain --render huge.json", "huge.json: not poses .*w and h must be 1 to 4096"),
     ("plain --render none.json", "none.json: no.* such file|none.json: .*No such file"),
     ("plain --features none.pth", "unknown model 'none.pth'"),
     ("plain --geometry none.pth", "none.pth: no such file"),
@@ -957,6 +958,7 @@ def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, flags, said):
     about["frames"][1]["transform_matrix"] = turned.tolist()
     (tmp_path / "apart" / "transforms.json").write_text(json.dumps(about))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "huge.json").write_text(json.dumps(about | {"w": 40000}))
     about["frames"][0]["transform_matrix"] = [[2.0, 0, 0, 0]] * 4
     (tmp_path / "turned.json").write_text(json.dumps(about))
     usual = [] if "--features" in flags else ["--features", "vit_tiny14"]
