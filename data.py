@@ -999,18 +999,25 @@ class PosedFolder:
         rises = len(numbers) == len(stems) and (np.diff(numbers) > 0).all()
         return numbers if rises else np.arange(len(stems))
 
-    def point_depths(self):
-        """For each shot the depths of COLMAP's points that it sees; None without such points."""
+    @functools.cached_property
+    def points(self):
+        """For each shot COLMAP's points that it sees, {id: [x, y, z]}; None without such points."""
         file = self.file.with_name(f"points3D{self.file.suffix}")
         if self.list_shots != list_colmap or not file.is_file():
             return None
-        seen = {shot.image_id: [] for shot in self.shots}
+        seen = {shot.image_id: {} for shot in self.shots}
         with naming(file, "not COLMAP's points"):
             for row in colmap_rows(file):
-                for image_id in row[8::2]:
-                    if int(image_id) in seen:
-                        seen[int(image_id)].append(row[1:4])
-            points = [np.array(xyz, np.float64).reshape(-1, 3) for xyz in seen.values()]
+                for image_id in map(int, row[8::2]):
+                    if image_id in seen:
+                        seen[image_id][int(row[0])] = [float(v) for v in row[1:4]]
+        return list(seen.values())
+
+    def point_depths(self):
+        """For each shot the depths of COLMAP's points that it sees; None without such points."""
+        if self.points is None:
+            return None
+        points = [np.array([*seen.values()]).reshape(-1, 3) for seen in self.points]
         return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, self.shots)]
 
     def frame(self, i, height, width):
@@ -1467,7 +1474,8 @@ BINS = (0, 15, 30, 60, 180)  # degrees of viewpoint change
 
 class Pairs(Samples):
     """Pairs of views from entries (scene, i, j): pairs[n] is two dicts as of `scene.frame`. Only
-    pairs count whose overlap is at least `least_overlap`."""
+    pairs count whose overlap is at least `least_overlap`. Where a scene has no depth, the first
+    has "points" [P, 3] too: COLMAP's points, in the world, that both photos see."""
 
     def __init__(self, entries, height, width, least_overlap=0.0):
         self.entries, self.size, self.least_overlap = entries, (height, width), least_overlap
@@ -1475,12 +1483,17 @@ class Pairs(Samples):
 
     def sample(self, n):
         scene, *frames = self.entries[n]
-        return tuple(scene.frame(i, *self.size) for i in frames)
+        views = tuple(scene.frame(i, *self.size) for i in frames)
+        if "depths" not in views[0]:
+            first, second = (scene.points[i] for i in frames)
+            shared = [xyz for key, xyz in first.items() if key in second]
+            views[0]["points"] = torch.tensor(shared).view(-1, 3)
+        return views
 
 
 def pairs(path, count, height, width, seed):
-    """At most `count` random `Pairs`: of ScanNet-1500 (a folder with test.npz) its own; of RGB-D
-    captures any two frames, with a least overlap of 0.3; of rooms (no path) the same number from
+    """At most `count` random `Pairs`: of ScanNet-1500 (a folder with test.npz) its own; of captures
+    any two frames, with a least overlap of 0.3 where they have depth; of rooms (no path) the same number from
     each of BINS, all overlapping by 0.3."""
     rng, found, least = np.random.default_rng(seed), [], 0.0
     if path is None:
@@ -1492,7 +1505,7 @@ def pairs(path, count, height, width, seed):
     elif has_any(path, "test.npz", "intrinsics.npz"):
         found = scannet_pairs(Path(path))
     else:
-        scenes, least = scenes_with_depth(path), 0.3
+        scenes, least = scenes_with_depth(path, or_points=True), 0.3
         # Number all pairs of all scenes, and choose among the numbers
         starts = np.cumsum([0, *(len(scene) * (len(scene) - 1) // 2 for scene in scenes)])
         chosen = np.sort(rng.choice(starts[-1], min(count, starts[-1]), replace=False))
@@ -1854,11 +1867,12 @@ def hold_out(items, n):
     return [item for k, item in enumerate(items, 1) if k % n], items[n - 1 :: n]
 
 
-def scenes_with_depth(path):
+def scenes_with_depth(path, or_points=False):
     scenes = open_scenes(path)
     for scene in scenes:
-        if not scene.has_depth:
-            raise BadFile(f"{scene.file}: no depth maps")
+        if not (scene.has_depth or or_points and scene.points):
+            what = "no depth maps" + " and no points of COLMAP" * or_points
+            raise BadFile(f"{scene.file}: {what}")
     return scenes
 
 

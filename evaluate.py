@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -190,7 +191,7 @@ def project(points, K):  # [P, 3] in a camera's axes -> pixels [P, 2]
     return projected[:, :2] / projected[:, 2:].clamp(min=1e-9)
 
 
-def match(feats, depths, Ks, Rt, num_matches):
+def match(feats, depths, Ks, Rt, num_matches, points=None):
     """Probe3D's matches (github.com/mbanani/probe3d): errors [M], pixels [M, 2] in view 0 and 1.
 
     Of two views: feats [C, h, w], depths [H, W], 0 = none, and Ks [3, 3]; Rt [3, 4] or [4, 4] from
@@ -198,23 +199,37 @@ def match(feats, depths, Ks, Rt, num_matches):
     matches its nearest neighbour in view 1; the ratio test, 1 - d1 / d2 with cosine distances d,
     ranks the matches. The error is the distance from the match to view 0's point projected into
     view 1, in pixels of the depths. M is 0 where a view has fewer than two pixels with depth.
+    points: in camera 0's axes [P, 3], to match in place of view 0's pixels with depth.
     """
-    points, pixels, features = [], [], []
+    clouds, pixels, features = [], [], []
     for feat, depth, K in zip(feats, depths, Ks):
-        points.append(data.camera_points(depth, K)[depth > 0])  # [P, 3]
-        pixels.append(project(points[-1], K))  # [P, 2]
+        clouds.append(data.camera_points(depth, K)[depth > 0])  # [P, 3]
+        if points is not None and len(clouds) == 1:
+            clouds = [points]
+        pixels.append(project(clouds[-1], K))  # [P, 2]
         grid = 2 * pixels[-1] / depth.new_tensor(depth.shape[::-1]) - 1  # in -1..1
         sampled = F.grid_sample(feat[None].float(), grid[None, None], align_corners=False)
         features.append(F.normalize(sampled[0, :, 0].T, dim=-1))  # [P, C]
-    if min(map(len, points)) < 2:
+    if min(map(len, clouds)) < 2:
         return pixels[0][:0, 0], pixels[0][:0], pixels[1][:0]
     cosine, index = nearest_two(*features)
     distance = (1 - cosine).clamp(min=1e-9)
     ratio = 1 - distance[:, 0] / distance[:, 1]
     best = ratio.topk(min(num_matches, len(ratio))).indices
-    truth = project(points[0][best] @ Rt[:3, :3].T + Rt[:3, 3], Ks[1])
+    truth = project(clouds[0][best] @ Rt[:3, :3].T + Rt[:3, 3], Ks[1])
     start, end = pixels[0][best], pixels[1][index[best, 0]]
     return (truth - end).norm(dim=-1), start, end
+
+
+def shared_points(pair, Rt):
+    """COLMAP's points that both photos of a pair show, in the first camera's axes: [P, 3]."""
+    inverse = torch.linalg.inv(pair[0]["extrinsics"])
+    points = pair[0]["points"] @ inverse[:3, :3].T + inverse[:3, 3]
+    for view, move in zip(pair, (torch.eye(4), Rt)):
+        seen, (H, W) = points @ move[:3, :3].T + move[:3, 3], view["images"].shape[1:]
+        x, y = project(seen, view["Ks"]).T
+        points = points[(seen[:, 2] > 0) & (x >= 0) & (x < W) & (y >= 0) & (y < H)]
+    return points
 
 
 def correspondence(models, settings, folder):
@@ -233,27 +248,29 @@ def correspondence(models, settings, folder):
         items = counted(loaded(share), len(share), f"seed {seed}, pair")
         for pair, n in zip(items, share.indices):  # items first, to exhaust `counted`
             Rt = torch.linalg.inv(pair[1]["extrinsics"]) @ pair[0]["extrinsics"]
-            if pairs.least_overlap and data.overlap(*pair, Rt) < pairs.least_overlap:
+            points = shared_points(pair, Rt).to(DEVICE) if "points" in pair[0] else None
+            least = pairs.least_overlap if points is None else 0.0
+            if least and data.overlap(*pair, Rt) < least or points is not None and len(points) < 20:
                 rows.append(None)
                 continue
-            images, depths, Ks = (torch.stack([view[k] for view in pair])
-                                  for k in ("images", "depths", "Ks"))  # fmt: skip
+            images, Ks = (torch.stack([view[k] for view in pair]) for k in ("images", "Ks"))
+            anywhere = torch.ones_like(images[0, 0])  # a point's match may be any pixel
+            depths = torch.stack([view.get("depths", anywhere) for view in pair])
             Ks = Ks / torch.tensor([[4.0], [4.0], [1.0]])
             geometry = [t.to(DEVICE) for t in (depths[:, ::4, ::4], Ks, Rt)]
             row, panels = {}, {}
             for model in models:
                 views = extract(model, images, settings)[0].to(DEVICE), *geometry
-                errors = match(*views, settings.matches)[0]
+                errors = match(*views, settings.matches, points)[0]
                 row[model.name] = recall(errors, float(data.rotation_angle(Rt)))
                 if seed == settings.seed and n < 4:
-                    panels[model.name] = draw_matches(images, *match(*views, 30))
+                    panels[model.name] = draw_matches(images, *match(*views, 30, points))
             rows.append(row)
             if panels:
                 write_sheet(folder / f"matches_{n}.png", panels, warning_of(models))
         rows = gathered(rows)
         if not rows:
-            least = f"{pairs.least_overlap:.0%}"
-            raise ValueError(f"{settings.data}: no two of its frames show {least} of the same")
+            raise ValueError(f"{settings.data}: no two of its frames show enough of the same")
         for name in results:
             recalls = [row[name] for row in rows]
             results[name].append({k: mean(r[k] for r in recalls) for k in recalls[0]})
@@ -791,14 +808,23 @@ def cell(value, spread=None):
     return text if spread is None else f"{text} +- {spread:.4f}"
 
 
+def shortened(names):
+    """Names with "folder/" for "any/folder/student.safetensors" and "file" for
+    "any/file.safetensors"; as they are where that would make two of them the same."""
+    short = [re.sub(r"\S*?([^/\s]+/)student\.safetensors", r"\1", name) for name in names]
+    short = [re.sub(r"\S*/(\S+)\.\w+", r"\1", name) for name in short]
+    return short if len(set(short)) == len(set(names)) else list(names)
+
+
 def print_table(summary):
     """Print what `summarise` returns: a column per model, a line per metric but classes' IoU."""
     models, unknown = summary.values(), {"mean": None}
     keys = dict.fromkeys(k for row in models for k in row if not k.startswith("iou_"))
-    lines = [[k, *(cell(*row.get(k, unknown).values()) for row in models)] for k in keys]
-    widths = [max(map(len, column)) for column in zip(["", *summary], *lines)]
+    cells = ([cell(*row.get(k, unknown).values()) for row in models] for k in keys)
+    lines = [["", *shortened(summary)], *([k, *row] for k, row in zip(shortened(keys), cells))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     print()
-    for first, *rest in (["", *summary], *lines):
+    for first, *rest in lines:
         print(f"{first:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(rest, widths[1:])))
 
 

@@ -1151,6 +1151,7 @@ def test_colmaps_points_bound_the_depths(tmp_path):
         ratios += [d / baseline for k in (i, j) for d in depths[k] if d > 0]
     assert 0.8 * min(ratios) <= near <= min(ratios) and max(ratios) <= far <= 1.25 * max(ratios)
     (tmp_path / "a/sparse/0/points3D.bin").unlink()
+    views.scenes = open_scenes(tmp_path / "a")
     assert views.point_range() is None
 
 

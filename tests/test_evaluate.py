@@ -157,6 +157,71 @@ def test_the_task_hands_poses_and_sizes_on_rightly(monkeypatch):
     assert mean == pytest.approx(wrong["recall_10px"])  # as many pairs in each
 
 
+def colmap_room(root, size=112):
+    """Two photos of a room as COLMAP has them, without depth; points that both see, and points
+    elsewhere that it takes for the first photo's alone. Returns the room's two frames."""
+    room, i, j = data.room_pair(data.Rooms("val")[0], np.random.default_rng(0), (10, 30))
+    views = [room.frame(k, size, size) for k in (i, j)]
+    (root / "sparse/0").mkdir(parents=True)
+    (root / "images").mkdir()
+    images = ""
+    for k, view in enumerate(views, 1):
+        train.to_image(view["images"].permute(1, 2, 0)).save(root / f"images/{k}.png")
+        R, t = torch.linalg.inv(view["extrinsics"].double())[:3].split([3, 1], 1)
+        w = (1 + R.trace()).sqrt() / 2
+        turn = torch.stack([w, *(R.flatten()[[7, 2, 3]] - R.flatten()[[5, 6, 1]]) / (4 * w)])
+        images += " ".join(map(str, [k, *turn.tolist(), *t[:, 0].tolist(), k, f"{k}.png"])) + "\n\n"
+    K = [view["Ks"].flatten()[[0, 4, 2, 5]].tolist() for view in views]
+    cameras = "".join(f"{k + 1} PINHOLE {size} {size} {' '.join(map(str, K[k]))}\n" for k in (0, 1))
+    to_b = torch.linalg.inv(views[1]["extrinsics"]) @ views[0]["extrinsics"]
+    points = data.camera_points(views[0]["depths"], views[0]["Ks"])[::7, ::7].flatten(0, 1)
+    seen = points @ to_b[:3, :3].T + to_b[:3, 3]
+    pixels = E.project(seen, views[1]["Ks"])
+    x, y = pixels.long().clamp(0, size - 1).T
+    both = (seen[:, 2] - views[1]["depths"][y, x]).abs() < 0.02  # not hidden
+    both &= ((pixels >= 0) & (pixels < size)).all(1)
+    world = points @ views[0]["extrinsics"][:3, :3].T + views[0]["extrinsics"][:3, 3]
+    rows = [(xyz, "1 0 2 0") for xyz in world[both]] + [(xyz + 1, "1 0") for xyz in world]
+    cloud = "".join(f"{k} {' '.join(map(str, xyz.tolist()))} 9 8 7 0.5 {track}\n"
+                    for k, (xyz, track) in enumerate(rows))  # fmt: skip
+    for name, text in (("cameras", cameras), ("images", images), ("points3D", cloud)):
+        (root / f"sparse/0/{name}.txt").write_text(text)
+    return views, int(both.sum())
+
+
+def test_colmaps_points_are_matched_where_there_is_no_depth(tmp_path, monkeypatch):
+    """Features that are a code of the place find the points that both photos see, and no others
+    count; those of another place find few."""
+    views, count = colmap_room(tmp_path / "scan")
+    code, found = 2 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), []
+    features = []
+    for view in views:
+        points = data.camera_points(view["depths"], view["Ks"]) @ view["extrinsics"][:3, :3].T
+        angles = (points + view["extrinsics"][:3, 3]) @ code
+        features.append(torch.cat([angles.sin(), angles.cos()], -1).permute(2, 0, 1))
+    monkeypatch.setattr(E, "extract", lambda *_: (torch.stack(features), None))
+    match = E.match
+    monkeypatch.setattr(E, "match", lambda *a: found.append(len(match(*a)[0])) or match(*a))
+    model = [E.Model("place", [], None)]
+    settings = f"--task correspondence --data {tmp_path / 'scan'} --seeds 1 --image-size 112 112"
+    (row,) = E.correspondence(model, settings_of(settings), tmp_path)[0]["place"]
+    assert count > 60 and found[0] == count and row["recall_2px"] > 0.9
+    features[1] = features[1].flip(2)
+    (wrong,) = E.correspondence(model, settings_of(settings), tmp_path)[0]["place"]
+    assert wrong["recall_5px"] < 0.6
+    (tmp_path / "scan/sparse/0/points3D.txt").unlink()
+    with pytest.raises(ValueError, match="cameras.txt: no depth maps and no points of COLMAP"):
+        E.correspondence(model, settings_of(settings), tmp_path)
+
+
+def test_tables_have_short_names_unless_they_would_be_the_same():
+    run, other = "runs/demo-1/student.safetensors", "/a/runs/demo-2/student.safetensors"
+    names = ["weights/teacher.safetensors", run, f"{other} - {run}", "teacher dinov2_vits14"]
+    short = ["teacher", "demo-1/", "demo-2/ - demo-1/", "teacher dinov2_vits14"]
+    assert E.shortened(names) == short
+    assert E.shortened(["a/x.pth", "b/x.pth"]) == ["a/x.pth", "b/x.pth"]
+
+
 def test_overlap_is_of_pixels_with_depth():
     K, wall = torch.tensor([[10.0, 0, 5], [0, 10.0, 5], [0, 0, 1]]), torch.full((10, 10), 2.0)
     to_b = torch.eye(4)
@@ -172,7 +237,7 @@ def test_overlap_is_of_pixels_with_depth():
 def test_pairs_of_a_capture_that_share_nothing_do_not_count(tmp_path, monkeypatch):
     capture(tmp_path / "scan", frames=3)
     monkeypatch.setattr(data, "overlap", lambda a, b, Rt: 0.29)
-    with pytest.raises(SystemExit, match="scan: no two of its frames show 30% of the same"):
+    with pytest.raises(SystemExit, match="scan: no two of its frames show enough of the same"):
         evaluate(f"--task correspondence --data scan --image-size 28 56 --matches 20 {TEACHER}")
     # Nothing was measured: nothing is left
     assert not Path("runs/evaluation/correspondence-1").exists()
