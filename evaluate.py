@@ -334,9 +334,10 @@ def fields(models, settings, folder):
             field, seconds[way] = timed(reconstruct, given, geometry, vit)
             shown[way] = rendered(field, held)
         start = first._replace(features=torch.zeros_like(first.features))
+        geometry = settings.optimise_geometry
         for steps in settings.steps:
-            way = f"optimised, {steps} steps"
-            field, took = timed(optimise, start, context, vit, steps)
+            way = f"optimised{' with geometry' * geometry}, {steps} steps"
+            field, took = timed(optimise, start, context, vit, steps, geometry)
             shown[way], seconds[way] = rendered(field, held), seconds[FEED_FORWARD] + took
         for way, view in shown.items():
             row = {"seconds": seconds.get(way)} | field_errors(view, own, held)
@@ -962,6 +963,7 @@ def parse_settings(arguments=None):
     elif task == "fields":
         steps = "of the optimised fields; default: 100 1000"
         add("--steps", nargs="+", type=int, default=[100, 1000], help=steps)
+        add("--optimise-geometry", action="store_true", help="fit the Gaussians too, as FiT3D does")
     else:
         add("--weights", nargs="+", help="DINOv2 or DINOv3 files to compare, instead of a run's")
         add("--layers", nargs="+", type=int, help="the blocks to probe, from 0, side by side")

@@ -1414,6 +1414,10 @@ def test_the_table_of_fields(tmp_path, capsys):
     assert value("optimised, 2 steps", "cosine") != value("optimised, 5 steps", "cosine")
     assert Path("runs/evaluation/fields-1/scene_0.png").is_file()
     assert SHIPPED in capsys.readouterr().out
+    evaluate(f"--task fields {few} --optimise-geometry")
+    moved = results("runs", "fields-2")["summary"]
+    assert value("feed-forward", "psnr") == moved["feed-forward"]["psnr"]["mean"]
+    assert value("feed-forward", "psnr") != moved["optimised with geometry, 5 steps"]["psnr"]["mean"]
     for flags, said in (("--steps 0", "--steps must be at least 1"), ("--image-size 40 40", "32")):
         with pytest.raises(SystemExit, match=said):
             settings_of(f"--task fields {flags}")
