@@ -1493,8 +1493,8 @@ class Pairs(Samples):
 
 def pairs(path, count, height, width, seed):
     """At most `count` random `Pairs`: of ScanNet-1500 (a folder with test.npz) its own; of captures
-    any two frames, with a least overlap of 0.3 where they have depth; of rooms (no path) the same number from
-    each of BINS, all overlapping by 0.3."""
+    any two frames, with a least overlap of 0.3 where they have depth; of rooms (no path) the same
+    number from each of BINS, all overlapping by 0.3."""
     rng, found, least = np.random.default_rng(seed), [], 0.0
     if path is None:
         rooms = Rooms("probe")

@@ -16,7 +16,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import evaluate
-import kernels
 import model
 import reconstruct
 import train
