@@ -999,26 +999,34 @@ class PosedFolder:
         rises = len(numbers) == len(stems) and (np.diff(numbers) > 0).all()
         return numbers if rises else np.arange(len(stems))
 
-    @functools.cached_property
+    @property
+    def points_file(self):
+        """The file of COLMAP's points, if this is a reconstruction of COLMAP that has one."""
+        if self.list_shots == list_colmap:
+            file = self.file.with_name(f"points3D{self.file.suffix}")
+            return file if file.is_file() else None
+
+    @functools.lru_cache(2)  # scenes: all those of a large capture would fill the memory
     def points(self):
-        """For each shot COLMAP's points that it sees, {id: [x, y, z]}; None without such points."""
-        file = self.file.with_name(f"points3D{self.file.suffix}")
-        if self.list_shots != list_colmap or not file.is_file():
+        """For each shot COLMAP's points that it sees: their numbers in the file [P] int32, and
+        positions in the world [P, 3] float64. None without `points_file`."""
+        if (file := self.points_file) is None:
             return None
-        seen = {shot.image_id: {} for shot in self.shots}
+        seen = {shot.image_id: ([], []) for shot in self.shots}
         with naming(file, "not COLMAP's points"):
-            for row in colmap_rows(file):
-                for image_id in map(int, row[8::2]):
-                    if image_id in seen:
-                        seen[image_id][int(row[0])] = [float(v) for v in row[1:4]]
-        return list(seen.values())
+            for number, row in enumerate(colmap_rows(file)):
+                xyz = [float(v) for v in row[1:4]]
+                for image_id in {*map(int, row[8::2])} & seen.keys():
+                    seen[image_id][0].append(number)
+                    seen[image_id][1].append(xyz)
+            return [(np.array(numbers, np.int32), np.array(xyz, np.float64).reshape(-1, 3))
+                    for numbers, xyz in seen.values()]  # fmt: skip
 
     def point_depths(self):
         """For each shot the depths of COLMAP's points that it sees; None without such points."""
-        if self.points is None:
+        if (points := self.points()) is None:
             return None
-        points = [np.array([*seen.values()]).reshape(-1, 3) for seen in self.points]
-        return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for p, s in zip(points, self.shots)]
+        return [(p - s.pose[:3, 3]) @ s.pose[:3, 2] for (_, p), s in zip(points, self.shots)]
 
     def frame(self, i, height, width):
         """Frame i as the module's docstring says. Where it is not valid, depth is unknown."""
@@ -1485,9 +1493,8 @@ class Pairs(Samples):
         scene, *frames = self.entries[n]
         views = tuple(scene.frame(i, *self.size) for i in frames)
         if "depths" not in views[0]:
-            first, second = (scene.points[i] for i in frames)
-            shared = [xyz for key, xyz in first.items() if key in second]
-            views[0]["points"] = torch.tensor(shared).view(-1, 3)
+            (first, points), (second, _) = (scene.points()[i] for i in frames)
+            views[0]["points"] = torch.from_numpy(points[np.isin(first, second)]).float()
         return views
 
 
@@ -1870,7 +1877,7 @@ def hold_out(items, n):
 def scenes_with_depth(path, or_points=False):
     scenes = open_scenes(path)
     for scene in scenes:
-        if not (scene.has_depth or or_points and scene.points):
+        if not (scene.has_depth or or_points and scene.points_file):
             what = "no depth maps" + " and no points of COLMAP" * or_points
             raise BadFile(f"{scene.file}: {what}")
     return scenes

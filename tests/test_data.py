@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import resource
 import shutil
 import struct
@@ -1153,6 +1154,24 @@ def test_colmaps_points_bound_the_depths(tmp_path):
     (tmp_path / "a/sparse/0/points3D.bin").unlink()
     views.scenes = open_scenes(tmp_path / "a")
     assert views.point_range() is None
+
+
+def test_points_are_read_scene_by_scene_and_not_kept(tmp_path, monkeypatch):
+    """Of a folder of many captures the points of all would not fit in memory."""
+    for name in "abc":
+        colmap(tmp_path / name)
+    rows, read = data.colmap_rows, []
+    monkeypatch.setattr(data, "colmap_rows", lambda file: read.append(file.stem) or rows(file))
+    pairs = data.pairs(tmp_path, 100, 16, 16, 0)
+    assert len(pairs) == 3 * 6 and "points3D" not in read
+    size = len(pickle.dumps(pairs))
+    for n, (scene, i, j) in enumerate(pairs.entries):
+        numbers = [number for number, _, _ in COLMAP.values()]
+        shared = [xyz for xyz, track in POINTS if {numbers[i], numbers[j]} <= {*track}]
+        found = pairs[n][0]["points"]
+        assert found.dtype == torch.float32 and found.shape == (len(shared), 3)
+        assert found.flatten().tolist() == pytest.approx(np.array(shared).flatten(), abs=1e-6)
+    assert read.count("points3D") == 3 and len(pickle.dumps(pairs)) == size
 
 
 def cut(path, size):
