@@ -222,19 +222,23 @@ def match(feats, depths, Ks, Rt, num_matches, points=None):
 
 
 def shared_points(pair, Rt):
-    """COLMAP's points that both photos of a pair show, in the first camera's axes: [P, 3]."""
+    """COLMAP's points at valid pixels of both photos of a pair, in the first camera's axes:
+    [P, 3]."""
     inverse = torch.linalg.inv(pair[0]["extrinsics"])
     points = pair[0]["points"] @ inverse[:3, :3].T + inverse[:3, 3]
     for view, move in zip(pair, (torch.eye(4), Rt)):
         seen, (H, W) = points @ move[:3, :3].T + move[:3, 3], view["images"].shape[1:]
         x, y = project(seen, view["Ks"]).T
-        points = points[(seen[:, 2] > 0) & (x >= 0) & (x < W) & (y >= 0) & (y < H)]
+        inside = (seen[:, 2] > 0) & (x >= 0) & (x < W) & (y >= 0) & (y < H)
+        points, x, y = points[inside], x[inside].long(), y[inside].long()
+        points = points[view["valid"][y, x]]
     return points
 
 
 def correspondence(models, settings, folder):
     """{model: [mean `recall` of each seed's pairs]} and {model: [`recall` of each pair]}, in pixels
-    of the depths: a quarter of --image-size, as Probe3D's 120 x 160."""
+    of the depths: a quarter of --image-size, as Probe3D's 120 x 160. Pairs without depth need 20
+    points of COLMAP that both photos show."""
     seeds = range(settings.seed, settings.seed + settings.seeds)
     asked = settings.data, settings.pairs, *settings.image_size
     chosen = {seed: data.pairs(*asked, seed) for seed in seeds}
@@ -254,8 +258,9 @@ def correspondence(models, settings, folder):
                 rows.append(None)
                 continue
             images, Ks = (torch.stack([view[k] for view in pair]) for k in ("images", "Ks"))
-            anywhere = torch.ones_like(images[0, 0])  # a point's match may be any pixel
-            depths = torch.stack([view.get("depths", anywhere) for view in pair])
+            # Where depth is unknown a point's match may be any valid pixel
+            kind = "depths" if points is None else "valid"
+            depths = torch.stack([view[kind] for view in pair]).float()
             Ks = Ks / torch.tensor([[4.0], [4.0], [1.0]])
             geometry = [t.to(DEVICE) for t in (depths[:, ::4, ::4], Ks, Rt)]
             row, panels = {}, {}

@@ -214,6 +214,25 @@ def test_colmaps_points_are_matched_where_there_is_no_depth(tmp_path, monkeypatc
         E.correspondence(model, settings_of(settings), tmp_path)
 
 
+def test_masked_pixels_have_no_points_and_match_none(tmp_path, monkeypatch):
+    """All points that lie where a photo is not valid are left out, and so are its pixels."""
+    _, count = colmap_room(tmp_path / "scan")
+    (tmp_path / "scan/masks").mkdir()
+    valid = np.zeros((112, 112), np.uint8)
+    valid[:, 56:] = 255
+    Image.fromarray(valid).save(tmp_path / "scan/masks/2.png")
+    found, features = [], torch.randn(2, 8, 28, 28, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(E, "extract", lambda *_: (features, None))
+    match = E.match
+    monkeypatch.setattr(E, "match", lambda *a: found.append((a, match(*a))) or found[-1][1])
+    settings = f"--task correspondence --data {tmp_path / 'scan'} --seeds 1 --image-size 112 112"
+    E.correspondence([E.Model("noise", [], None)], settings_of(settings), tmp_path)
+    (_, _, Ks, Rt, _, points), (_, _, ends) = found[0]
+    assert 20 <= len(points) < count - 20 and len(ends) == len(points)
+    assert (E.project(points @ Rt[:3, :3].T + Rt[:3, 3], Ks[1])[:, 0] >= 14 - 1e-3).all()
+    assert (ends[:, 0] >= 14).all()
+
+
 def test_tables_have_short_names_unless_they_would_be_the_same():
     run, other = "runs/demo-1/student.safetensors", "/a/runs/demo-2/student.safetensors"
     names = ["weights/teacher.safetensors", run, f"{other} - {run}", "teacher dinov2_vits14"]
