@@ -60,9 +60,10 @@ def rasterize(
             device), or None: triton for CUDA tensors, torch for others.
         precision: of float32 products in the triton backend: "tf32" (10 bits of mantissa, on
             tensor cores), "tf32x3" (three TF32 products, nearly exact) or "ieee".
-        at: None, or (rows, columns), two increasing index tensors: features of those pixels only.
-        labels: None, or integers [B, V, height, width] from 0: also return the mean feature of
-            each label. With both, no whole image of features is made.
+        at: None, or (rows, columns), two strictly increasing index tensors: features of those
+            pixels only. No whole image of features is made.
+        labels: None, or int32 or int64 [B, V, height, width], at least 0: also return the mean
+            feature of each label, 0 for a label without pixels.
 
     Returns:
         features [B, V, height, width, C] in the features' dtype (with `at`: [B, V, rows, columns,
@@ -70,8 +71,8 @@ def rasterize(
 
     Raises:
         ValueError: an argument's shape, dtype or device does not fit, a value is NaN or infinite
-            (the triton backend does not check features), a camera requires gradients, or the
-            backend does not run on these tensors.
+            (the triton backend does not check features), a label is below 0, a camera requires
+            gradients, or the backend does not run on these tensors.
     """
     scene = means, covars, opacities, features, viewmats, Ks
     scene = *scene, width, height, near_plane, far_plane, eps2d
@@ -177,7 +178,7 @@ def _check(scene, labels):
         rules["indices"] = indices, (B, N, J), (torch.int32, torch.int64)
         rules["weights"] = weights, (B, N, J), same
     if labels is not None:
-        rules["labels"] = labels, (B, V, height, width), (labels.dtype,)
+        rules["labels"] = labels, (B, V, height, width), (torch.int32, torch.int64)
     for name, (tensor, shape, dtypes) in rules.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
@@ -188,6 +189,8 @@ def _check(scene, labels):
         if tensor.requires_grad and name in ("viewmats", "Ks", "weights"):
             raise ValueError(f"{name} requires gradients, but is data: pass {name}.detach()")
     _check_numbers(C, J, B, V, width, height, *limits)
+    if labels is not None and (low := int(labels.min())) < 0:  # kernels would write outside memory
+        raise ValueError(f"labels must be at least 0, not {low}")
 
 
 def _check_numbers(C, J, B, V, width, height, near_plane, far_plane, eps2d):

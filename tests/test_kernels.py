@@ -744,6 +744,9 @@ def test_values_whose_sum_overflows_are_said_to_be_too_large():
         rasterize(*_with(1, lambda t: t * 0 + 3e38), backend="triton")
 
 
+LABELS = torch.zeros(1, 1, 17, 19, dtype=torch.int64, device=DEVICE)
+
+
 @pytest.mark.parametrize(
     "scene,options,message",
     [
@@ -774,6 +777,8 @@ def test_values_whose_sum_overflows_are_said_to_be_too_large():
         (_mixed(weights=_poison), dict(backend="triton"), "weights has values that are NaN"),
         (_mixed(indices=lambda t: t + 1), dict(backend="triton"), r"indices must lie in 0\.\.10"),
         (make_scene(dtype=torch.float64), dict(backend="triton"), "takes float32 Gaussians"),
+        (make_scene(), dict(labels=LABELS - 1), "labels must be at least 0, not -1"),
+        (make_scene(), dict(labels=LABELS.float()), "labels must be torch.int32 or torch.int64"),
     ],
 )
 def test_bad_arguments_get_one_sentence(scene, options, message):
