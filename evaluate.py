@@ -248,13 +248,17 @@ def correspondence(models, settings, folder):
         chosen = {settings.seed: chosen[settings.seed]}
     results, by_pair = {m.name: [] for m in models}, {m.name: [] for m in models}
     for seed, pairs in chosen.items():
+        least = pairs.least_overlap
         rows, share = [], share_of(pairs)  # rows: {model: recall}
         items = counted(loaded(share), len(share), f"seed {seed}, pair")
         for pair, n in zip(items, share.indices):  # items first, to exhaust `counted`
             Rt = torch.linalg.inv(pair[1]["extrinsics"]) @ pair[0]["extrinsics"]
             points = shared_points(pair, Rt).to(DEVICE) if "points" in pair[0] else None
-            least = pairs.least_overlap if points is None else 0.0
-            if least and data.overlap(*pair, Rt) < least or points is not None and len(points) < 20:
+            if points is not None:
+                enough = len(points) >= 20
+            else:
+                enough = not least or data.overlap(*pair, Rt) >= least
+            if not enough:
                 rows.append(None)
                 continue
             images, Ks = (torch.stack([view[k] for view in pair]) for k in ("images", "Ks"))

@@ -12,7 +12,8 @@ A, B, C) of projection.py:
 
 A program owns a tile of P = TILE x TILE pixels and up to BLOCKS blocks of BLOCK_C channels. It
 walks the tile's Gaussians in chunks of K, computes a chunk's weights w [P, K] once, and adds
-w @ f [K, channels] on tensor cores.
+w @ f [K, channels] on tensor cores. At the end it stores the features of pixels that are asked for,
+and adds those of all pixels to the sums of their labels.
 
 R and w come from one associative scan of the pairs (1 - a, a) along k, with the operator
 (l1, w1), (l2, w2) -> (l1 l2, l1 w2). Arrays of weights are [KI, TILE, KO, TILE]: Gaussian
@@ -465,7 +466,7 @@ def blend_backward_kernel(
     v_alpha = tl.load(v_alphas_ptr + pixel, inside, 0.0)
     S = tl.zeros([TILE, KO, TILE], tl.float32)  # behind the chunk
     v_parts = v_out_ptr, v_sums_ptr, rows_ptr, labels_ptr
-    held = ()
+    held = ()  # v_out of the first blocks of channels is read once, that of others once per chunk
     for i in tl.static_range(HELD):
         c_i = c + i * BLOCK_C
         held = held + (load_v_out(v_parts, pixel, inside, c_i, C, DTYPE, PRECISION, FAST),)
