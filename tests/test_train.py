@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import json
 import math
-import multiprocessing
 import os
 import resource
 import shutil
@@ -611,17 +610,25 @@ def test_a_loader_that_fails_is_one_sentence(fail, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_a_loader_that_hangs_ends_with_the_run(monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    views = train.data.Views.__getitem__
-    hangs_at_3 = lambda v, i: time.sleep(600) if i == 3 else views(v, i)  # noqa: E731
-    monkeypatch.setattr(train.data.Views, "__getitem__", hangs_at_3)
-    stop_after(2, monkeypatch)
-    train.main([*SMALL, "--workers", "1"])
-    alive = [p for p in multiprocessing.active_children() if p.join(5) or p.is_alive()]
-    for process in alive:
-        process.kill()
-    assert not alive
+HANGS = """
+def sample(views, i, real=data.Views.sample):
+    time.sleep(600 * (i >= 4))
+    return real(views, i)
+def step(run, batches, real=train.Run.train_step):
+    if run.step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(run, batches)
+data.Views.sample, train.Run.train_step = sample, step
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # not 5 s until it is ended
+"""
+
+
+def test_a_loader_that_hangs_ends_with_the_run():
+    process = begun(*TINY.split(), "--name", "run", "--batch-size", "2", lines=HANGS, steps=0)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "To go on: python train.py --resume runs/run" in out
+    with pytest.raises(ProcessLookupError):  # nothing of its group is left
+        os.killpg(process.pid, 0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
