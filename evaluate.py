@@ -774,8 +774,11 @@ def draw_views(path, target, shown):
     write_sheet(path, panels)
 
 
-def loaded(dataset):  # its items, prefetched by another process
-    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1)
+def loaded(dataset):
+    """A data set's items, prefetched by another process; under torchrun by this one, since a fork
+    of a process that has gloo's threads hung in one of about thirty runs."""
+    workers = 1 if rank_and_count()[1] == 1 else 0
+    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
 
 
 def counted(items, total, what):
