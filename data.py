@@ -1997,15 +1997,15 @@ def listed_depth(path, name, below, finish):
 
 
 def main(arguments=None):
-    from train import plain_messages  # which imports this file
+    from train import SIDE, plain_messages  # which imports this file
 
     parser = argparse.ArgumentParser(description="How fast a capture loads, for train.py --workers")
     parser.add_argument("folder", nargs="?", help="the capture; default: procedural rooms")
     for name, default in (("height", 224), ("width", 224), ("workers", 4), ("samples", 100)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     a = parser.parse_args(arguments)
-    if min(a.height, a.width, a.samples) < 1 or max(a.height, a.width) > 4096:
-        raise SystemExit("--height and --width must be 1 to 4096, --samples at least 1")
+    if min(a.height, a.width, a.samples) < 1 or max(a.height, a.width) > SIDE:
+        raise SystemExit(f"--height and --width must be 1 to {SIDE}, --samples at least 1")
     if not 0 <= a.workers <= 256:
         raise SystemExit("--workers must be 0 to 256")
     with plain_messages():

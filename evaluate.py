@@ -201,12 +201,12 @@ def match(feats, depths, Ks, Rt, num_matches, points=None):
     view 1, in pixels of the depths. M is 0 where a view has fewer than two pixels with depth.
     points: in camera 0's axes [P, 3], to match in place of view 0's pixels with depth.
     """
-    clouds, pixels, features = [], [], []
-    for feat, depth, K in zip(feats, depths, Ks):
-        clouds.append(data.camera_points(depth, K)[depth > 0])  # [P, 3]
-        if points is not None and len(clouds) == 1:
-            clouds = [points]
-        pixels.append(project(clouds[-1], K))  # [P, 2]
+    clouds = [data.camera_points(depth, K)[depth > 0] for depth, K in zip(depths, Ks)]  # [P, 3]
+    if points is not None:
+        clouds[0] = points
+    pixels, features = [], []
+    for feat, depth, K, cloud in zip(feats, depths, Ks, clouds):
+        pixels.append(project(cloud, K))  # [P, 2]
         grid = 2 * pixels[-1] / depth.new_tensor(depth.shape[::-1]) - 1  # in -1..1
         sampled = F.grid_sample(feat[None].float(), grid[None, None], align_corners=False)
         features.append(F.normalize(sampled[0, :, 0].T, dim=-1))  # [P, C]
